@@ -1,0 +1,18 @@
+"""The errors that this package raises for what it was given."""
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message is one line that names it and says what to change."""
+
+
+class DecodeError(RuntimeError):
+    """A video file that cannot be read, or not far enough."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"cannot read video {path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["DecodeError"], tuple[str, str]]:
+        # Worker processes send it pickled; the default would call __init__ with the message alone.
+        return DecodeError, (self.path, self.reason)
