@@ -1,0 +1,49 @@
+"""Root-mean-square normalisation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashi2v_npu_ops.registry import dispatch, register
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    Args:
+        x: (..., D), any floating dtype.
+        weight: (D,), any floating dtype; bf16 input with fp32 weight is usual.
+        eps: added to the mean square.
+        backend: "auto" or one of `backends("rms_norm")`.
+
+    Returns:
+        (..., D) in the dtype of `x`; the arithmetic is fp32 or better.
+
+    Raises:
+        ValueError: `weight` does not match the last dimension of `x`.
+        UnsupportedError: the named backend cannot serve this call.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467, equation 4.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight {tuple(weight.shape)} does not match the last dimension of {tuple(x.shape)}")
+    return dispatch("rms_norm", backend, x.device, x, weight, eps)
+
+
+@register("rms_norm", "reference")
+def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight).to(x.dtype)
+
+
+def _fused_obstacle(device: torch.device, x: Tensor, weight: Tensor, eps: float) -> str | None:
+    # F.rms_norm rounds to the input's dtype before it multiplies by a weight of another one.
+    if x.dtype != weight.dtype:
+        return f"torch.nn.functional.rms_norm takes input and weight of one dtype, got {x.dtype} and {weight.dtype}"
+    return None
+
+
+@register("rms_norm", "torch", obstacle=_fused_obstacle)
+def _fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
