@@ -1,2 +1,70 @@
-""""""
+"""Video data for diffusion training: meta JSON, filters, LMDB, decoding, transforms and resumable loading."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashi2v_data.config import DataConfig, FilterConfig, load_config
+    from flashi2v_data.dataset import FlashI2VDataset
+    from flashi2v_data.decode import read_frames
+    from flashi2v_data.errors import DecodeError, InputError
+    from flashi2v_data.filter import FilterReport, filter_records
+    from flashi2v_data.loader import StatefulLoader, build_dataloader
+    from flashi2v_data.randomness import generator
+    from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
+    from flashi2v_data.shapes import write_shapes
+    from flashi2v_data.store import LmdbStore, open_store, write_store
+    from flashi2v_data.transforms import build_transform, center_crop_resize, normalise, to_tensor
+    from flashi2v_data.video import write_video
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "config": ("DataConfig", "FilterConfig", "load_config"),
+    "dataset": ("FlashI2VDataset",),
+    "decode": ("read_frames",),
+    "errors": ("DecodeError", "InputError"),
+    "filter": ("FilterReport", "filter_records"),
+    "loader": ("StatefulLoader", "build_dataloader"),
+    "randomness": ("generator",),
+    "sampler": ("SampleKey", "StatefulDistributedSampler"),
+    "shapes": ("write_shapes",),
+    "store": ("LmdbStore", "open_store", "write_store"),
+    "transforms": ("build_transform", "center_crop_resize", "normalise", "to_tensor"),
+    "video": ("write_video",),
+}
+
+__all__ = [
+    "DataConfig",
+    "DecodeError",
+    "FilterConfig",
+    "FilterReport",
+    "FlashI2VDataset",
+    "InputError",
+    "LmdbStore",
+    "SampleKey",
+    "StatefulDistributedSampler",
+    "StatefulLoader",
+    "__version__",
+    "build_dataloader",
+    "build_transform",
+    "center_crop_resize",
+    "filter_records",
+    "generator",
+    "load_config",
+    "normalise",
+    "open_store",
+    "read_frames",
+    "to_tensor",
+    "write_shapes",
+    "write_store",
+    "write_video",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: filtering should not wait for torch."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,11 +8,12 @@ class InputError(ValueError):
 class DecodeError(RuntimeError):
     """A video file that cannot be read, or not far enough."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"cannot read video {path}: {reason}")
+    def __init__(self, path: str, reason: str = "") -> None:
+        # Without a reason the first argument is the whole message: so torch re-raises what a worker process raised.
+        super().__init__(f"cannot read video {path}: {reason}" if reason else path)
         self.path = path
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["DecodeError"], tuple[str, str]]:
-        # Worker processes send it pickled; the default would call __init__ with the message alone.
+        # Between processes it travels pickled; the default would call __init__ with the message alone.
         return DecodeError, (self.path, self.reason)

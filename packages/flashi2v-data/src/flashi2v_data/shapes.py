@@ -36,10 +36,10 @@ BACKGROUNDS = {
     "grey": (120, 120, 120),
     "dark blue": (20, 28, 85),
     "dark green": (12, 65, 40),
-    "beige": (222, 208, 180),
+    "brown": (95, 62, 35),
 }
 # Radius as a fraction of the frame's shorter side.
-RADII = {"small": 0.09, "medium": 0.13, "large": 0.18}
+RADII = {"small": 0.1, "medium": 0.15, "large": 0.2}
 # Way covered in a clip of about a second, as a fraction of the frame's shorter side.
 DISTANCES = {"slowly": 0.2, "quickly": 0.45}
 # Unit vectors (right, down), as pixels are counted.

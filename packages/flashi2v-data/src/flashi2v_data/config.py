@@ -1,0 +1,322 @@
+"""Configuration files and their schemas."""
+
+import difflib
+import json
+import os
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from flashi2v_data.errors import InputError
+
+T = TypeVar("T", bound=BaseModel)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | os.PathLike[str], schema: type[T]) -> T:
+    """Read YAML 1.2, or JSON with `#` comments and trailing commas, into a pydantic schema.
+
+    Raises:
+        InputError: the file is missing or malformed, or a key is unknown, missing or of a wrong type or value; one
+            line that names the file, the key and what to change.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    # JSON is often indented by tabs, which YAML forbids.
+    text = re.sub(r"(?m)^[ \t]+", lambda indent: indent[0].expandtabs(4), text)
+    try:
+        values = YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        # A duplicate key's explanation runs over several lines; the first says it all.
+        raise InputError(f"{path}: {where}{str(error.problem or error).splitlines()[0]}") from None
+    except YAMLError as error:
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold settings as `key: value`, got {type(values).__name__}")
+    try:
+        return schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path}: {describe(error, schema)}") from None
+
+
+def describe(error: pydantic.ValidationError, schema: Any) -> str:
+    """Put every fault of a validation into one line: dotted key, what is wrong, the nearest known key."""
+    return "; ".join(f"{path}: {line}" if path else line for path, line in fault_lines(error, schema))
+
+
+def fault_lines(error: pydantic.ValidationError, schema: Any) -> list[tuple[str, str]]:
+    """Return (dotted key, what is wrong) for every fault; the key is "" where the whole is at fault."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        kind, location = fault["type"], fault["loc"]
+        if kind == "extra_forbidden":
+            keys, _, known = _walk(schema, location[:-1])
+            line = _unknown(str(location[-1]), known)
+            keys = [*keys, location[-1]]
+        else:
+            keys, description, _ = _walk(schema, location)
+            line = _explain(kind, fault, description)
+        lines.append((".".join(str(key) for key in keys), line))
+    return lines
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key, did you mean {near[0]!r}?" if near else f"unknown key, known are: {', '.join(known)}"
+
+
+def _explain(kind: str, fault: Any, description: str | None) -> str:
+    if kind == "missing":
+        return "missing key"
+    message = fault["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return message
+    why = f"; {description}" if description and kind == "literal_error" else ""
+    return f"{message[:1].lower()}{message[1:]}, got {_short(fault['input'])}{why}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _walk(annotation: Any, location: tuple[int | str, ...]) -> tuple[list[int | str], str | None, list[str]]:
+    """Follow a fault's location through a schema.
+
+    Returns the keys as the user wrote them (without the tags that pydantic inserts for unions), the description of
+    the last field, and the keys that are known there.
+    """
+    keys: list[int | str] = []
+    description: str | None = None
+    candidates = _models(annotation)
+    for part in location:
+        steps = [_step(candidate, part) for candidate in candidates]
+        found = [step for step in steps if step is not None]
+        if found:
+            keys.append(part)
+            description = found[0][1]
+            candidates = [model for step in found for model in _models(step[0])]
+            continue
+        tagged = [model for model in candidates if part in _tags(model)]
+        if tagged:
+            candidates = tagged
+        else:
+            keys.append(part)
+            candidates = []
+    known = [key for model in candidates if _is_model(model) for key in model.model_fields]
+    return keys, description, known
+
+
+def _models(annotation: Any) -> list[Any]:
+    """Take `Annotated`, `Optional` and unions apart."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _models(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [model for option in get_args(annotation) for model in _models(option)]
+    return [annotation]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _step(annotation: Any, part: int | str) -> tuple[Any, str | None] | None:
+    """Return the annotation and description behind a key or position, or None where there is no such thing."""
+    if _is_model(annotation):
+        field = annotation.model_fields.get(part)
+        return None if field is None else (field.annotation, field.description)
+    arguments = get_args(annotation)
+    if isinstance(part, int) and get_origin(annotation) in (list, tuple) and arguments:
+        return arguments[min(part, len(arguments) - 1)], None
+    if isinstance(part, str) and get_origin(annotation) is dict:
+        return arguments[1], None
+    return None
+
+
+def _tags(annotation: Any) -> set[Any]:
+    """The names by which pydantic may refer to one option of a union."""
+    if not _is_model(annotation):
+        return {getattr(annotation, "__name__", str(annotation))}
+    literals = [get_args(field.annotation) for field in annotation.model_fields.values()]
+    return {annotation.__name__, *(value for values in literals for value in values if isinstance(value, str))}
+
+
+# ---- schemas -------------------------------------------------------------------------------------------------------
+
+
+class Settings(BaseModel):
+    """A schema that accepts no unknown keys and converts no types (an int where a float is due is fine)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class FilterConfig(Settings):
+    """The filter's settings; the keys of the reference's `filter_config.yaml`."""
+
+    ann_txt_path: str = Field(description="Annotation file: lines of `root of videos,meta JSON`.")
+    save_path: str = Field(description="Directory for the LMDB and the report.")
+    sample_height: PositiveInt
+    sample_width: PositiveInt
+    sample_num_frames: PositiveInt
+    min_hxw: PositiveInt = Field(description="Least height * width that is left at the sample's aspect ratio.")
+    train_fps: PositiveFloat | None = None
+    sample_stride: PositiveInt | None = Field(None, description="Take every n-th frame, whatever the fps.")
+    max_h_div_w_ratio: PositiveFloat
+    min_h_div_w_ratio: PositiveFloat
+    too_long_factor: PositiveFloat = 5.0
+    max_motion_value: float = 1.0
+    min_motion_value: float = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "FilterConfig":
+        _check_rate(self.train_fps, self.sample_stride)
+        if self.min_h_div_w_ratio > self.max_h_div_w_ratio:
+            raise ValueError("min_h_div_w_ratio exceeds max_h_div_w_ratio: swap them")
+        if self.min_motion_value > self.max_motion_value:
+            raise ValueError("min_motion_value exceeds max_motion_value: swap them")
+        return self
+
+
+def _check_rate(train_fps: float | None, sample_stride: int | None) -> None:
+    if (train_fps is None) == (sample_stride is None):
+        raise ValueError("set one of train_fps and sample_stride and leave the other out")
+
+
+class CropResizeParam(Settings):
+    """Parameters of `CenterCropResizeVideo`."""
+
+    transform_size: list[PositiveInt] = Field(min_length=2, max_length=2, description="Height and width.")
+    align_corners: bool = False
+    antialias: bool = True
+    interpolation_mode: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+class NormParam(Settings):
+    """Parameters of `norm_fun`."""
+
+    mean: float = 0.5
+    std: PositiveFloat = 0.5
+
+
+class CropResize(Settings):
+    """Resize until the sample size is covered, then crop its middle."""
+
+    trans_type: Literal["CenterCropResizeVideo"]
+    param: CropResizeParam
+
+
+class ToTensor(Settings):
+    """uint8 to float32 in [0, 1]."""
+
+    trans_type: Literal["ToTensorVideo"]
+
+
+class Norm(Settings):
+    """Subtract the mean, divide by the standard deviation."""
+
+    trans_type: Literal["norm_fun"]
+    param: NormParam = Field(default_factory=NormParam)
+
+
+Transform = Annotated[CropResize | ToTensor | Norm, Field(discriminator="trans_type")]
+
+
+class TransformPipeline(Settings):
+    """The transforms of a video, in order."""
+
+    video: list[Transform]
+
+    @pydantic.field_validator("video")
+    @classmethod
+    def _check(cls, video: list[Transform]) -> list[Transform]:
+        order = [type(transform) for transform in video]
+        if order != [CropResize, ToTensor, Norm]:
+            raise ValueError("list CenterCropResizeVideo, ToTensorVideo and norm_fun once each, in this order")
+        return video
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width after the transforms."""
+        height, width = next(step.param.transform_size for step in self.video if isinstance(step, CropResize))
+        return height, width
+
+
+class DatasetParam(Settings):
+    """`dataset_param` of data.json."""
+
+    dataset_type: Literal["flashi2v"]
+    metafile_or_dir_path: str = Field(description="An LMDB of `flashi2v-data filter`, or a folder of them.")
+    text_tokenizer_path: str
+    sample_height: PositiveInt
+    sample_width: PositiveInt
+    sample_num_frames: PositiveInt
+    train_fps: PositiveFloat | None = None
+    sample_stride: PositiveInt | None = None
+    text_drop_ratio: float = Field(ge=0, le=1)
+    tokenizer_max_length: PositiveInt
+    return_prompt_mask: bool
+    transform_pipeline: TransformPipeline
+    clean_captions: bool = True
+    decoder: Literal["auto", "decord", "pyav"] = "auto"
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "DatasetParam":
+        _check_rate(self.train_fps, self.sample_stride)
+        frames, height, width = self.sample_num_frames, self.sample_height, self.sample_width
+        if frames % 4 != 1:
+            raise ValueError(
+                f"sample_num_frames must be 4k+1 for the VAE, got {frames}: use {frames // 4 * 4 + 1} "
+                f"or {frames // 4 * 4 + 5}"
+            )
+        for name, value in (("sample_height", height), ("sample_width", width)):
+            if value % 16:
+                lower = value // 16 * 16
+                nearest = f"{lower} or {lower + 16}" if lower else "16"
+                raise ValueError(f"{name} must be divisible by 16, got {value}: use {nearest}")
+        if self.transform_pipeline.size != (height, width):
+            raise ValueError(
+                f"transform_size {list(self.transform_pipeline.size)} of transform_pipeline differs from "
+                f"sample_height and sample_width: set it to [{height}, {width}]"
+            )
+        return self
+
+
+class CollateParam(Settings):
+    """`collate_param` of data.json."""
+
+    model_name: Literal["flashi2v"]
+
+
+class DataloaderParam(Settings):
+    """`dataloader_param` of data.json."""
+
+    dataloader_mode: Literal["sampler"]
+    sampler_type: Literal["StatefulDistributedSampler"]
+    collate_param: CollateParam
+    shuffle: bool
+    drop_last: Literal[True] = Field(
+        description="the order of samples has no end (an epoch flows into the next), so no batch is ever incomplete"
+    )
+    pin_memory: bool
+    num_workers: int = Field(ge=0)
+
+
+class DataConfig(Settings):
+    """data.json."""
+
+    dataset_param: DatasetParam
+    dataloader_param: DataloaderParam

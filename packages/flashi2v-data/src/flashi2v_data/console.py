@@ -1,0 +1,64 @@
+"""What every command line of the project shares: one-line errors, exit codes, logging."""
+
+import logging
+import sys
+from typing import NoReturn
+
+import cyclopts
+import pydantic
+from tqdm import tqdm
+
+from flashi2v_data.config import fault_lines
+from flashi2v_data.errors import InputError
+
+
+class _Handler(logging.Handler):
+    """Write `LEVEL message` to stderr, above any progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Other libraries speak only when something is wrong.
+        if record.levelno >= logging.WARNING or record.name.startswith("flashi2v"):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Send log messages to stderr; safe to call again."""
+    handler = _Handler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.handlers = [kept for kept in root.handlers if not isinstance(kept, _Handler)] + [handler]
+    root.setLevel(level)
+
+
+def run(app: cyclopts.App, *, errors: tuple[type[Exception], ...] = (InputError,)) -> NoReturn:
+    """Run a command line and exit: 0 on success, 2 with one line on stderr for wrong usage or `errors`.
+
+    An interrupt exits 130; any other exception propagates, so Python prints its traceback and exits 1.
+    """
+    configure_logging()
+    try:
+        app(exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        _fail(app, _usage_fault(error), 2)
+    except errors as error:
+        _fail(app, str(error), 2)
+    except KeyboardInterrupt:
+        _fail(app, "interrupted", 130)
+    sys.exit(0)
+
+
+def _usage_fault(error: cyclopts.CycloptsError) -> str:
+    cause = error.__cause__
+    argument = getattr(error, "argument", None)
+    if isinstance(cause, pydantic.ValidationError) and argument is not None:
+        # A pydantic model whose fields are options: name the option, not the field.
+        names = {child.keys[-1]: child.name for child in argument.children if child.keys}
+        lines = fault_lines(cause, argument.hint)
+        return "; ".join(f"{names.get(path, path)}: {line}" if path else line for path, line in lines)
+    return str(error)
+
+
+def _fail(app: cyclopts.App, message: str, code: int) -> NoReturn:
+    line = " ".join(message.split())
+    print(f"{app.name[0]}: {line}", file=sys.stderr)
+    sys.exit(code)

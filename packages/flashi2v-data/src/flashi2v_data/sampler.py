@@ -1,0 +1,93 @@
+"""The order of samples: a pure function of seed and position, whatever the number of ranks or workers."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from flashi2v_data.errors import InputError
+from flashi2v_data.randomness import generator
+
+
+class SampleKey(NamedTuple):
+    """Which sample, and for the how-manieth time."""
+
+    epoch: int
+    index: int  # type: ignore[assignment]  # a field named like a method that tuples have and nobody needs here
+
+
+class SamplerState(TypedDict):
+    """Where the order stands: how many samples all ranks together have consumed, and of which order."""
+
+    consumed: int
+    seed: int
+    num_samples: int
+
+
+class StatefulDistributedSampler(Sampler[SampleKey]):
+    """An endless stream of samples, of which this rank takes its share.
+
+    Position p of the stream is sample `permutation(seed, epoch)[p % num_samples]` of epoch `p // num_samples`; rank r
+    of R takes positions consumed + r, consumed + r + R, ... So batch number k, taken over all ranks, holds the same
+    samples however many ranks share it, and nothing is dropped or repeated where one epoch flows into the next.
+
+    Attributes:
+        consumed: positions that all ranks together have taken from the stream.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        rank: int = 0,
+        num_replicas: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        consumed: int = 0,
+    ) -> None:
+        if num_samples < 1:
+            raise InputError("there are no samples to draw from")
+        if not 0 <= rank < num_replicas:
+            raise InputError(f"rank must be in 0 ... num_replicas - 1, got {rank} of {num_replicas}")
+        self.num_samples = num_samples
+        self.rank = rank
+        self.num_replicas = num_replicas
+        self.shuffle = shuffle
+        self.seed = seed
+        self.consumed = consumed
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        """Yield this rank's samples from where the stream stands, without end."""
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        while True:
+            now, offset = divmod(self.consumed + self.rank, self.num_samples)
+            if now != epoch:
+                epoch, order = now, self._permutation(now)
+            self.consumed += self.num_replicas
+            yield SampleKey(epoch, int(order[offset]))
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.num_samples)
+        return torch.randperm(self.num_samples, generator=generator(self.seed, "order", epoch, 0))
+
+    def state_dict(self) -> SamplerState:
+        """Return where the stream stands."""
+        return {"consumed": self.consumed, "seed": self.seed, "num_samples": self.num_samples}
+
+    def load_state_dict(self, state: SamplerState) -> None:
+        """Continue from a state, on any number of ranks.
+
+        Raises:
+            InputError: it belongs to another order (other data or another seed).
+        """
+        if state["num_samples"] != self.num_samples:
+            raise InputError(
+                f"the saved run drew from {state['num_samples']} samples, the data now holds {self.num_samples}: "
+                "resume with the same data, or start a new run"
+            )
+        if state["seed"] != self.seed:
+            raise InputError(f"the saved run used seed {state['seed']}, this one {self.seed}: set the same seed")
+        self.consumed = state["consumed"]
