@@ -1,0 +1,162 @@
+"""The frozen encoders: Wan's VAE (diffusers) and UMT5 (transformers), with the latent normalisation.
+
+B batch, C latent channels, T video frames, F latent frames, L text tokens.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKLWan
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from flashi2v_model.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DType = Literal["fp32", "float32", "bf16", "fp16"]
+
+# Wan's VAE compresses space by 8 and time by 4, the first frame standing alone.
+SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
+
+
+class TilingConfig(BaseModel):
+    """Tile size and stride of the VAE, in latent rows and columns."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tile_size: tuple[int, int] = (34, 34)
+    tile_stride: tuple[int, int] = (18, 16)
+
+
+class AEConfig(BaseModel):
+    """The `ae` part of a configuration file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model_id: Literal["wan_video_vae"]
+    from_pretrained: str
+    dtype: DType = "fp32"
+    enable_tiling: bool = False
+    tiling_param: TilingConfig = TilingConfig()
+    norm_latents: Literal[True] = True
+    norm_mode: Literal["channel_specified_shift_scale"] = "channel_specified_shift_scale"
+    do_sample: bool = True
+
+
+class TextEncoderConfig(BaseModel):
+    """The `text_encoder` part of a configuration file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model_id: Literal["UMT5"]
+    from_pretrained: str
+    dtype: DType = "bf16"
+    hub_backend: Literal["hf"] = "hf"
+    use_attention_mask: bool = True
+
+
+def load_vae(config: AEConfig, device: torch.device) -> AutoencoderKLWan:
+    """Load the VAE, frozen.
+
+    Raises:
+        InputError: the directory is missing or holds no such model.
+    """
+    vae = load_pretrained(AutoencoderKLWan, config.from_pretrained, "ae.from_pretrained", DTYPES[config.dtype])
+    if config.enable_tiling:
+        (height, width), (stride_height, stride_width) = config.tiling_param.tile_size, config.tiling_param.tile_stride
+        vae.enable_tiling(
+            tile_sample_min_height=height * SPATIAL_STRIDE,
+            tile_sample_min_width=width * SPATIAL_STRIDE,
+            tile_sample_stride_height=stride_height * SPATIAL_STRIDE,
+            tile_sample_stride_width=stride_width * SPATIAL_STRIDE,
+        )
+    return vae.to(device).requires_grad_(False).eval()
+
+
+def load_text_encoder(config: TextEncoderConfig, device: torch.device) -> UMT5EncoderModel:
+    """Load the text encoder, frozen.
+
+    Raises:
+        InputError: the directory is missing or holds no such model.
+    """
+    encoder = load_pretrained(
+        UMT5EncoderModel, config.from_pretrained, "text_encoder.from_pretrained", DTYPES[config.dtype]
+    )
+    return encoder.to(device).requires_grad_(False).eval()
+
+
+def load_pretrained(cls: type, path: str, key: str, dtype: torch.dtype) -> Any:
+    """Call `cls.from_pretrained` on a directory or hub id, with one clear line where that cannot work.
+
+    Raises:
+        InputError: naming `key`, the configuration key or option that gave `path`.
+    """
+    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
+        raise InputError(f"{key}: no directory {path!r}: set it to a directory in diffusers' layout or to a hub id")
+    try:
+        return cls.from_pretrained(path, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{key}: cannot load {cls.__name__} from {path!r}: {reason[:300]}") from error
+
+
+def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (1, -1, 1, 1, 1)
+    return (
+        torch.tensor(vae.config.latents_mean, dtype=like.dtype, device=like.device).view(shape),
+        torch.tensor(vae.config.latents_std, dtype=like.dtype, device=like.device).view(shape),
+    )
+
+
+def normalise_latents(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Return (latents - mean) / std, per channel, with the VAE config's numbers: (B, C, F, H, W)."""
+    mean, std = _statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def encode_video(vae: AutoencoderKLWan, video: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Encode a video to normalised latents.
+
+    Args:
+        vae: the encoder.
+        video: (B, 3, T, 8H, 8W) in [-1, 1], T = 4 (F - 1) + 1.
+        noise: (B, C, F, H, W) standard normal, for a draw from the posterior; None takes its mode.
+
+    Returns:
+        (B, C, F, H, W) in fp32.
+
+    Raises:
+        ValueError: the video's size does not fit the VAE's strides.
+    """
+    if video.ndim != 5 or video.shape[2] % TEMPORAL_STRIDE != 1 or any(s % SPATIAL_STRIDE for s in video.shape[3:]):
+        raise ValueError(f"video must be (B, 3, 4k + 1, 8H, 8W), got {tuple(video.shape)}")
+    posterior = vae.encode(video.to(vae.dtype)).latent_dist
+    latents = posterior.mean.float()
+    if noise is not None:
+        latents = latents + posterior.std.float() * noise.to(latents.device)
+    return normalise_latents(vae, latents)
+
+
+def decode_video(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Decode normalised latents (B, C, F, H, W) to a video (B, 3, 4 (F - 1) + 1, 8H, 8W) in [-1, 1], fp32."""
+    mean, std = _statistics(vae, latents)
+    return vae.decode((latents * std + mean).to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor, *, use_mask: bool = True) -> Tensor:
+    """Encode tokens; the states of padding positions are set to zero, after the encoder.
+
+    Args:
+        encoder: UMT5.
+        ids: (B, L) token ids, padded.
+        mask: (B, L), 1 for tokens and 0 for padding.
+        use_mask: hide padding from the encoder's own attention (Wan2.1 does; `use_attention_mask` false does not).
+
+    Returns:
+        (B, L, text_dim) in the encoder's dtype.
+    """
+    mask = mask.to(ids.device)
+    states = encoder(input_ids=ids, attention_mask=mask if use_mask else None).last_hidden_state
+    return states * mask[..., None].to(states.dtype)

@@ -1,0 +1,223 @@
+"""Parts of the diffusion transformer.
+
+B batch, F frames, H W token grid (latent grid / 2), N = F*H*W tokens, L text tokens, D width, K heads, d head size.
+Module names follow diffusers' `WanTransformer3DModel`, so its weights and LoRA adapters fit.  Where a model is stored
+in bf16, norms, modulation, gated residual adds, time embedding and head still compute in fp32.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashi2v_npu_ops import apply_rope, attention, rms_norm
+
+
+class FP32Linear(nn.Linear):
+    """A linear layer that computes in fp32 or better, whatever dtype its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(exact)
+        return F.linear(x.to(exact), self.weight.to(exact), bias)
+
+
+class FP32LayerNorm(nn.LayerNorm):
+    """A layer norm that computes in fp32 or better and returns the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.eps, self.weight, self.bias).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the full width D, before the split into heads."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Layer norm over the last dimension in fp32 or better; the result keeps that dtype."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (None if p is None else p.to(exact) for p in (weight, bias))
+    return F.layer_norm(x.to(exact), x.shape[-1:], weight, bias, eps)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Adaptive layer norm: (B, N, D) with shift and scale (B, 1, D), in the dtype of `x`."""
+    return (layer_norm(x, eps) * (1 + scale) + shift).to(x.dtype)
+
+
+def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """Return x + gate * update, added in fp32 and rounded once to the dtype of `x`."""
+    return (x.to(gate.dtype) + update.to(gate.dtype) * gate).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; self attention turns queries and keys by `rope`, cross attention reads `context`."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, *, context: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        context = x if context is None else context
+        heads = (self.num_heads, -1)
+        query = self.norm_q(self.to_q(x)).unflatten(-1, heads)  # (B, N, K, d)
+        key = self.norm_k(self.to_k(context)).unflatten(-1, heads)  # (B, N or L, K, d)
+        value = self.to_v(context).unflatten(-1, heads)
+        if rope is not None:
+            query, key = apply_rope(query, *rope), apply_rope(key, *rope)
+        return self.to_out[0](attention(query, key, value).flatten(-2))  # (B, N, D)
+
+
+class GELUProjection(nn.Module):
+    """Linear, then tanh GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """The block's MLP.  The identity keeps diffusers' numbering (its place holds a dropout there)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GELUProjection(dim, hidden_dim), nn.Identity(), nn.Linear(hidden_dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Block(nn.Module):
+    """Self attention with RoPE, cross attention to the text, MLP; all but the cross attention are modulated by time."""
+
+    def __init__(
+        self, dim: int, ffn_dim: int, num_heads: int, *, qk_norm: bool, cross_attn_norm: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.attn1 = Attention(dim, num_heads, qk_norm, eps)
+        self.norm2 = FP32LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.attn2 = Attention(dim, num_heads, qk_norm, eps)
+        self.ffn = FeedForward(dim, ffn_dim)
+
+    def forward(self, x: Tensor, context: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Take x (B, N, D), text context (B, L, D) and time modulation (B, 6, D); return (B, N, D)."""
+        modulation = self.scale_shift_table.to(time.dtype) + time  # (B, 6, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # (B, 1, D) each
+        x = gated_residual(x, self.attn1(modulate(x, shift1, scale1, self.eps), rope=rope), gate1)
+        x = x + self.attn2(self.norm2(x), context=context)
+        return gated_residual(x, self.ffn(modulate(x, shift2, scale2, self.eps)), gate2)
+
+
+class TimeEmbedder(nn.Module):
+    """MLP on the sinusoidal embedding of the timestep."""
+
+    def __init__(self, freq_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = FP32Linear(freq_dim, dim)
+        self.linear_2 = FP32Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class TextEmbedder(nn.Module):
+    """MLP on the text encoder's states."""
+
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(text_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(x.to(self.linear_1.weight.dtype)), approximate="tanh"))
+
+
+class ConditionEmbedder(nn.Module):
+    """Timestep and text, embedded."""
+
+    def __init__(self, dim: int, freq_dim: int, text_dim: int) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.time_embedder = TimeEmbedder(freq_dim, dim)
+        self.time_proj = FP32Linear(dim, 6 * dim)
+        self.text_embedder = TextEmbedder(text_dim, dim)
+
+    def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take timestep (B,), text (B, L, text_dim); return time (B, D), its projection (B, 6, D), text (B, L, D)."""
+        sinusoid = timestep_embedding(timestep, self.freq_dim).to(text.device)
+        time = self.time_embedder(sinusoid)
+        return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1)), self.text_embedder(text)
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Return [cos | sin] of timestep * 10000^(-i / (dim / 2)): (B, dim), fp32 on the CPU from fp64 angles."""
+    half = dim // 2
+    frequencies = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64) / half)
+    angles = timestep.to("cpu", torch.float64)[:, None] * frequencies  # (B, dim/2)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+
+
+@lru_cache(maxsize=16)
+def rope_tables(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, theta: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the 3-D rotary angles of a token grid (F, H, W): (N, d / 2) each, fp32 from fp64 angles.
+
+    Height and width take 2 * (d // 6) channels each, time the rest.
+    """
+    spatial = 2 * (head_dim // 6)
+    # Tables made while sampling must stay usable in a training step of the same process.
+    with torch.inference_mode(False):
+        angles = []
+        for axis, (length, dim) in enumerate(zip(grid, (head_dim - 2 * spatial, spatial, spatial))):
+            frequencies = torch.pow(theta, -torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            table = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)  # (length, dim/2)
+            shape = [1, 1, 1, -1]
+            shape[axis] = length
+            angles.append(table.view(shape).expand(*grid, -1))
+        joined = torch.cat(angles, dim=-1).flatten(0, 2)  # (N, d/2)
+        return joined.cos().float().to(device), joined.sin().float().to(device)
+
+
+class LatentShift(nn.Module):
+    """phi: what is taken away from noise and video alike, read off the first frame's latent.
+
+    Source: FlashI2V, arXiv 2509.25187, latent shifting.
+    """
+
+    def __init__(self, channels: int, conv3x3x3: bool) -> None:
+        super().__init__()
+        self.conv3x3x3 = conv3x3x3
+        kernel, padding = ((3, 3, 3), (1, 1, 1)) if conv3x3x3 else ((1, 3, 3), (0, 1, 1))
+        self.proj = nn.Sequential(
+            nn.Conv3d(channels, 4 * channels, kernel, padding=padding),
+            nn.SiLU(),
+            nn.Conv3d(4 * channels, channels, kernel, padding=padding),
+        )
+
+    def forward(self, condition: Tensor, num_frames: int) -> Tensor:
+        """Take the condition (B, C, 1, H, W); return the shift (B, C, F, H, W)."""
+        condition = condition.to(self.proj[0].weight.dtype)
+        if self.conv3x3x3:  # zero padding in time makes the frames differ, so repeat first
+            return self.proj(condition.expand(-1, -1, num_frames, -1, -1))
+        return self.proj(condition).expand(-1, -1, num_frames, -1, -1)

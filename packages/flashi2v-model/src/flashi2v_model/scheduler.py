@@ -1,0 +1,90 @@
+"""Flow matching: sigmas, interpolation, target.
+
+sigma runs from 0 (video) to 1 (noise); the network sees t = 1000 * sigma.  The Euler integration itself is diffusers'
+`FlowMatchEulerDiscreteScheduler`, given the sigmas of `inference_sigmas`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+
+# The shift grows exponentially on the line through these (tokens of one latent frame, logarithm of the shift).
+_DYNAMIC_SHIFT = ((256, 0.5), (4096, 1.15))
+
+
+class DiffusionConfig(BaseModel):
+    """The `diffusion` part of a configuration file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model_id: Literal["flow_matching"]
+    num_inference_steps: int = Field(50, ge=1)
+    shift: float = Field(7.0, gt=0)
+    guidance_scale: float = Field(5.0, ge=0)
+    use_dynamic_shifting: bool = False
+    use_logitnorm_time_sampling: bool = False
+
+
+def shift_sigma(sigma: Tensor, shift: float | Tensor) -> Tensor:
+    """Return shift * sigma / (1 + (shift - 1) * sigma), any shape."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def dynamic_shift(height: int, width: int) -> float:
+    """Return the shift for a latent grid of `height` x `width` (patch 2x2), Esser et al., arXiv 2403.03206."""
+    (tokens0, log0), (tokens1, log1) = _DYNAMIC_SHIFT
+    slope = (log1 - log0) / (tokens1 - tokens0)
+    return math.exp(log0 + slope * (height * width / 4 - tokens0))
+
+
+def inference_sigmas(num_steps: int) -> list[float]:
+    """Return the sigmas of a sampling run before the shift: `num_steps` even steps down from 1, without the final 0."""
+    return [1 - step / num_steps for step in range(num_steps)]
+
+
+def euler_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
+    """Return the default sampler."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS, shift=shift)
+
+
+def draw_sigmas(generators: Sequence[torch.Generator], *, logit_normal: bool, shift: float | None) -> Tensor:
+    """Draw one training sigma per sample.
+
+    Args:
+        generators: one per sample.
+        logit_normal: sigmoid(N(0, 1)) instead of U(0, 1).
+        shift: as of `dynamic_shift`, or None.
+
+    Returns:
+        (B,) fp32 on the CPU.
+    """
+    if logit_normal:
+        sigma = torch.cat([torch.randn(1, generator=g) for g in generators]).sigmoid()
+    else:
+        sigma = torch.cat([torch.rand(1, generator=g) for g in generators])
+    return sigma if shift is None else shift_sigma(sigma, shift)
+
+
+def interpolate(latents: Tensor, noise: Tensor, shift: Tensor, sigma: Tensor) -> Tensor:
+    """Return x_t = sigma * (noise - s) + (1 - sigma) * (latents - s): (B, C, F, H, W) in fp32.
+
+    Args:
+        latents: z (B, C, F, H, W).
+        noise: eps (B, C, F, H, W).
+        shift: s (B, C, F, H, W), from `flashi2v_model.guide`.
+        sigma: (B,).
+    """
+    sigma = sigma.to(latents.device, torch.float32).view(-1, 1, 1, 1, 1)
+    return sigma * noise.float() + (1 - sigma) * latents.float() - shift.float()
+
+
+def target(latents: Tensor, noise: Tensor) -> Tensor:
+    """Return the velocity that the network learns, noise - latents, in fp32; the shift cancels."""
+    return noise.float() - latents.float()

@@ -1,0 +1,163 @@
+"""The FlashI2V transformer: Wan2.1's text-to-video trunk with Fourier features and latent shift.
+
+B batch, C latent channels, F frames, H W latent grid, N tokens, L text tokens, D width.
+"""
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, layer_norm, rope_tables
+
+
+class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Velocity network of FlashI2V.
+
+    Parameter and config names follow diffusers' `WanTransformer3DModel`, plus `learnable_proj` (the latent shift phi)
+    and `fourier_embedding`.
+
+    Args:
+        patch_size: (frames, height, width) of latent per token.
+        num_attention_heads: K; the width is D = K * attention_head_dim.
+        attention_head_dim: d.
+        in_channels: channels of the noisy latent, and of the Fourier features.
+        out_channels: channels of the velocity.
+        text_dim: width of the text encoder's states.
+        freq_dim: width of the sinusoidal time embedding.
+        ffn_dim: hidden width of the MLP.
+        num_layers: number of blocks.
+        cross_attn_norm: affine layer norm before cross attention.
+        qk_norm: "rms_norm_across_heads", or None for none.
+        eps: of all norms.
+        rope_max_seq_len: longest side of the token grid.
+        conv3x3x3_proj: the shift's convolutions reach over time (the released NPU model).
+        low_freq_proj: the shift reads the low-pass of the condition instead of the condition.
+        fft_return_abs: the high-pass features are magnitudes.
+    """
+
+    _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers declares it so)
+    _keep_in_fp32_modules = ["time_embedder", "time_proj", "scale_shift_table", "norm_q", "norm_k", "norm2"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 8960,
+        num_layers: int = 30,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        rope_max_seq_len: int = 1024,
+        conv3x3x3_proj: bool = True,
+        low_freq_proj: bool = False,
+        fft_return_abs: bool = True,
+    ) -> None:
+        super().__init__()
+        if qk_norm not in ("rms_norm_across_heads", None):
+            raise ValueError(f"qk_norm must be 'rms_norm_across_heads' or None, got {qk_norm!r}")
+        if attention_head_dim % 2:
+            raise ValueError(f"attention_head_dim must be even for rotary embedding, got {attention_head_dim}")
+        patch = (patch_size[0], patch_size[1], patch_size[2])
+        dim = num_attention_heads * attention_head_dim
+        self.patch_embedding = nn.Conv3d(in_channels, dim, patch, stride=patch)
+        self.fourier_embedding = nn.Sequential(
+            nn.Conv3d(in_channels, dim, patch, stride=patch), nn.Conv3d(dim, dim, kernel_size=1)
+        )
+        self.learnable_proj = LatentShift(in_channels, conv3x3x3_proj)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim, ffn_dim, num_attention_heads, qk_norm=qk_norm is not None, cross_attn_norm=cross_attn_norm, eps=eps
+            )
+            for _ in range(num_layers)
+        )
+        self.proj_out = FP32Linear(dim, out_channels * patch[0] * patch[1] * patch[2])
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set training's start values: Wan2.1's for the trunk; the new layers start as if they were not there."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        embedder = self.condition_embedder
+        for mlp in (embedder.time_embedder, embedder.text_embedder):
+            nn.init.normal_(mlp.linear_1.weight, std=0.02)
+            nn.init.normal_(mlp.linear_2.weight, std=0.02)
+        for embedding in (self.patch_embedding, self.fourier_embedding[0]):
+            nn.init.xavier_uniform_(embedding.weight.flatten(1))
+        for last in (self.proj_out, self.fourier_embedding[1], self.learnable_proj.proj[2]):
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        fourier_features: Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity eps - z.
+
+        Args:
+            hidden_states: (B, C, F, H, W), the shifted noisy latent; H and W divisible by the patch.
+            timestep: (B,), 1000 * sigma; every sample may have its own.
+            encoder_hidden_states: (B, L, text_dim), padding positions zeroed.
+            fourier_features: (B, C, F, H, W), from `flashi2v_model.guide`.
+            return_dict: return a `Transformer2DModelOutput` instead of a tuple.
+
+        Returns:
+            (B, C, F, H, W) in fp32.
+
+        Raises:
+            ValueError: shapes do not match each other or the patch.
+        """
+        grid = self._token_grid(hidden_states, timestep, fourier_features)
+        dtype = self.patch_embedding.weight.dtype
+        tokens = self.patch_embedding(hidden_states.to(dtype)) + self.fourier_embedding(fourier_features.to(dtype))
+        x = tokens.flatten(2).transpose(1, 2)  # (B, N, D)
+        rope = rope_tables(grid, self.config.attention_head_dim, x.device)
+        time, modulation, context = self.condition_embedder(timestep, encoder_hidden_states)
+        for block in self.blocks:
+            x = block(x, context, modulation, rope)
+
+        shift, scale = (self.scale_shift_table.to(time.dtype) + time[:, None]).chunk(2, dim=1)  # (B, 1, D) each
+        out = self.proj_out(layer_norm(x, self.config.eps) * (1 + scale) + shift)  # (B, N, C*patch)
+        velocity = self._unpatchify(out, grid)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _token_grid(self, latents: Tensor, timestep: Tensor, features: Tensor) -> tuple[int, int, int]:
+        if latents.ndim != 5 or features.shape != latents.shape:
+            raise ValueError(
+                "hidden_states and fourier_features must both be (B, C, F, H, W), "
+                f"got {tuple(latents.shape)} and {tuple(features.shape)}"
+            )
+        if timestep.shape != latents.shape[:1]:
+            raise ValueError(f"timestep must be (B,) = ({latents.shape[0]},), got {tuple(timestep.shape)}")
+        sizes = tuple(latents.shape[2:])
+        patch = self.config.patch_size
+        if any(size % step for size, step in zip(sizes, patch)):
+            raise ValueError(f"latent (F, H, W) = {sizes} is not divisible by the patch {tuple(patch)}")
+        frames, height, width = (size // step for size, step in zip(sizes, patch))
+        if max(frames, height, width) > self.config.rope_max_seq_len:
+            raise ValueError(
+                f"token grid {(frames, height, width)} exceeds rope_max_seq_len = {self.config.rope_max_seq_len}"
+            )
+        return frames, height, width
+
+    def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        x = x.unflatten(-1, (*self.config.patch_size, self.config.out_channels))
+        x = x.unflatten(1, grid)  # (B, f, h, w, pf, ph, pw, C)
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, f, pf, h, ph, w, pw)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, C, F, H, W)

@@ -1,0 +1,145 @@
+"""The transformer against reference numbers and against diffusers."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from golden import SMALL, number, small_model, tensor, weight
+from torch import Tensor
+
+from flashi2v_model import FlashI2VTransformer3DModel, convert_state_dict
+from flashi2v_model.layers import timestep_embedding
+
+TIMESTEP = torch.tensor([737.25, 41.5])
+CLOSE = {"atol": 5e-5, "rtol": 0.0}
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (2, 16, 3, 8, 12)
+    return (
+        tensor("in:latents", shape, 3**0.5),
+        TIMESTEP,
+        tensor("in:text", (2, 16, 24)),
+        tensor("in:fourier", shape),
+    )
+
+
+@torch.no_grad()
+def test_the_whole_forward_equals_the_reference():
+    output = small_model()(*inputs()).sample
+    torch.testing.assert_close(output, number("dit/main_b2"), **CLOSE)
+
+
+@torch.no_grad()
+def test_samples_of_a_batch_may_have_different_timesteps():
+    model, batch = small_model(), inputs()
+    together = model(*batch, return_dict=False)[0]
+    for i in range(2):
+        alone = model(*(x[i : i + 1] for x in batch), return_dict=False)[0]
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0.0)
+
+
+@torch.no_grad()
+def test_the_trunk_equals_diffusers_with_the_same_weights():
+    """With the Fourier branch at its zero start the model is Wan2.1."""
+    model = small_model()
+    torch.nn.init.zeros_(model.fourier_embedding[1].weight)
+    torch.nn.init.zeros_(model.fourier_embedding[1].bias)
+    wan = WanTransformer3DModel(**SMALL)
+    trunk = {k: v for k, v in model.state_dict().items() if not k.startswith(("fourier_embedding", "learnable_proj"))}
+    wan.load_state_dict(trunk)
+    latents, timestep, text, fourier = inputs()
+    ours = model(latents, timestep, text, fourier).sample
+    theirs = wan(hidden_states=latents, timestep=timestep, encoder_hidden_states=text).sample
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    torch.testing.assert_close(ours, number("dit/main_t2v_trunk_b2"), **CLOSE)
+    torch.testing.assert_close(ours, number("dit/diffusers_b2"), **CLOSE)
+
+
+@torch.no_grad()
+def test_time_embedding_and_shift_equal_the_reference():
+    model = small_model()
+    torch.testing.assert_close(timestep_embedding(TIMESTEP, 32), number("dit/main_sinus"), atol=1e-6, rtol=0.0)
+    time, _, _ = model.condition_embedder(TIMESTEP, inputs()[2])
+    torch.testing.assert_close(time, number("dit/main_times"), **CLOSE)
+    shift = model.learnable_proj(number("dit/in/start_frame_latents"), 3)
+    torch.testing.assert_close(shift, number("dit/main_proj_conv333"), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_shift_without_reach_in_time_is_the_same_in_every_frame():
+    model = small_model(conv3x3x3_proj=False)
+    condition = tensor("condition", (1, 16, 1, 8, 12))
+    shift = model.learnable_proj(condition, 3)
+    assert torch.equal(shift, model.learnable_proj.proj(condition.repeat(1, 1, 3, 1, 1)))
+
+
+def test_the_new_layers_start_as_if_they_were_not_there():
+    torch.manual_seed(0)
+    model = FlashI2VTransformer3DModel(**SMALL)
+    condition = torch.randn(1, 16, 1, 8, 12)
+    assert (model.learnable_proj(condition, 3) == 0).all()
+    latents, timestep, text, fourier = (x[:1] for x in inputs())
+    torch.nn.init.xavier_uniform_(model.proj_out.weight)  # a zero head would hide everything
+    without = model(latents, timestep, text, torch.zeros_like(fourier)).sample
+    assert torch.equal(model(latents, timestep, text, fourier).sample, without)
+    assert without.abs().max() > 0
+
+
+def test_a_bf16_model_computes_its_islands_in_fp32(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    model = FlashI2VTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert model.blocks[0].scale_shift_table.dtype == torch.float32
+    seen = {}
+    model.condition_embedder.time_embedder.register_forward_hook(lambda *a: seen.update(time=a[2].dtype))
+    model.blocks[0].norm2.register_forward_hook(lambda *a: seen.update(norm=a[2].dtype))
+    output = model(*inputs()).sample
+    assert seen == {"time": torch.float32, "norm": torch.bfloat16}
+    assert output.dtype == torch.float32
+    exact = number("dit/main_b2")
+    assert (output - exact).norm() < 0.02 * exact.norm()
+
+
+def test_saved_and_loaded_is_the_same_model(tmp_path):
+    model = small_model(conv3x3x3_proj=False, low_freq_proj=True)
+    model.save_pretrained(tmp_path)
+    loaded = FlashI2VTransformer3DModel.from_pretrained(tmp_path)
+    assert dict(loaded.config)["low_freq_proj"] is True
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+
+
+def test_peft_lora_finds_the_trunk_by_diffusers_names():
+    peft = pytest.importorskip("peft")
+    model = small_model()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    adapted = [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
+    assert len(adapted) == 3 * 2 * 4
+
+
+def test_every_parameter_learns():
+    model = small_model()
+    model.learnable_proj(number("dit/in/start_frame_latents"), 3).square().sum().backward()
+    model(*inputs()).sample.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({0: torch.zeros(2, 16, 3, 7, 12), 3: torch.zeros(2, 16, 3, 7, 12)}, "not divisible by the patch"),
+        ({3: torch.zeros(2, 16, 1, 8, 12)}, "must both be"),
+        ({1: torch.tensor([1.0])}, "timestep"),
+    ],
+)
+def test_wrong_shapes_are_named(change, words):
+    arguments = [change.get(i, value) for i, value in enumerate(inputs())]
+    with pytest.raises(ValueError, match=words):
+        small_model()(*arguments)
+
+
+def test_hashed_weights_are_those_of_the_reference():
+    """Guards the test's own generator: sum and first value of one weight, in the reference's layout."""
+    value = weight("blocks.0.self_attn.q.weight", (96, 96))
+    canonical = convert_state_dict(small_model().state_dict(), target="main")
+    assert torch.equal(canonical["blocks.0.self_attn.q.weight"], value)
+    assert value.abs().max() <= (3 / 96) ** 0.5
