@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -67,7 +67,12 @@ def filter_command(*, filter_config: Annotated[Path, Parameter(name="--filter_co
 
 @app.command(name="inspect")
 def inspect_command(
-    path: Path, /, *, limit: Positive | None = None, plots: Path | None = None, open_videos: bool = False
+    path: Path,
+    /,
+    *,
+    limit: Positive | None = None,
+    plots: Path | None = None,
+    open_videos: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Show what an LMDB, or a folder of them, holds, and which videos are missing.
 
@@ -95,13 +100,6 @@ def inspect_command(
         print(f"plot       {chart}")
 
 
-def _parse_size(_hint: Any, tokens: Any) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", tokens[0].value)
-    if match is None:
-        raise ValueError(f"expected HEIGHTxWIDTH such as 64x96, got {tokens[0].value!r}")
-    return int(match[1]), int(match[2])
-
-
 @app.command(name="shapes")
 def shapes_command(
     directory: Path,
@@ -109,7 +107,7 @@ def shapes_command(
     *,
     num: Positive = 100,
     seed: int = 0,
-    size: Annotated[tuple[int, int], Parameter(converter=_parse_size, n_tokens=1, accepts_keys=False)] = (64, 96),
+    size: str = "64x96",
     frames: Positive = 17,
     fps: Positive = 16,
 ) -> None:
@@ -134,7 +132,10 @@ def shapes_command(
     """
     from flashi2v_data.shapes import write_shapes
 
-    write_shapes(directory, num, seed, *size, frames, fps)
+    match = re.fullmatch(r"(\d+)x(\d+)", size)
+    if match is None:
+        raise InputError(f"--size: expected HEIGHTxWIDTH such as 64x96, got {size!r}")
+    write_shapes(directory, num, seed, int(match[1]), int(match[2]), frames, fps)
     print(f"{num} videos in {directory}; filter them with ann_txt_path: '{directory / 'videos.txt'}'")
 
 

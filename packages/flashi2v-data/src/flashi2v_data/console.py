@@ -36,8 +36,9 @@ def run(app: cyclopts.App, *, errors: tuple[type[Exception], ...] = (InputError,
     An interrupt exits 130; any other exception propagates, so Python prints its traceback and exits 1.
     """
     configure_logging()
+    app.suppress_keyboard_interrupt = False  # cyclopts would exit without a word
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         _fail(app, _usage_fault(error), 2)
     except errors as error:

@@ -73,9 +73,18 @@ def _read_decord(path: str, indices: list[int]) -> NDArray[np.uint8]:
     except DecodeError:
         raise
     except (RuntimeError, decord.DECORDError) as error:
+        if "DECORDArrayCopyFromTo" in str(error):
+            # decord 0.6 takes the rows of some narrow pictures (48 and 72 pixels) for four channels wide.
+            _note_width()
+            return _read_pyav(path, indices)
         lines = str(error).strip().splitlines()
         raise DecodeError(path, lines[0] if lines else "damaged") from error
     return frames
+
+
+@functools.cache
+def _note_width() -> None:
+    logger.info("decord cannot copy frames of this width: they are decoded by pyav, which gives the same frames")
 
 
 def _read_pyav(path: str, indices: list[int]) -> NDArray[np.uint8]:

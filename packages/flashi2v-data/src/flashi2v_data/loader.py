@@ -1,7 +1,9 @@
 """Batches of samples that can be resumed where they were delivered."""
 
 import logging
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from typing import TypedDict
 
 import torch
@@ -100,6 +102,7 @@ class StatefulLoader:
             collate_fn=collate,
             pin_memory=config.pin_memory and torch.accelerator.is_available(),
             persistent_workers=config.num_workers > 0,
+            multiprocessing_context=_worker_context() if config.num_workers > 0 else None,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -129,6 +132,16 @@ class StatefulLoader:
         """
         self._sampler.load_state_dict(state)
         self._delivered = {**state}
+
+
+def _worker_context() -> BaseContext:
+    """Start workers from a clean process: forked from one that has decoded or computed, they may deadlock."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Torch is then imported once, not by every worker.
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 class _Batches:

@@ -105,7 +105,10 @@ def _environment(path: str) -> lmdb.Environment:
     if environment is None:
         # Without locks read-only media work, and no reader slots are left behind by workers that die. Read-ahead
         # would only evict other pages: samples are read in random order.
-        environment = lmdb.open(path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False)
+        try:
+            environment = lmdb.open(path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False)
+        except lmdb.Error as error:
+            raise InputError(f"{path}: cannot be opened as LMDB: {str(error).removeprefix(f'{path}: ')}") from None
         _environments[path] = environment
     return environment
 

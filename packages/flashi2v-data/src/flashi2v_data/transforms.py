@@ -1,5 +1,6 @@
 """From decoded frames to the model's input. T frames, H W height and width."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from flashi2v_data.config import CropResize, Norm, ToTensor, TransformPipeline
+from flashi2v_data.config import CropResize, CropResizeParam, Norm, NormParam, ToTensor, TransformPipeline
 from flashi2v_data.errors import InputError
 
 
@@ -61,16 +62,17 @@ def normalise(video: Tensor, mean: float = 0.5, std: float = 0.5) -> Tensor:
 
 
 def build_transform(pipeline: TransformPipeline) -> Callable[[NDArray[np.uint8]], Tensor]:
-    """Make the function that a `transform_pipeline` describes: (T, H, W, 3) uint8 to (3, T, h, w) float32."""
+    """Make the function that a `transform_pipeline` describes: (T, H, W, 3) uint8 to (3, T, h, w) float32.
+
+    It can be pickled, so loader workers may be given it.
+    """
     resize, convert, norm = pipeline.video
     assert isinstance(resize, CropResize)
     assert isinstance(convert, ToTensor)
     assert isinstance(norm, Norm)
-    size, shift = resize.param, norm.param
-    height, width = pipeline.size
+    return functools.partial(_transform, size=pipeline.size, resize=resize.param, norm=norm.param)
 
-    def transform(frames: NDArray[np.uint8]) -> Tensor:
-        cropped = center_crop_resize(frames, height, width, size.interpolation_mode, size.antialias, size.align_corners)
-        return normalise(to_tensor(cropped), shift.mean, shift.std)
 
-    return transform
+def _transform(frames: NDArray[np.uint8], *, size: tuple[int, int], resize: CropResizeParam, norm: NormParam) -> Tensor:
+    frames = center_crop_resize(frames, *size, resize.interpolation_mode, resize.antialias, resize.align_corners)
+    return normalise(to_tensor(frames), norm.mean, norm.std)

@@ -1,0 +1,118 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashi2v_data.config import DataConfig, FilterConfig
+from flashi2v_data.filter import filter_records
+from flashi2v_data.records import Annotation, read_entries
+from flashi2v_data.shapes import write_shapes
+from flashi2v_data.store import write_store
+
+HEIGHT, WIDTH, NUM_FRAMES, NUM_VIDEOS = 32, 48, 13, 12
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """A directory of small moving-shapes videos."""
+    directory = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(directory, NUM_VIDEOS, 7, HEIGHT, WIDTH, NUM_FRAMES)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def store_path(shapes: Path) -> Path:
+    """An LMDB of the moving-shapes videos, filtered for 5 frames at 16 fps."""
+    config = FilterConfig(**filter_settings())
+    entries = read_entries(Annotation(str(shapes), str(shapes / "videos.json")))
+    return write_store(shapes.parent / "shapes.lmdb", filter_records(entries, config), config.model_dump())
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory) -> Path:
+    """A word-level tokenizer of the real class, saved as a user's would be."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "</s>", "<unk>", "a", "small", "medium", "large", "moves", "to", "the", "on", "red", "circle"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(path)
+    return path
+
+
+def filter_settings(**changes: Any) -> dict[str, Any]:
+    return {
+        "ann_txt_path": "videos.txt",
+        "save_path": "lmdb",
+        "sample_height": HEIGHT,
+        "sample_width": WIDTH,
+        "sample_num_frames": 5,
+        "min_hxw": 1,
+        "train_fps": 16,
+        "max_h_div_w_ratio": 1.2,
+        "min_h_div_w_ratio": 0.4,
+    } | changes
+
+
+def data_settings(store: Path, tokenizer: Path) -> dict[str, Any]:
+    return {
+        "dataset_param": {
+            "dataset_type": "flashi2v",
+            "metafile_or_dir_path": str(store),
+            "text_tokenizer_path": str(tokenizer),
+            "sample_height": HEIGHT,
+            "sample_width": WIDTH,
+            "sample_num_frames": 5,
+            "train_fps": 16,
+            "text_drop_ratio": 0.3,
+            "tokenizer_max_length": 8,
+            "return_prompt_mask": True,
+            "transform_pipeline": {
+                "video": [
+                    {
+                        "trans_type": "CenterCropResizeVideo",
+                        "param": {"transform_size": [HEIGHT, WIDTH], "align_corners": False, "antialias": True},
+                    },
+                    {"trans_type": "ToTensorVideo"},
+                    {"trans_type": "norm_fun", "param": {"mean": 0.5, "std": 0.5}},
+                ]
+            },
+        },
+        "dataloader_param": {
+            "dataloader_mode": "sampler",
+            "sampler_type": "StatefulDistributedSampler",
+            "collate_param": {"model_name": "flashi2v"},
+            "shuffle": True,
+            "drop_last": True,
+            "pin_memory": True,
+            "num_workers": 0,
+        },
+    }
+
+
+@pytest.fixture
+def filter_config():
+    """FilterConfig(...) with some settings changed."""
+    return lambda **changes: FilterConfig(**filter_settings(**changes))
+
+
+@pytest.fixture
+def raw_data_config(store_path: Path, tokenizer_path: Path) -> dict[str, Any]:
+    """What a data.json over the moving shapes holds."""
+    return data_settings(store_path, tokenizer_path)
+
+
+@pytest.fixture
+def data_config(raw_data_config):
+    """DataConfig with some settings of dataset_param changed."""
+
+    def make(num_workers: int = 0, **changes: Any) -> DataConfig:
+        raw = json.loads(json.dumps(raw_data_config))
+        raw["dataset_param"].update(changes)
+        raw["dataloader_param"]["num_workers"] = num_workers
+        return DataConfig(**raw)
+
+    return make

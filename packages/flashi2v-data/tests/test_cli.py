@@ -1,0 +1,147 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashi2v_data.store import open_store
+
+FILTER = """\
+ann_txt_path: shapes/videos.txt # as the reference's file
+save_path: lmdb
+sample_height: 32
+sample_width: 48
+sample_num_frames: 5
+min_hxw: 1000
+train_fps: 16
+max_h_div_w_ratio: 1.2
+min_h_div_w_ratio: 0.4
+"""
+
+
+def _run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flashi2v_data.cli", *arguments]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A directory in which shapes were written and filtered by the commands."""
+    place = tmp_path_factory.mktemp("cli")
+    made = _run(place, "shapes", "shapes", "--num", "6", "--seed", "5", "--size", "32x48", "--frames", "7")
+    assert (made.returncode, made.stderr) == (0, "")
+    (place / "filter.yaml").write_text(FILTER)
+    meta = place / "shapes" / "videos.json"
+    entries = json.loads(meta.read_text())
+    entries[1]["fps"] = None
+    entries[2]["path"] = "videos/missing.mp4"
+    del entries[3]["num_frames"]
+    entries.append({"path": "videos/also-missing.mp4", "cap": "a cap"})
+    meta.write_text(json.dumps(entries))
+    filtered = _run(place, "filter", "--filter_config", "filter.yaml", "--jobs", "2")
+    assert (filtered.returncode, filtered.stderr) == (0, "")
+    assert "written to lmdb/filtered_samples_5.lmdb" in filtered.stdout
+    return place
+
+
+def test_filter_writes_the_store_and_its_reports(place):
+    assert sorted(path.name for path in (place / "lmdb").iterdir()) == [
+        "filtered_samples_5.lmdb",
+        "report.json",
+        "report.txt",
+    ]
+    report = json.loads((place / "lmdb" / "report.json").read_text())
+    assert (report["total"], report["kept"]) == (7, 5)
+    assert {key: count for key, count in report["dropped"].items() if count} == {"no_fps": 1, "unreadable": 1}
+    assert "no_fps                     1  fps is not a positive number" in (place / "lmdb/report.txt").read_text()
+    store = open_store(place / "lmdb")
+    assert len(store) == 5
+    assert store[2]["num_frames"] == 7
+    assert store.config["train_fps"] == 16
+
+
+def test_filter_never_mixes_two_results_in_one_folder(place):
+    again = _run(place, "filter", "--filter-config", "filter.yaml")
+    assert again.returncode == 2
+    assert again.stderr.startswith("flashi2v-data: save_path holds lmdb/filtered_samples_5.lmdb already")
+
+
+def test_inspect_counts_and_shows(place):
+    result = _run(place, "inspect", "lmdb", "--open-videos")
+    assert (result.returncode, result.stderr) == (0, "")
+    for expected in (
+        "records    5\n",
+        "setting    train_fps: 16.0\n",
+        "resolution 32x48 (5)\n",
+        "fps        16.0 (5)\n",
+        "frames     7 to 7\n",
+        "missing    1 videos\n",
+        "missing.mp4\n",
+    ):
+        assert expected in result.stdout
+    assert result.stdout.count("example ") == 3
+
+
+def test_inspect_reports_videos_that_cannot_be_opened(place):
+    path = place / "shapes/videos/000000.mp4"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(b"no video")
+        opened, looked = _run(place, "inspect", "lmdb", "--open-videos"), _run(place, "inspect", "lmdb")
+    finally:
+        path.write_bytes(whole)
+    assert "unreadable 1 videos\n           cannot read video" in opened.stdout
+    assert "unreadable" not in looked.stdout
+
+
+def test_inspect_stops_at_its_limit_and_plots(place):
+    result = _run(place, "inspect", "lmdb/filtered_samples_5.lmdb", "--limit", "2", "--plots", "plots")
+    assert result.returncode == 0
+    assert "records    5, looked at the first 2\n" in result.stdout
+    assert "resolution 32x48 (2)\n" in result.stdout
+    names = {path.name for path in (place / "plots").iterdir()}
+    assert names == {"fps.png", "num_frames.png", "resolution.png", "caption_words.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (place / "plots").iterdir())
+
+
+def test_plots_without_matplotlib_say_how_to_install_it(place):
+    program = "import sys; sys.modules['matplotlib'] = None; from flashi2v_data.cli import main; main()"
+    command = [sys.executable, "-c", program, "inspect", "lmdb", "--plots", "elsewhere"]
+    result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "pip install 'flashi2v-data[plots]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["filter"], "--filter_config"),
+        (["filter", "--filter_config", "nothing.yaml"], "nothing.yaml: no such file"),
+        (["filter", "--filter_config", "filter.yaml", "--jobs", "0"], "--jobs"),
+        (["filter", "--filter_config", "shapes/videos.txt"], "shapes/videos.txt: must hold settings"),
+        (["inspect", "nowhere"], "nowhere: no such LMDB"),
+        (["inspect", "shapes"], "shapes: neither an LMDB nor a folder"),
+        (["shapes", "shapes"], "exists: name a new directory"),
+        (["shapes", "new", "--size", "64"], "--size: expected HEIGHTxWIDTH"),
+        (["shapes", "new", "--sise", "64x64"], "Unknown option"),
+        (["select"], "Unknown command"),
+    ],
+)
+def test_bad_input_exits_2_with_one_line(place, arguments, expected):
+    before = sorted(path.name for path in place.iterdir())
+    result = _run(place, *arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("flashi2v-data: ")
+    assert expected in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["filter", "inspect", "shapes"])
+def test_help_has_an_example(tmp_path, command):
+    result = _run(tmp_path, command, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"Example: flashi2v-data {command}" in result.stdout

@@ -1,0 +1,130 @@
+import multiprocessing
+import operator
+import pickle
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import lmdb
+import pytest
+
+from flashi2v_data.errors import InputError
+from flashi2v_data.store import open_store, write_store
+
+
+def _records(num: int, name: str = "v") -> list[dict]:
+    return [
+        {
+            "path": f"{name}{number}.mp4",
+            "cap": ["é", "b"] if number % 2 else "c",
+            "resolution": {"height": 2, "width": 3},
+            "fps": 29.97,
+            "num_frames": number,
+            "start_frame_idx": 0,
+        }
+        for number in range(num)
+    ]
+
+
+def test_records_come_back_in_order(tmp_path):
+    records = _records(2500)
+    path = write_store(tmp_path / "a_{count}.lmdb", iter(records), {"train_fps": 16})
+    assert path == tmp_path / "a_2500.lmdb"
+    store = open_store(path)
+    assert len(store) == 2500
+    assert list(store) == records
+    assert store[2499] == records[2499]
+    assert store.config == {"train_fps": 16}
+    for index in (2500, -1):
+        with pytest.raises(IndexError):
+            store[index]
+
+
+def test_a_store_grows_beyond_its_first_map(tmp_path):
+    big = {**_records(1)[0], "cap": "x" * 200_000}
+    store = open_store(write_store(tmp_path / "big.lmdb", (big for _ in range(400)), {}))  # 80 MB
+    assert len(store) == 400
+    assert store[399] == big
+
+
+def test_an_empty_store_has_length_0(tmp_path):
+    assert len(open_store(write_store(tmp_path / "empty.lmdb", [], {}))) == 0
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path):
+    def failing():
+        yield from _records(1500)
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        write_store(tmp_path / "a.lmdb", failing(), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_store_is_never_overwritten(tmp_path):
+    write_store(tmp_path / "a_3.lmdb", _records(3), {})
+    for name in ("a_3.lmdb", "a_{count}.lmdb"):
+        with pytest.raises(InputError, match="exists: remove it"):
+            write_store(tmp_path / name, _records(3, "new"), {})
+    assert open_store(tmp_path / "a_3.lmdb")[0]["path"] == "v0.mp4"
+    assert [path.name for path in tmp_path.iterdir()] == ["a_3.lmdb"]
+
+
+def test_a_folder_is_one_sequence_in_the_order_of_names(tmp_path):
+    for name, num in (("b", 2), ("a", 3), ("c", 0), ("d", 1)):
+        write_store(tmp_path / f"{name}.lmdb", _records(num, name), {"train_fps": 16, "save_path": name})
+    store = open_store(tmp_path)
+    paths = [record["path"] for record in store]
+    assert paths == ["a0.mp4", "a1.mp4", "a2.mp4", "b0.mp4", "b1.mp4", "d0.mp4"]
+
+
+def test_a_folder_of_differently_filtered_stores_is_refused(tmp_path):
+    write_store(tmp_path / "a.lmdb", _records(1), {"train_fps": 16})
+    write_store(tmp_path / "b.lmdb", _records(1), {"train_fps": 24})
+    with pytest.raises(InputError, match=r"b\.lmdb was filtered with other settings"):
+        open_store(tmp_path)
+
+
+def test_what_is_no_store_says_so(tmp_path):
+    with pytest.raises(InputError, match="no such LMDB"):
+        open_store(tmp_path / "nothing.lmdb")
+    with pytest.raises(InputError, match="neither an LMDB nor a folder"):
+        open_store(tmp_path)
+    with lmdb.open(str(tmp_path / "foreign.lmdb")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"0", b"x")
+    with pytest.raises(InputError, match="without the header"):
+        open_store(tmp_path / "foreign.lmdb")
+    (tmp_path / "text.lmdb").write_text("hello")
+    with pytest.raises(InputError, match="cannot be opened as LMDB"):
+        open_store(tmp_path / "text.lmdb")
+
+
+def test_two_stores_may_open_the_same_file(tmp_path):
+    path = write_store(tmp_path / "a.lmdb", _records(3), {})
+    first, second = open_store(path), open_store(path)
+    assert first[1] == second[1]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_store_in_use_may_be_handed_to_processes(tmp_path, method):
+    store = open_store(write_store(tmp_path / "a.lmdb", _records(50), {}))
+    assert store[0]["path"] == "v0.mp4"
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as pool:
+        records = list(pool.map(operator.getitem, [store] * 50, range(50)))
+    assert records == list(store)
+
+
+def test_a_forked_child_reads_through_the_store_it_inherited(tmp_path):
+    store = open_store(write_store(tmp_path / "a.lmdb", _records(50), {}))
+    assert store[0]["path"] == "v0.mp4"
+    child = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(store[7]["path"] != "v7.mp4"))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert store[3]["path"] == "v3.mp4"
+
+
+def test_a_pickled_store_is_small_and_opens_again(tmp_path):
+    store = open_store(write_store(tmp_path / "a.lmdb", _records(1000), {}))
+    data = pickle.dumps(store)
+    assert len(data) < 2000
+    assert pickle.loads(data)[999]["path"] == "v999.mp4"

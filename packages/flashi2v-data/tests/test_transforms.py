@@ -1,0 +1,106 @@
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flashi2v_data.config import TransformPipeline
+from flashi2v_data.errors import InputError
+from flashi2v_data.transforms import build_transform, center_crop_resize, normalise, to_tensor
+
+REFERENCE = np.load(Path(__file__).with_name("transforms.npz"))
+
+
+def _noise(name: str, count: int) -> np.ndarray:
+    """Numbers in [-1, 1) from a hash of name and position, of which the reference numbers were computed."""
+    x = (np.arange(count, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(zlib.crc32(name.encode()))) % 2**32
+    for shift, factor in ((16, 2246822519), (13, 3266489917)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor) % 2**32
+    return (x ^ (x >> np.uint64(16))) / 2**31 - 1
+
+
+def _frame(height: int, width: int) -> np.ndarray:
+    values = np.floor((_noise(f"tf:{height}x{width}", 3 * height * width) + 1) * 128)
+    return values.astype(np.uint8).reshape(1, 3, height, width).transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(("release", "interpolation"), [("npu", "bilinear"), ("main", "bicubic")])
+@pytest.mark.parametrize(("old", "new"), [((54, 96), (30, 52)), ((97, 41), (24, 40))])
+def test_crop_and_resize_equals_the_reference_within_one_level(release, interpolation, old, new):
+    result = center_crop_resize(_frame(*old), *new, interpolation)
+    expected = REFERENCE[f"{release}/{old[0]}x{old[1]}_to_{new[0]}x{new[1]}"].transpose(1, 2, 0)
+    assert result.shape == (1, *new, 3)
+    assert np.abs(result[0].astype(int) - expected).max() <= 1
+
+
+def test_the_whole_pipeline_equals_the_reference():
+    pipeline = TransformPipeline(
+        video=[
+            {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [30, 52]}},
+            {"trans_type": "ToTensorVideo"},
+            {"trans_type": "norm_fun", "param": {"mean": 0.5, "std": 0.5}},
+        ]
+    )
+    video = build_transform(pipeline)(_frame(54, 96))
+    assert video.shape == (3, 1, 30, 52)
+    assert video.dtype == torch.float32
+    expected = REFERENCE["npu/54x96_to_30x52/normalised"]
+    assert np.abs(video[:, 0, :4, :4].numpy() - expected).max() <= 2 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_settings_of_the_pipeline_reach_the_resize(antialias):
+    frames = _frame(54, 96)
+    param = {
+        "transform_size": [16, 32],
+        "antialias": antialias,
+        "align_corners": True,
+        "interpolation_mode": "bicubic",
+    }
+    steps = [{"trans_type": "CenterCropResizeVideo", "param": param}, {"trans_type": "ToTensorVideo"}]
+    pipeline = TransformPipeline(video=[*steps, {"trans_type": "norm_fun", "param": {"mean": 0.25, "std": 2.0}}])
+    expected = normalise(to_tensor(center_crop_resize(frames, 16, 32, "bicubic", antialias, True)), 0.25, 2.0)
+    assert torch.equal(build_transform(pipeline)(frames), expected)
+    assert not np.array_equal(
+        center_crop_resize(frames, 16, 32, "bicubic", antialias, True),
+        center_crop_resize(frames, 16, 32, "bicubic", not antialias, True),
+    )
+
+
+def test_crop_and_resize_agrees_with_pillow():
+    frames = _frame(54, 96)
+    picture = Image.fromarray(frames[0]).resize((54, 30), Image.Resampling.BILINEAR)  # 53.3 wide covers, rounded up
+    expected = np.asarray(picture)[:, 1:53]
+    assert np.abs(center_crop_resize(frames, 30, 52)[0].astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("old", "new"), [((480, 832), (480, 832)), ((54, 96), (54, 40)), ((90, 30), (40, 30))])
+def test_a_side_that_fits_is_only_cropped(old, new):
+    frames = _frame(*old)
+    top, left = round((old[0] - new[0]) / 2), round((old[1] - new[1]) / 2)
+    expected = frames[:, top : top + new[0], left : left + new[1]]
+    assert np.array_equal(center_crop_resize(frames, *new), expected)
+
+
+def test_every_frame_is_treated_alike():
+    frames = np.concatenate([_frame(54, 96), _frame(54, 96)[:, ::-1]])
+    result = center_crop_resize(frames, 16, 32)
+    for number in range(2):
+        assert np.array_equal(result[number], center_crop_resize(frames[number : number + 1], 16, 32)[0])
+
+
+def test_frames_of_another_kind_are_refused():
+    for frames in (_frame(54, 96)[0], _frame(54, 96).astype(np.float32), _frame(54, 96).transpose(0, 3, 1, 2)):
+        with pytest.raises(InputError, match="frames must be uint8"):
+            center_crop_resize(frames, 16, 32)
+
+
+def test_the_range_of_uint8_maps_to_minus_one_to_one():
+    frames = np.zeros((2, 4, 5, 3), dtype=np.uint8)
+    frames[1, 2, 3] = (255, 51, 0)
+    video = normalise(to_tensor(frames))
+    assert video.shape == (3, 2, 4, 5)
+    assert video[:, 1, 2, 3].tolist() == pytest.approx([1.0, -0.6, -1.0])
+    assert (video[:, 0] == -1).all()
