@@ -19,6 +19,7 @@ def test_every_public_name_can_be_imported():
     ("statement", "heavy"),
     [
         ("import flashi2v_data", {"torch", "av", "numpy", "lmdb", "pydantic", "transformers", "decord"}),
+        ("import flashi2v_data.cli, flashi2v_data.filter", {"torch", "av", "transformers", "decord", "matplotlib"}),
         ("import flashi2v_data.dataset, flashi2v_data.loader", {"av", "decord", "transformers", "matplotlib"}),
     ],
 )

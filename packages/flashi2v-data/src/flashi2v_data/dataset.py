@@ -11,7 +11,7 @@ from flashi2v_data.captions import clean_caption
 from flashi2v_data.config import DatasetParam
 from flashi2v_data.decode import read_frames, resolve_backend
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.frames import frame_indices, frame_interval, temporal_crop
+from flashi2v_data.frames import frame_indices, frame_interval
 from flashi2v_data.randomness import generator
 from flashi2v_data.records import Record
 from flashi2v_data.sampler import SampleKey
@@ -147,3 +147,14 @@ def _check_fit(store: LmdbStore, config: DatasetParam) -> None:
             f"{store.paths[0]} was filtered for {filtered} frames, data.json asks for {config.sample_num_frames}: "
             "filter again, or lower sample_num_frames"
         )
+
+
+def temporal_crop(num_available: int, num_wanted: int, generator: torch.Generator) -> tuple[int, int]:
+    """Draw (begin, end) of `num_wanted` consecutive frames; fewer where there are not so many.
+
+    As in the reference, the very last position is never drawn: its frame may be missing in files whose header
+    counts one too many.
+    """
+    num_positions = max(1, num_available - num_wanted)
+    begin = int(torch.randint(num_positions, (), generator=generator))
+    return begin, min(begin + num_wanted, num_available)

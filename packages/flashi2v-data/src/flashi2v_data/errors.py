@@ -8,9 +8,8 @@ class InputError(ValueError):
 class DecodeError(RuntimeError):
     """A video file that cannot be read, or not far enough."""
 
-    def __init__(self, path: str, reason: str = "") -> None:
-        # Without a reason the first argument is the whole message: so torch re-raises what a worker process raised.
-        super().__init__(f"cannot read video {path}: {reason}" if reason else path)
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"cannot read video {path}: {reason}")
         self.path = path
         self.reason = reason
 

@@ -1,7 +1,6 @@
-"""Which frames of a clip make a training sample."""
+"""Which frames of a clip there are at the training rate."""
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 # Rates closer than this (29.97 and 30, 15.95 and 16) count as equal.
@@ -20,14 +19,3 @@ def frame_indices(start: int, num_frames: int, interval: float) -> NDArray[np.in
     """Return the frames of the clip `start ... start + num_frames - 1` at the training rate, rounded down."""
     indices = np.arange(start, start + num_frames, interval).astype(np.int64)
     return indices[indices < start + num_frames]
-
-
-def temporal_crop(num_available: int, num_wanted: int, generator: torch.Generator) -> tuple[int, int]:
-    """Draw (begin, end) of `num_wanted` consecutive frames; fewer where there are not so many.
-
-    As in the reference, the very last position is never drawn: its frame may be missing in files whose header
-    counts one too many.
-    """
-    num_positions = max(1, num_available - num_wanted)
-    begin = int(torch.randint(num_positions, (), generator=generator))
-    return begin, min(begin + num_wanted, num_available)

@@ -8,11 +8,11 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from flashi2v_data.config import DataConfig, DataloaderParam
 from flashi2v_data.dataset import FlashI2VDataset, Sample
-from flashi2v_data.errors import InputError
+from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.sampler import SampleKey, SamplerState, StatefulDistributedSampler
 from flashi2v_data.store import open_store
 
@@ -95,11 +95,11 @@ class StatefulLoader:
         self._sampler = sampler
         self._delivered = sampler.state_dict()
         # Worker seeds do not matter: everything random comes from generators of its own.
-        self._loader: DataLoader[Sample] = DataLoader(
-            dataset,
+        self._loader: DataLoader[Sample | DecodeError] = DataLoader(
+            _Readable(dataset),
             batch_sampler=_Batches(sampler, batch_size),
             num_workers=config.num_workers,
-            collate_fn=collate,
+            collate_fn=_collate_readable,
             pin_memory=config.pin_memory and torch.accelerator.is_available(),
             persistent_workers=config.num_workers > 0,
             multiprocessing_context=_worker_context() if config.num_workers > 0 else None,
@@ -109,6 +109,9 @@ class StatefulLoader:
         """Yield batches without end, from the first that was not delivered yet."""
         self._sampler.load_state_dict(self._delivered)
         for batch in self._loader:
+            if isinstance(batch, DecodeError):
+                # A new one: this frame would hold itself through it, and stop its workers only when collected.
+                raise DecodeError(batch.path, batch.reason)
             self._delivered["consumed"] += self.batch_size * self._sampler.num_replicas
             self._note(batch["skipped"])
             yield batch
@@ -142,6 +145,28 @@ def _worker_context() -> BaseContext:
     # Torch is then imported once, not by every worker.
     context.set_forkserver_preload([__name__])
     return context
+
+
+class _Readable(Dataset["Sample | DecodeError"]):
+    """Returns the error of unreadable data: raised in a worker, it would arrive wrapped in the worker's traceback."""
+
+    def __init__(self, dataset: FlashI2VDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: SampleKey) -> Sample | DecodeError:
+        try:
+            return self.dataset[key]
+        except DecodeError as error:
+            return error
+
+
+def _collate_readable(samples: list[Sample | DecodeError]) -> Batch | DecodeError:
+    readable: list[Sample] = []
+    for sample in samples:
+        if isinstance(sample, DecodeError):
+            return sample
+        readable.append(sample)
+    return collate(readable)
 
 
 class _Batches:
