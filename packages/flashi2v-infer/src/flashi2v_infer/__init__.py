@@ -1,2 +1,42 @@
-"""Placeholder."""
+"""Videos from an image and a prompt with FlashI2V."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashi2v_data.errors import InputError
+    from flashi2v_infer.denoising import denoise
+    from flashi2v_infer.export import film_strip, video_grid, write_mp4
+    from flashi2v_infer.pipeline import FlashI2VPipeline, FlashI2VPipelineOutput
+    from flashi2v_infer.settings import SamplingSettings
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "FlashI2VPipeline": "flashi2v_infer.pipeline",
+    "FlashI2VPipelineOutput": "flashi2v_infer.pipeline",
+    "InputError": "flashi2v_data.errors",
+    "SamplingSettings": "flashi2v_infer.settings",
+    "denoise": "flashi2v_infer.denoising",
+    "film_strip": "flashi2v_infer.export",
+    "video_grid": "flashi2v_infer.export",
+    "write_mp4": "flashi2v_infer.export",
+}
+
+__all__ = [
+    "FlashI2VPipeline",
+    "FlashI2VPipelineOutput",
+    "InputError",
+    "SamplingSettings",
+    "denoise",
+    "film_strip",
+    "video_grid",
+    "write_mp4",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `--help` should not wait for torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,140 @@
+"""The command line `flashi2v-infer`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from cyclopts import App, Group, Parameter
+
+import flashi2v_model
+from flashi2v_data.config import load_config
+from flashi2v_data.console import run
+from flashi2v_data.errors import InputError
+from flashi2v_infer import __version__
+from flashi2v_infer.config import InferenceConfig
+from flashi2v_infer.settings import Request, SamplingSettings
+
+app = App(name="flashi2v-infer", version=__version__, help_format="plaintext")
+
+_BATCH = Group("A batch of videos", sort_key=1)
+_ONE = Group("One video", sort_key=2)
+_BOTH = Group("Both", sort_key=3)
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    run(app, errors=(InputError, flashi2v_model.InputError))
+
+
+@app.default
+def infer(
+    *,
+    mm_model: Annotated[Path | None, Parameter(group=_BATCH)] = None,
+    model: Annotated[str | None, Parameter(group=_ONE)] = None,
+    image: Annotated[Path | None, Parameter(group=_ONE)] = None,
+    prompt: Annotated[str | None, Parameter(group=_ONE)] = None,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"], group=_ONE)] = None,
+    negative_prompt: Annotated[str | None, Parameter(group=_ONE)] = None,
+    num_inference_steps: Annotated[int | None, Parameter(group=_ONE)] = None,
+    guidance_scale: Annotated[float | None, Parameter(group=_ONE)] = None,
+    low_freq_energy_ratio: Annotated[float | None, Parameter(group=_ONE)] = None,
+    num_frames: Annotated[int | None, Parameter(group=_ONE)] = None,
+    height: Annotated[int | None, Parameter(group=_ONE)] = None,
+    width: Annotated[int | None, Parameter(group=_ONE)] = None,
+    fps: Annotated[float | None, Parameter(group=_ONE)] = None,
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, Parameter(group=_ONE)] = None,
+    strip: Annotated[Path | None, Parameter(group=_ONE)] = None,
+    device: Annotated[str | None, Parameter(group=_BOTH)] = None,
+    seed: Annotated[int | None, Parameter(group=_BOTH)] = None,
+) -> None:
+    """Sample videos from images and prompts with FlashI2V.
+
+    Beside every video lies a JSON file with its prompt, seed, settings and versions, and how close its first frame is
+    to the image.
+
+    Examples:
+
+    flashi2v-infer --mm-model inference_model.json
+
+    flashi2v-infer --model FlashI2V-1.3B --image cat.jpg --prompt "A cat turns its head." -o cat.mp4
+
+    Parameters
+    ----------
+    mm_model
+        inference_model.json: lists of prompts and images, and every setting. Writes video_0.mp4, video_1.mp4, ...
+        and video_grid.mp4 into its save_path.
+    model
+        A pipeline directory in diffusers' layout, or a hub id.
+    image
+        The first frame; any size, cropped to that of the video.
+    prompt
+        What happens.
+    output
+        The video, .mp4.
+    negative_prompt
+        What should not happen.
+    num_inference_steps
+        Steps of the sampler (default 50).
+    guidance_scale
+        Weight of the prompt (default 5); up to 1 there is no negative prompt, and half the work.
+    low_freq_energy_ratio
+        Where the frequencies of the image that guide the video start, 0 to 1 (default 0.1).
+    num_frames
+        Frames of the video, 4k + 1 (default 49).
+    height
+        Height in pixels, divisible by 16 (default 480).
+    width
+        Width in pixels, divisible by 16 (default 832).
+    fps
+        Frames per second of the file (default 16).
+    dtype
+        Of transformer and text encoder (default: bf16 on NPUs and GPUs, fp32 on the CPU).
+    strip
+        Also draw some frames in a row into this .png.
+    device
+        npu, cuda, cpu, cuda:1, ... (default: what the file says; auto, the best there is, for one video).
+    seed
+        Of the noise (default: what the file says; 0 for one video).
+    """
+    numbers: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "low_freq_energy_ratio": low_freq_energy_ratio,
+        "num_frames": num_frames,
+        "height": height,
+        "width": width,
+    }
+    required = {"image": image, "prompt": prompt, "output": output}
+    optional = {"negative_prompt": negative_prompt, "fps": fps, "dtype": dtype, "strip": strip}
+    given = [_option(name) for name, value in (required | numbers | optional).items() if value is not None]
+    if (mm_model is None) == (model is None):
+        raise InputError("give one of --mm-model FILE (a batch) and --model DIR (one video): see flashi2v-infer --help")
+    if mm_model is not None:
+        if given:
+            raise InputError(f"{', '.join(given)}: not together with --mm-model, whose file holds these settings")
+        config = load_config(mm_model, InferenceConfig)
+        # Here and below: this imports torch and more, for which nobody should wait whose settings are wrong.
+        from flashi2v_infer.commands import sample_batch
+
+        sample_batch(config, device, seed)
+        return
+    assert model is not None
+    if model == "demo":
+        raise InputError("--model demo is reserved for a built-in model of a later release: give a directory or hub id")
+    missing = [_option(name) for name, value in required.items() if value is None]
+    if image is None or prompt is None or output is None:
+        raise InputError(f"--model also needs {', '.join(missing)}")
+    request = Request(
+        prompt,
+        str(image),
+        negative_prompt or "",
+        seed=seed or 0,
+        fps=Request.fps if fps is None else fps,
+        settings=SamplingSettings(**{name: value for name, value in numbers.items() if value is not None}),
+    )
+    from flashi2v_infer.commands import sample_one
+
+    sample_one(model, request, output, strip=strip, dtype=dtype, device=device or "auto")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

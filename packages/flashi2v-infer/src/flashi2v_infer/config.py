@@ -1,0 +1,113 @@
+"""The schema of `inference_model.json`; nothing heavy is imported, so that a wrong setting is told at once."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from flashi2v_data.config import CropResize, CropResizeParam, Norm, Settings, TransformPipeline
+from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
+from flashi2v_model.config import AEConfig, DiffusionConfig, DType, PredictorConfig, TextEncoderConfig
+
+
+class TokenizerConfig(Settings):
+    """The `tokenizer` part."""
+
+    autotokenizer_name: Literal["AutoTokenizer"] = "AutoTokenizer"
+    hub_backend: Literal["hf"] = "hf"
+    from_pretrained: str
+
+
+class PipelineConfig(Settings):
+    """The `pipeline_config` part."""
+
+    input_size: list[PositiveInt] = Field(min_length=3, max_length=3, description="Frames, height and width.")
+
+    @field_validator("input_size")
+    @classmethod
+    def _check(cls, input_size: list[int]) -> list[int]:
+        num_frames, height, width = input_size
+        SamplingSettings(num_frames, height, width)  # raises what is wrong with them
+        return input_size
+
+
+class InferenceConfig(Settings):
+    """inference_model.json: a batch of videos."""
+
+    pipeline_class: Literal["FlashI2VPipeline"]
+    prompt: str = Field(description="Text file, one prompt a line.")
+    image: str = Field(description="Text file, one image file a line.")
+    save_path: str
+    use_prompt_preprocess: bool = Field(False, description="Clean prompts as training captions are.")
+    dtype: DType = Field("bf16", description="Of the text encoder and the predictor where they name none.")
+    device: str = "auto"
+    frame_interval: PositiveInt = Field(1, description="The videos play at fps / frame_interval.")
+    fps: PositiveFloat = 16
+    pipeline_config: PipelineConfig
+    data_transform: TransformPipeline
+    ae: AEConfig
+    tokenizer: TokenizerConfig
+    text_encoder: TextEncoderConfig
+    predictor: PredictorConfig
+    diffusion: DiffusionConfig
+    seed: int = 0
+    negative_prompt: str = ""
+
+    @model_validator(mode="after")
+    def _fill_in_dtypes(self) -> "InferenceConfig":
+        for part in (self.text_encoder, self.predictor):
+            if "dtype" not in part.model_fields_set:
+                part.dtype = self.dtype
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> "InferenceConfig":
+        check_negative_prompt(self.negative_prompt, self.sampling)
+        size = self.pipeline_config.input_size[1:]
+        if list(self.data_transform.size) != size:
+            raise ValueError(
+                f"data_transform: transform_size {list(self.data_transform.size)} differs from height and width of "
+                f"pipeline_config.input_size: set it to {size}"
+            )
+        norm = next(step.param for step in self.data_transform.video if isinstance(step, Norm))
+        if (norm.mean, norm.std) != (0.5, 0.5):
+            raise ValueError(
+                f"data_transform: norm_fun with mean {norm.mean} and std {norm.std} cannot be honoured, as the VAE "
+                "reads [-1, 1]: set both to 0.5"
+            )
+        if self.ae.do_sample and "do_sample" in self.ae.model_fields_set:
+            raise ValueError("ae.do_sample: sampling takes the mode of the first frame's posterior: set it to false")
+        if self.predictor.from_pretrained is None:
+            raise ValueError("predictor.from_pretrained: missing key: name the weights to sample with")
+        for key in ("use_dynamic_shifting", "use_logitnorm_time_sampling"):
+            if getattr(self.diffusion, key):
+                raise ValueError(f"diffusion.{key} belongs to training: leave it out; sampling follows diffusion.shift")
+        return self
+
+    @property
+    def crop(self) -> CropResizeParam:
+        """How images are brought to the video's size."""
+        return next(step.param for step in self.data_transform.video if isinstance(step, CropResize))
+
+    @property
+    def save_fps(self) -> float:
+        """Frames per second of the videos: the model saw every frame_interval-th frame at `fps`."""
+        return self.fps / self.frame_interval
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """The numbers of the sampling run."""
+        ratio = self.predictor.low_freq_energy_ratio
+        if isinstance(ratio, tuple):
+            raise ValueError(
+                f"predictor.low_freq_energy_ratio: {list(ratio)} is a range to draw from in training: give one number"
+            )
+        num_frames, height, width = self.pipeline_config.input_size
+        return SamplingSettings(
+            num_frames,
+            height,
+            width,
+            num_inference_steps=self.diffusion.num_inference_steps,
+            guidance_scale=self.diffusion.guidance_scale,
+            low_freq_energy_ratio=SamplingSettings.low_freq_energy_ratio if ratio is None else ratio,
+            max_sequence_length=self.predictor.text_len,
+        )

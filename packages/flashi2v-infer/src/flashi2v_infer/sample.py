@@ -1,0 +1,92 @@
+"""One video of a batch, and what is known about it. T frames, H W height and width."""
+
+import logging
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flashi2v_data.randomness import generator
+from flashi2v_infer.inputs import Pixels
+from flashi2v_infer.pipeline import FlashI2VPipeline, prepare_image
+from flashi2v_infer.settings import Request
+from flashi2v_model.encoders import decode_video, encode_video
+
+logger = logging.getLogger(__name__)
+
+# A first frame below this PSNR is visibly another picture, unless the VAE itself does hardly better on the image.
+_POOR_PSNR, _TOLERANCE = 20.0, 6.0
+_MAX_PSNR = 100.0  # of equal pictures, for which the definition gives infinity
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sampled video.
+
+    Attributes:
+        frames: (T, H, W, 3), uint8.
+        first_frame_psnr: between the first frame and the image it was to start with, in dB.
+        vae_psnr: between the image and its reconstruction by the VAE alone, in dB: what can be expected at best.
+    """
+
+    frames: NDArray[np.uint8]
+    first_frame_psnr: float
+    vae_psnr: float
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether the video does not start with the image, and the VAE is not the reason."""
+        return self.first_frame_psnr < min(_POOR_PSNR, self.vae_psnr - _TOLERANCE)
+
+
+def sample_video(pipeline: FlashI2VPipeline, request: Request, image: Pixels) -> Sample:
+    """Sample one video and compare its first frame with the image.
+
+    Args:
+        pipeline: any `FlashI2VPipeline`.
+        request: what to sample.
+        image: (H, W, 3), already of the video's size.
+    """
+    (videos,) = pipeline(
+        image=image,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        generator=generator(request.seed, "noise", 0, request.index),
+        output_type="np",
+        return_dict=False,
+        **asdict(request.settings),
+    )
+    frames = _as_pixels(np.asarray(videos)[0])
+    sample = Sample(frames, psnr(frames[0], image), psnr(_reconstruct(pipeline, image), image))
+    logger.info(
+        "video %d: first frame %.1f dB PSNR against the image (the VAE alone %.1f dB)",
+        request.index,
+        sample.first_frame_psnr,
+        sample.vae_psnr,
+    )
+    if sample.starts_elsewhere:
+        logger.warning(
+            "video %d does not start with its image: check that the weights are those of a trained FlashI2V model and "
+            "that guidance_scale and low_freq_energy_ratio are near 5 and 0.1",
+            request.index,
+        )
+    return sample
+
+
+def psnr(picture: Pixels, reference: Pixels) -> float:
+    """Return the peak signal-to-noise ratio of two 8-bit pictures of one shape in dB, at most 100."""
+    error = np.mean((picture.astype(np.float64) - reference) ** 2)
+    return min(_MAX_PSNR, float(10 * np.log10(255**2 / error))) if error else _MAX_PSNR
+
+
+@torch.no_grad()
+def _reconstruct(pipeline: FlashI2VPipeline, image: Pixels) -> Pixels:
+    """Encode and decode one picture: (H, W, 3)."""
+    frame = prepare_image(image, *image.shape[:2])[None].to(pipeline.device)  # (1, 3, 1, H, W)
+    decoded = decode_video(pipeline.vae, encode_video(pipeline.vae, frame))
+    return _as_pixels((decoded[0, :, 0].permute(1, 2, 0) / 2 + 0.5).cpu().numpy())
+
+
+def _as_pixels(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return (values * 255).round().astype(np.uint8)

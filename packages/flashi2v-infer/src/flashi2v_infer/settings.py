@@ -1,0 +1,107 @@
+"""What a sampling run is asked for, checked before anything heavy is loaded."""
+
+from dataclasses import dataclass
+
+from flashi2v_data.errors import InputError
+
+# The VAE compresses space by 8 and time by 4 (the first frame stands alone); the transformer's patch is 2 x 2.
+SPATIAL_MULTIPLE, TEMPORAL_MULTIPLE = 16, 4
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The numbers of a sampling run; the defaults are those of the released 1.3B model.
+
+    Attributes:
+        num_frames: of the video, 4k + 1.
+        height: of the video in pixels, divisible by 16.
+        width: of the video in pixels, divisible by 16.
+        num_inference_steps: of the sampler.
+        guidance_scale: weight of the prompt against the negative prompt; up to 1 the negative prompt is not used and
+            every step runs the network once.
+        low_freq_energy_ratio: in [0, 1], how much of the first frame's low frequencies are kept from guiding the video.
+        max_sequence_length: text tokens that the transformer attends to, padding included; 512 in every release.
+
+    Raises:
+        InputError: a number cannot be used; the message says which can.
+    """
+
+    num_frames: int = 49
+    height: int = 480
+    width: int = 832
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    low_freq_energy_ratio: float = 0.1
+    max_sequence_length: int = 512
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1 or self.num_frames % TEMPORAL_MULTIPLE != 1:
+            raise InputError(f"num_frames must be 4k + 1, got {self.num_frames}: use {_neighbours(self.num_frames, 1)}")
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value < SPATIAL_MULTIPLE or value % SPATIAL_MULTIPLE:
+                raise InputError(f"{name} must be divisible by 16, got {value}: use {_neighbours(value, 0)}")
+        for name, count in (
+            ("num_inference_steps", self.num_inference_steps),
+            ("max_sequence_length", self.max_sequence_length),
+        ):
+            if count < 1:
+                raise InputError(f"{name} must be at least 1, got {count}")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise InputError(f"guidance_scale must be 0 or more, got {self.guidance_scale}")
+        if not 0 <= self.low_freq_energy_ratio <= 1:
+            raise InputError(f"low_freq_energy_ratio must lie in [0, 1], got {self.low_freq_energy_ratio}")
+
+    @property
+    def uses_negative_prompt(self) -> bool:
+        """Whether there is an unconditional branch."""
+        return self.guidance_scale > 1
+
+
+def _neighbours(value: int, remainder: int) -> str:
+    multiple = TEMPORAL_MULTIPLE if remainder else SPATIAL_MULTIPLE
+    below = (value - remainder) // multiple * multiple + remainder
+    return f"{below} or {below + multiple}" if below > 0 else str(remainder or multiple)
+
+
+def check_negative_prompt(negative_prompt: str, settings: SamplingSettings) -> None:
+    """Refuse a negative prompt that would have no effect.
+
+    Raises:
+        InputError: there is one, and the guidance scale leaves it out.
+    """
+    if negative_prompt and not settings.uses_negative_prompt:
+        raise InputError(
+            f"negative_prompt has no effect with guidance_scale {settings.guidance_scale}: "
+            "leave it out, or set guidance_scale above 1"
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that one video depends on, besides the model.
+
+    Attributes:
+        prompt: what happens.
+        image: file of the first frame.
+        negative_prompt: what should not happen.
+        seed: of the run.
+        index: of the video in its run; its noise depends on seed and index alone.
+        fps: frames per second of the file.
+        settings: the numbers of the sampling run.
+
+    Raises:
+        InputError: the negative prompt would have no effect, or `fps` is not positive.
+    """
+
+    prompt: str
+    image: str
+    negative_prompt: str = ""
+    seed: int = 0
+    index: int = 0
+    fps: float = 16.0
+    settings: SamplingSettings = SamplingSettings()
+
+    def __post_init__(self) -> None:
+        check_negative_prompt(self.negative_prompt, self.settings)
+        if not 0 < self.fps < float("inf"):
+            raise InputError(f"fps must be positive, got {self.fps}")
