@@ -12,9 +12,8 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer
 
 from flashi2v_model import FlashI2VTransformer3DModel, InputError
+from flashi2v_model.config import AEConfig, TextEncoderConfig
 from flashi2v_model.encoders import (
-    AEConfig,
-    TextEncoderConfig,
     decode_video,
     encode_text,
     encode_video,

@@ -1,10 +1,62 @@
-"""The `predictor` part of a configuration file, and what it says about the transformer."""
+"""The parts of a configuration file that describe the model: `ae`, `text_encoder`, `diffusion`, `predictor`.
+
+Nothing heavy is imported here, so that a wrong setting is told at once.
+"""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flashi2v_model.encoders import DType
+DType = Literal["fp32", "float32", "bf16", "fp16"]
+
+
+class TilingConfig(BaseModel):
+    """Tile size and stride of the VAE, in latent rows and columns."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tile_size: tuple[int, int] = (34, 34)
+    tile_stride: tuple[int, int] = (18, 16)
+
+
+class AEConfig(BaseModel):
+    """The `ae` part of a configuration file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model_id: Literal["wan_video_vae"]
+    from_pretrained: str
+    dtype: DType = "fp32"
+    enable_tiling: bool = False
+    tiling_param: TilingConfig = TilingConfig()
+    norm_latents: Literal[True] = True
+    norm_mode: Literal["channel_specified_shift_scale"] = "channel_specified_shift_scale"
+    do_sample: bool = True
+
+
+class TextEncoderConfig(BaseModel):
+    """The `text_encoder` part of a configuration file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model_id: Literal["UMT5"]
+    from_pretrained: str
+    dtype: DType = "bf16"
+    hub_backend: Literal["hf"] = "hf"
+    use_attention_mask: bool = True
+
+
+class DiffusionConfig(BaseModel):
+    """The `diffusion` part of a configuration file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model_id: Literal["flow_matching"]
+    num_inference_steps: int = Field(50, ge=1)
+    shift: float = Field(7.0, gt=0)
+    guidance_scale: float = Field(5.0, ge=0)
+    use_dynamic_shifting: bool = False
+    use_logitnorm_time_sampling: bool = False
 
 
 class PredictorConfig(BaseModel):

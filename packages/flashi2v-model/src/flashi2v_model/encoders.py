@@ -4,57 +4,20 @@ B batch, C latent channels, T video frames, F latent frames, L text tokens.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
+from flashi2v_model.config import AEConfig, TextEncoderConfig
 from flashi2v_model.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DType = Literal["fp32", "float32", "bf16", "fp16"]
 
 # Wan's VAE compresses space by 8 and time by 4, the first frame standing alone.
 SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
-
-
-class TilingConfig(BaseModel):
-    """Tile size and stride of the VAE, in latent rows and columns."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    tile_size: tuple[int, int] = (34, 34)
-    tile_stride: tuple[int, int] = (18, 16)
-
-
-class AEConfig(BaseModel):
-    """The `ae` part of a configuration file."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model_id: Literal["wan_video_vae"]
-    from_pretrained: str
-    dtype: DType = "fp32"
-    enable_tiling: bool = False
-    tiling_param: TilingConfig = TilingConfig()
-    norm_latents: Literal[True] = True
-    norm_mode: Literal["channel_specified_shift_scale"] = "channel_specified_shift_scale"
-    do_sample: bool = True
-
-
-class TextEncoderConfig(BaseModel):
-    """The `text_encoder` part of a configuration file."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model_id: Literal["UMT5"]
-    from_pretrained: str
-    dtype: DType = "bf16"
-    hub_backend: Literal["hf"] = "hf"
-    use_attention_mask: bool = True
 
 
 def load_vae(config: AEConfig, device: torch.device) -> AutoencoderKLWan:
@@ -87,7 +50,7 @@ def load_text_encoder(config: TextEncoderConfig, device: torch.device) -> UMT5En
     return encoder.to(device).requires_grad_(False).eval()
 
 
-def load_pretrained(cls: type, path: str, key: str, dtype: torch.dtype) -> Any:
+def load_pretrained(cls: Any, path: str, key: str, dtype: torch.dtype) -> Any:
     """Call `cls.from_pretrained` on a directory or hub id, with one clear line where that cannot work.
 
     Raises:

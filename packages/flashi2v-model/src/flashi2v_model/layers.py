@@ -217,7 +217,7 @@ class LatentShift(nn.Module):
 
     def forward(self, condition: Tensor, num_frames: int) -> Tensor:
         """Take the condition (B, C, 1, H, W); return the shift (B, C, F, H, W)."""
-        condition = condition.to(self.proj[0].weight.dtype)
+        condition = condition.to(self.proj[0].get_parameter("weight").dtype)
         if self.conv3x3x3:  # zero padding in time makes the frames differ, so repeat first
             return self.proj(condition.expand(-1, -1, num_frames, -1, -1))
         return self.proj(condition).expand(-1, -1, num_frames, -1, -1)

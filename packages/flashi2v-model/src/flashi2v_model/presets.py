@@ -7,7 +7,8 @@ from typing import Any
 from diffusers import AutoencoderKLWan
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from flashi2v_model.scheduler import DiffusionConfig, euler_scheduler
+from flashi2v_model.config import DiffusionConfig
+from flashi2v_model.scheduler import euler_scheduler
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
 
 # Constructor arguments of the transformer; what is not named is as in the 1.3B model.

@@ -6,30 +6,15 @@ sigma runs from 0 (video) to 1 (noise); the network sees t = 1000 * sigma.  The 
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
 
 # The shift grows exponentially on the line through these (tokens of one latent frame, logarithm of the shift).
 _DYNAMIC_SHIFT = ((256, 0.5), (4096, 1.15))
-
-
-class DiffusionConfig(BaseModel):
-    """The `diffusion` part of a configuration file."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model_id: Literal["flow_matching"]
-    num_inference_steps: int = Field(50, ge=1)
-    shift: float = Field(7.0, gt=0)
-    guidance_scale: float = Field(5.0, ge=0)
-    use_dynamic_shifting: bool = False
-    use_logitnorm_time_sampling: bool = False
 
 
 def shift_sigma(sigma: Tensor, shift: float | Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             nn.init.normal_(mlp.linear_1.weight, std=0.02)
             nn.init.normal_(mlp.linear_2.weight, std=0.02)
         for embedding in (self.patch_embedding, self.fourier_embedding[0]):
-            nn.init.xavier_uniform_(embedding.weight.flatten(1))
+            nn.init.xavier_uniform_(embedding.get_parameter("weight").flatten(1))
         for last in (self.proj_out, self.fourier_embedding[1], self.learnable_proj.proj[2]):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint, read_checkpoint
 from flashi2v_model.errors import InputError
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
 
@@ -147,15 +148,20 @@ def architecture(state_dict: Mapping[str, Tensor], num_attention_heads: int | No
     }
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a `.safetensors` file, a `torch.save` file (weights only), or a diffusers directory, onto the CPU.
+def read_state_dict(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
+    """Read a `.safetensors` file, a `torch.save` file (weights only), or a directory, onto the CPU.
+
+    Args:
+        path: a file, a diffusers directory, a checkpoint of `flashi2v-train`, or a run (its newest checkpoint).
+        ema: of a checkpoint, the moving average where it has one, instead of the raw weights.
 
     Raises:
         InputError: the file is missing, unreadable, or holds anything but named tensors.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_directory(path)
+        path = checkpoint_directory(path)
+        return read_checkpoint(path, ema=ema) if is_checkpoint(path) else _read_directory(path)
     if not path.is_file():
         raise InputError(f"no weights at {path}: give a .safetensors or .pt file, or a diffusers directory")
     try:

@@ -1,2 +1,3 @@
-"""Placeholder."""
+"""The flashi2v-train launcher: FlashI2V training on PyTorch's own distributed engine."""
+
 __version__ = "0.1.0"

@@ -1,0 +1,91 @@
+"""Reading the weights out of a training run's checkpoint (a DCP directory) without its optimizer."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from flashi2v_model.errors import InputError
+
+_METADATA = ".metadata"
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def checkpoint_directory(path: Path) -> Path:
+    """Return the newest checkpoint of a run's directory; any other path as it is."""
+    pointer = path / LATEST
+    return path / f"iter_{int(pointer.read_text()):07d}" if pointer.is_file() else path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a directory is a checkpoint."""
+    return (path / _METADATA).is_file()
+
+
+def read_checkpoint(path: Path, *, ema: bool) -> dict[str, Tensor]:
+    """Read a checkpoint's transformer: the moving average where there is one and `ema` is true, else the weights.
+
+    Raises:
+        InputError: the directory is damaged, or holds more than tensors.
+    """
+    reader = _SafeReader(path)
+    tensors = {
+        key: entry for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }  # fmt: skip
+    part = "ema." if ema and any(key.startswith("ema.") for key in tensors) else "model."
+    state: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in tensors.items()
+        if key.startswith(part)
+    }
+    if not state:
+        raise InputError(f"{path} is a checkpoint, but not of flashi2v-train: it names no {part}* tensors")
+    load(state, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(part): tensor for key, tensor in state.items()}
+
+
+class _SafeReader(FileSystemReader):
+    """DCP keeps its table of contents as a pickle; this reads it without running anything."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / _METADATA
+        try:
+            metadata: Metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is damaged or holds more than a table of tensors: {error}") from error
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    _HOMES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    _NAMES = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+            ("builtins", "set"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "WindowsPath"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        known_class = module in self._HOMES and name.lstrip("_")[:1].isupper() and "." not in name
+        if (
+            known_class
+            or (module, name) in self._NAMES
+            or (module == "torch" and hasattr(torch, name) and isinstance(getattr(torch, name), torch.dtype))
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")

@@ -1,0 +1,80 @@
+"""`flashi2v-train`: check everything, then train here or in processes of its own."""
+
+import logging
+import os
+import uuid
+
+from cyclopts import App
+
+import flashi2v_train
+from flashi2v_data.console import configure_logging, run
+from flashi2v_data.errors import InputError
+from flashi2v_model import InputError as ModelInputError
+from flashi2v_npu_ops import UnsupportedError
+from flashi2v_train.config import RunConfig, TrainOptions, read_run_config
+
+logger = logging.getLogger(__name__)
+
+app = App(
+    name="flashi2v-train",
+    help="""Train FlashI2V.
+
+    The run's directory (--save) holds metrics.jsonl, TensorBoard events, config.json and checkpoints; starting the
+    same command again resumes from the newest one.
+
+    Example: flashi2v-train --mm-model pretrain_model_flashi2v.json --mm-data data.json --save runs/first --bf16
+    """,
+    help_format="plaintext",
+    version=flashi2v_train.__version__,
+)
+
+
+@app.default
+def launch(*, options: TrainOptions) -> None:
+    config = read_run_config(options)
+    inside = "RANK" in os.environ  # torchrun or Slurm has started the processes
+    if inside and options.nproc_per_node > 1:
+        raise InputError("--nproc-per-node starts processes of its own: leave it out inside torchrun")
+    if not inside:
+        config.accumulation(options.nproc_per_node)
+        for note in config.notes():
+            logger.info(note)
+    if options.nproc_per_node > 1:
+        _launch_processes(config)
+    else:
+        _train(config)
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("done: %s", options.save)
+
+
+def _launch_processes(config: RunConfig) -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    launcher = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.options.nproc_per_node,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    elastic_launch(launcher, _worker)(config)
+
+
+def _worker(config: RunConfig) -> None:
+    configure_logging()
+    _train(config)
+
+
+def _train(config: RunConfig) -> None:
+    # Imported here: torch and the encoders take seconds, and a wrong option should be told at once.
+    from flashi2v_train.trainer import train
+
+    train(config)
+
+
+def main() -> None:
+    """Run the command line."""
+    run(app, errors=(InputError, ModelInputError, UnsupportedError))

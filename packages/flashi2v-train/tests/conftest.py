@@ -1,0 +1,125 @@
+"""A small world to train in: videos, store, model directory and configuration files."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flashi2v_data.config import FilterConfig
+from flashi2v_data.filter import filter_records
+from flashi2v_data.records import read_annotations, read_entries
+from flashi2v_data.shapes import write_shapes
+from flashi2v_data.store import write_store
+from flashi2v_model import presets
+
+SIZE, FRAMES, VIDEOS = 32, 5, 8
+
+
+class Workspace:
+    """Writes the two configuration files, with changes, and the command line's options."""
+
+    def __init__(self, directory: Path, inputs: Path) -> None:
+        self.directory = directory
+        self.model = {
+            "load_video_features": False,
+            "task": "t2v",
+            "ae": {"model_id": "wan_video_vae", "from_pretrained": str(inputs / "model/vae"), "do_sample": True},
+            "text_encoder": {
+                "model_id": "UMT5",
+                "from_pretrained": str(inputs / "model/text_encoder"),
+                "dtype": "fp32",
+            },
+            "diffusion": {
+                "model_id": "flow_matching",
+                "use_dynamic_shifting": True,
+                "use_logitnorm_time_sampling": True,
+            },
+            "predictor": {
+                "model_id": "flashi2vdit",
+                "hidden_size": 48,
+                "num_heads": 2,
+                "num_layers": 2,
+                "ffn_dim": 64,
+                "freq_dim": 32,
+                "text_dim": 64,
+                "text_len": 16,
+            },
+        }
+        self.data = {
+            "dataset_param": {
+                "dataset_type": "flashi2v",
+                "metafile_or_dir_path": str(inputs / "store"),
+                "text_tokenizer_path": str(inputs / "model/tokenizer"),
+                "sample_height": SIZE,
+                "sample_width": SIZE,
+                "sample_num_frames": FRAMES,
+                "train_fps": 16,
+                "text_drop_ratio": 0.1,
+                "tokenizer_max_length": 16,
+                "return_prompt_mask": True,
+                "transform_pipeline": {
+                    "video": [
+                        {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [SIZE, SIZE]}},
+                        {"trans_type": "ToTensorVideo"},
+                        {"trans_type": "norm_fun", "param": {"mean": 0.5, "std": 0.5}},
+                    ]
+                },
+            },
+            "dataloader_param": {
+                "dataloader_mode": "sampler",
+                "sampler_type": "StatefulDistributedSampler",
+                "collate_param": {"model_name": "flashi2v"},
+                "shuffle": True,
+                "drop_last": True,
+                "pin_memory": False,
+                "num_workers": 0,
+            },
+        }
+
+    def files(self, changes: dict[str, Any] | None = None) -> dict[str, Path]:
+        """Write both files; changes are dotted keys, first part `model` or `data`."""
+        contents = {"model": copy.deepcopy(self.model), "data": copy.deepcopy(self.data)}
+        for key, value in (changes or {}).items():
+            *path, last = key.split(".")
+            place: Any = contents
+            for part in path:
+                place = place[part]
+            place[last] = value
+        for name, content in contents.items():
+            text = json.dumps(content, indent=2)
+            (self.directory / f"{name}.json").write_text("# as users write them\n" + text.replace("\n}", ",\n}"))
+        return {"mm_model": self.directory / "model.json", "mm_data": self.directory / "data.json"}
+
+    def arguments(self, changes: dict[str, Any] | None = None, **options: Any) -> list[str]:
+        """Return a command line."""
+        values = {"device": "cpu", "save": self.directory / "run", **self.files(changes), **options}
+        return [part for key, value in values.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    write_shapes(directory / "shapes", VIDEOS, 0, SIZE, SIZE, FRAMES)
+    limits = FilterConfig(
+        ann_txt_path=str(directory / "shapes/videos.txt"),
+        save_path=str(directory / "store"),
+        sample_height=SIZE,
+        sample_width=SIZE,
+        sample_num_frames=FRAMES,
+        min_hxw=SIZE * SIZE,
+        train_fps=16,
+        max_h_div_w_ratio=1.2,
+        min_h_div_w_ratio=0.4,
+    )
+    entries = (entry for annotation in read_annotations(limits.ann_txt_path) for entry in read_entries(annotation))
+    write_store(directory / "store/clips.lmdb", filter_records(entries, limits), limits.model_dump())
+    torch.manual_seed(0)
+    presets.save("tiny", directory / "model")
+    return directory
+
+
+@pytest.fixture
+def workspace(tmp_path, inputs) -> Workspace:
+    return Workspace(tmp_path, inputs)

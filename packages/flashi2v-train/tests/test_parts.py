@@ -1,0 +1,99 @@
+"""Clipping, EMA, learning rate and draws against reference numbers and by their properties."""
+
+import pytest
+import torch
+from flashi2v_train.clip import AdaptiveClip, PlainClip
+from flashi2v_train.config import TrainOptions, read_run_config
+from flashi2v_train.ema import EMA
+from flashi2v_train.optim import build_optimizer, learning_rate, set_learning_rate
+from flashi2v_train.step import draw
+from torch import nn
+
+# (norm, norm after clipping, threshold, mean, variance) of the public NPU release, max_norm 1.0, decay 0.99
+CLIP_TRACE = (
+    (0.8, 0.800000, 1.0, 1.0, 0.0),
+    (1.2, 0.999999, 1.0, 1.0, 0.0),
+    (0.9, 0.900000, 1.0, 0.9990000128746033, 9.801006672205403e-05),
+    (0.7, 0.700000, 1.0286999940872192, 0.9960100650787354, 0.00097324961097911),
+    (1.1, 1.089600, 1.089600920677185, 0.9960100650787354, 0.00097324961097911),
+    (0.95, 0.950000, 1.089600920677185, 0.9955499768257141, 0.0009842651197686791),
+    (6.0, 1.089669, 1.0896689891815186, 0.9955499768257141, 0.0009842651197686791),
+    (0.85, 0.850000, 1.0896689891815186, 0.9940944910049438, 0.0011820546351373196),
+    (0.9, 0.900000, 1.0972375869750977, 0.9931535720825195, 0.0012570100370794535),
+    (30.0, 0.0, 1.0995166301727295, 0.9931535720825195, 0.0012570100370794535),
+    (0.8, 0.800000, 1.0995166301727295, 0.991222083568573, 0.0016100987559184432),
+    (1.0, 1.000000, 1.1116001605987549, 0.9913098812103271, 0.0015947530046105385),
+)
+
+
+def test_adaptive_clipping_follows_the_reference_trace_across_a_resume():
+    clip = AdaptiveClip(1.0, 0.99)
+    for i, (norm, after, _, mean, variance) in enumerate(CLIP_TRACE):
+        if i == 6:
+            state, clip = clip.state_dict(), AdaptiveClip(1.0, 0.99)
+            clip.load_state_dict(state)
+        assert norm * clip.factor(norm) == pytest.approx(after, abs=2e-6)
+        assert clip.mean == pytest.approx(mean, abs=1e-6)
+        assert clip.variance == pytest.approx(variance, abs=1e-6)
+
+
+def test_plain_clipping_equals_torch():
+    parameter = nn.Parameter(torch.zeros(3))
+    for gradient in (torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.3, 0.4, 0.0])):
+        parameter.grad = gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+        torch.testing.assert_close(gradient * PlainClip(1.0).factor(norm.item()), parameter.grad)
+
+
+def test_ema_equals_the_reference():
+    steps = torch.tensor([[1.0, 2.0, -1.0], [1.5, 1.0, 0.0], [2.0, 0.0, 1.0], [2.5, -1.0, 2.0]])
+    shadows = torch.tensor([[1.0, 2.0, -1.0], [1.05, 1.9, -0.9], [1.145, 1.71, -0.71], [1.2805, 1.439, -0.439]])
+    parameter = nn.Parameter(steps[0].clone())
+    ema = EMA([("p", parameter)], decay=0.9)
+    for step, shadow in zip(steps[1:], shadows[1:]):
+        parameter.data.copy_(step)
+        ema.update()
+        torch.testing.assert_close(ema.shadows["p"], shadow, atol=1e-7, rtol=1e-6)
+
+
+def options(**changes) -> TrainOptions:
+    return TrainOptions(mm_model="m.json", mm_data="d.json", **changes)
+
+
+def test_learning_rate_warms_up_and_decays():
+    plan = options(lr=1.0, lr_warmup_iters=4, lr_warmup_init=0.2, train_iters=9, min_lr=0.1, lr_decay_style="linear")
+    rates = [learning_rate(step, plan) for step in range(9)]
+    assert rates[:5] == pytest.approx([0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:]))
+    cosine = options(lr=1.0, train_iters=11, lr_decay_style="cosine")
+    assert learning_rate(5, cosine) == pytest.approx(0.5)
+    assert learning_rate(10**6, options(lr=3e-5)) == 3e-5
+
+
+def test_the_projection_learns_at_its_own_rate():
+    model = nn.ModuleDict({"learnable_proj": nn.Linear(1, 1), "other": nn.Linear(1, 1)})
+    optimizer = build_optimizer(model, options(proj_lr_scale=10.0), torch.device("cpu"))
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(model["learnable_proj"].weight)] == 5.0
+    assert rates[id(model["other"].bias)] == 0.5
+
+
+def test_draws_depend_on_seed_epoch_and_sample_alone(workspace):
+    config = read_run_config(options().model_copy(update=workspace.files()))
+    keys = [(0, 3), (1, 3), (0, 5)]
+    together, alone = draw(config, keys), draw(config, keys[1:2])
+    for name, value in vars(together).items():
+        assert torch.equal(value[1:2], getattr(alone, name)), name
+        assert not torch.equal(value[0], value[1]), name
+        assert not torch.equal(value[0], value[2]), name
+
+
+def test_drawn_ratios_stay_in_the_configured_range(workspace):
+    config = read_run_config(
+        options().model_copy(update=workspace.files({"model.predictor.low_freq_energy_ratio": [0.2, 0.3]}))
+    )
+    ratios = draw(config, [(0, i) for i in range(200)]).ratio
+    assert 0.2 <= ratios.min() < 0.21
+    assert 0.29 < ratios.max() <= 0.3

@@ -1,0 +1,210 @@
+"""Whole runs: resumed equals uninterrupted, two processes equal one, what a run leaves on disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from flashi2v_data.config import load_config
+from flashi2v_model.weights import read_state_dict
+from flashi2v_train.config import TrainModelConfig, TrainOptions, read_run_config
+from flashi2v_train.trainer import train
+
+COMMAND = Path(sys.executable).with_name("flashi2v-train")
+
+
+def options(workspace, name="run", changes=None, **values) -> TrainOptions:
+    defaults = {"device": "cpu", "train_iters": 6, "micro_batch_size": 2, "lr": 1e-3, "ema_decay": 0.9}
+    return TrainOptions(**workspace.files(changes), save=workspace.directory / name, **{**defaults, **values})
+
+
+def run(workspace, name="run", changes=None, **values) -> Path:
+    return train(read_run_config(options(workspace, name, changes, **values)))
+
+
+def launch(arguments, code=0) -> str:
+    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=280)
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def losses(directory: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(directory: Path, ema: bool = True) -> dict[str, torch.Tensor]:
+    return read_state_dict(directory, ema=ema)
+
+
+def assert_same_weights(one: Path, other: Path, **tolerance) -> None:
+    for ema in (False, True):
+        ours, theirs = weights(one, ema), weights(other, ema)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], **(tolerance or {"atol": 0.0, "rtol": 0.0}), msg=key)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(workspace):
+    """Over an epoch's end (4 steps), with adaptive clipping, warm-up and decay, EMA and loader workers."""
+    plan = {
+        "clip_grad_ema_decay": 0.99,
+        "lr_warmup_iters": 2,
+        "lr_decay_style": "cosine",
+        "changes": {"data.dataloader_param.num_workers": 1},
+    }
+    whole = run(workspace, "whole", **plan)
+    halves = run(workspace, "halves", **plan, save_interval=3)
+    (halves / "latest_checkpointed_iteration.txt").write_text("3\n")  # as if killed after step 3
+    run(workspace, "halves", **plan)
+    assert losses(halves) == losses(whole)
+    assert len(losses(whole)) == 6
+    assert_same_weights(whole, halves)
+
+
+def test_two_processes_equal_one(workspace):
+    """FSDP2 over two processes, with accumulation: the same losses and weights up to rounding."""
+    one = run(workspace, "one", train_iters=3, global_batch_size=4, micro_batch_size=4)
+    plan = {"train_iters": 3, "global_batch_size": 4, "micro_batch_size": 1, "lr": 1e-3, "ema_decay": 0.9}
+    launch(workspace.arguments(save=workspace.directory / "two", nproc_per_node=2, **plan))
+    two = workspace.directory / "two"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert_same_weights(one, two, atol=2e-5, rtol=1e-3)
+
+    # Resumed on one process, the run of two goes on as the run of one does.
+    run(workspace, "one", train_iters=5, global_batch_size=4, micro_batch_size=4)
+    run(workspace, "two", train_iters=5, global_batch_size=4, micro_batch_size=4)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_bf16_training_follows_fp32(workspace):
+    exact, rounded = run(workspace, "fp32", train_iters=2), run(workspace, "bf16", train_iters=2, bf16=True)
+    assert losses(rounded) == pytest.approx(losses(exact), rel=2e-2)
+    assert losses(rounded) != losses(exact)
+    assert {tensor.dtype for tensor in weights(rounded, ema=False).values()} == {torch.float32}
+
+
+def test_the_loss_falls(workspace):
+    values = losses(run(workspace, train_iters=100, micro_batch_size=4, lr=5e-3))
+    assert sum(values[-10:]) < 0.85 * sum(values[:10])
+
+
+def test_a_run_leaves_what_it_promises(workspace):
+    directory = run(workspace, train_iters=4, save_interval=2, log_interval=2)
+    names = {path.name for path in directory.iterdir() if not path.name.startswith("events.")}
+    assert names == {
+        "metrics.jsonl",
+        "config.json",
+        "iter_0000002",
+        "iter_0000004",
+        "latest_checkpointed_iteration.txt",
+    }
+    assert len(list(directory.glob("events.*"))) == 1
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert {"loss", "grad_norm", "lr", "seconds", "samples_per_second"} <= lines[0].keys()
+    config = json.loads((directory / "config.json").read_text())
+    assert config["options"]["train_iters"] == 4
+    assert config["model"]["predictor"]["conv3x3x3_proj"] is True
+
+
+def test_an_unreadable_video_is_skipped_counted_and_named(workspace, inputs, tmp_path, caplog):
+    from flashi2v_data.store import open_store, write_store
+
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    store = open_store(inputs / "store")
+    records = [{**store[i], "path": str(broken)} if i == 3 else store[i] for i in range(len(store))]
+    write_store(tmp_path / "broken.lmdb", records, store.config)
+    caplog.set_level("WARNING")
+    changes = {"data.dataset_param.metafile_or_dir_path": str(tmp_path / "broken.lmdb")}
+    directory = run(workspace, changes=changes, train_iters=4)
+    last = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped_videos"] == 1
+    assert str(broken) in caplog.text
+
+
+def test_a_non_finite_gradient_is_skipped_and_a_diverged_run_stops(workspace, monkeypatch):
+    from flashi2v_train import trainer
+
+    monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 3)
+    compute = trainer.Trainer._losses
+    calls = []
+
+    def broken(self, batch):
+        calls.append(1)
+        return compute(self, batch) * (float("nan") if len(calls) in (2, 4, 5, 6) else 1.0)
+
+    monkeypatch.setattr(trainer.Trainer, "_losses", broken)
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
+        run(workspace, train_iters=9, save_interval=3)
+    saved = weights(workspace.directory / "run", ema=False)  # of step 3, after one skipped step
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_the_seed_files_are_understood_as_printed(tmp_path):
+    """The documents' own formatting: comments, a trailing comma, full sizes."""
+    (tmp_path / "model.json").write_text(
+        """# pretrain_model_flashi2v.json
+        {"load_video_features": false, "load_text_features": false, "task": "t2v",
+         "patch": {"ae_float32": "ae_float32"},
+         "ae": {"model_id": "wan_video_vae", "from_pretrained": "vae/", # Wan2.1 VAE
+                "dtype": "fp32", "enable_tiling": false,
+                "tiling_param": {"tile_size": [34, 34], "tile_stride": [18, 16]},
+                "norm_latents": true, "norm_mode": "channel_specified_shift_scale", "do_sample": true},
+         "text_encoder": {"model_id": "UMT5", "dtype": "bf16", "hub_backend": "hf",
+                          "from_pretrained": "text_encoder", "use_attention_mask": false},
+         "diffusion": {"model_id": "flow_matching", "use_dynamic_shifting": true,
+                       "use_logitnorm_time_sampling": true,},
+         "predictor": {"model_id": "flashi2vdit", "low_freq_energy_ratio": [0.05, 0.95], "fft_return_abs": true,
+                       "dtype": "bf16", "patch_size": [1, 2, 2], "text_len": 512, "in_dim": 16, "hidden_size": 1536,
+                       "ffn_dim": 8960, "freq_dim": 256, "text_dim": 4096, "img_dim": 1280, "out_dim": 16,
+                       "num_heads": 12, "num_layers": 30, "pipeline_num_layers": [7,8,8,7], "qk_norm": true,
+                       "qk_norm_type": "rmsnorm", "cross_attn_norm": true, "eps": 1e-6, "max_seq_len": 1024,
+                       "attention_async_offload": false, "use_fused_rmsnorm": true,
+                       "from_pretrained": "release_weights/npu/flashi2v_1_3B.pt" # Pretrained weights
+         }}"""
+    )
+    model = load_config(tmp_path / "model.json", TrainModelConfig)
+    assert model.predictor.transformer_arguments()["attention_head_dim"] == 128
+    assert model.predictor.eps == 1e-6
+    assert model.predictor.conv3x3x3_proj is True
+
+
+BAD_INPUT = {
+    "missing model file": ({}, {"mm_model": "nowhere.json"}, "nowhere.json"),
+    "unknown key": ({"model.predictor.hiden_size": 3}, {}, "predictor.hiden_size"),
+    "nearest key": ({"model.predictor.hiden_size": 3}, {}, "'hidden_size'"),
+    "wrong type": ({"model.predictor.num_layers": "many"}, {}, "predictor.num_layers"),
+    "stages do not sum": ({"model.predictor.pipeline_num_layers": [7, 8]}, {}, "sums to 15"),
+    "precomputed features": ({"model.load_video_features": True}, {}, "not available yet"),
+    "missing vae": ({"model.ae.from_pretrained": "nowhere/vae"}, {}, "nowhere/vae"),
+    "height": ({"data.dataset_param.sample_height": 40}, {}, "divisible by 16"),
+    "frames": ({"data.dataset_param.sample_num_frames": 6}, {}, "4k+1"),
+    "text length": ({"data.dataset_param.tokenizer_max_length": 8}, {}, "predictor.text_len 16"),
+    "no mask": ({"data.dataset_param.return_prompt_mask": False}, {}, "return_prompt_mask"),
+    "missing store": ({"data.dataset_param.metafile_or_dir_path": "nowhere.lmdb"}, {}, "nowhere.lmdb"),
+    "batch does not divide": ({}, {"micro_batch_size": 2, "global_batch_size": 3}, "multiple"),
+    "negative rate": ({}, {"lr": -1}, "--lr"),
+    "unknown option": ({}, {"learning_rate": 1}, "--learning-rate"),
+    "no checkpoint": ({}, {"load": "nowhere"}, "holds no checkpoint"),
+    "latent channels": ({"model.predictor.in_dim": 8, "model.predictor.out_dim": 8}, {}, "the encoder gives 16"),
+    "absent device": ({}, {"device": "npu"}, "torch_npu"),
+    "store too small": ({}, {"micro_batch_size": 99}, "99"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(workspace, case, monkeypatch, capsys):
+    from flashi2v_train import launcher
+
+    changes, changed_options, words = BAD_INPUT[case]
+    monkeypatch.setattr(sys, "argv", ["flashi2v-train", *workspace.arguments(changes, **changed_options)])
+    with pytest.raises(SystemExit) as stop:
+        launcher.main()
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2, message
+    assert words in message
+    assert message.startswith("flashi2v-train: ")
+    assert not (workspace.directory / "run").exists()
