@@ -1,6 +1,9 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,26 @@ def test_filter_never_mixes_two_results_in_one_folder(place):
     again = _run(place, "filter", "--filter-config", "filter.yaml")
     assert again.returncode == 2
     assert again.stderr.startswith("flashi2v-data: save_path holds lmdb/filtered_samples_5.lmdb already")
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_an_interrupted_filter_leaves_nothing_and_says_one_line(place, tmp_path, jobs):
+    entry = {"path": str(place / "shapes/videos/000000.mp4"), "cap": "a cap"}
+    (tmp_path / "meta.json").write_text("\n".join([json.dumps(entry)] * 50_000))
+    (tmp_path / "videos.txt").write_text(f"/,{tmp_path}/meta.json\n")
+    (tmp_path / "filter.yaml").write_text(FILTER.replace("shapes/videos.txt", "videos.txt"))
+    command = [sys.executable, "-m", "flashi2v_data.cli", "filter", "--filter_config", "filter.yaml", "--jobs", jobs]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    # A first batch of records is in the store, so the worker processes are at work.
+    while not any(path.stat().st_size > 50_000 for path in tmp_path.glob("lmdb/.store.*/store.lmdb/data.mdb")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)  # both of them
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "flashi2v-data: interrupted\n")
+    assert list((tmp_path / "lmdb").iterdir()) == []
 
 
 def test_inspect_counts_and_shows(place):

@@ -193,3 +193,7 @@ def test_nothing_is_logged_for_a_readable_clip(dataset, caplog):
     caplog.set_level(logging.WARNING)
     dataset()[0]
     assert caplog.messages == []
+
+
+def test_iterating_ends_with_the_store(dataset):
+    assert [sample["index"] for sample in dataset()] == list(range(12))

@@ -79,8 +79,11 @@ class FlashI2VDataset(Dataset[Sample]):
 
         Raises:
             DecodeError: more than 100 videos in a row are unreadable.
+            IndexError: there is no such record.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
         skipped: list[str] = []
         for offset in range(min(len(self), MAX_SKIPPED_IN_A_ROW + 1)):
             record = self.store[(index + offset) % len(self)]

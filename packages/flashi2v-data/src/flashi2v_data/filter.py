@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -222,8 +223,10 @@ def _map_in_order(
     if jobs == 1:
         yield from map(judge, chunks)
         return
-    # Fresh processes: forking one that has decoder threads may deadlock.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Fresh processes: forking one that has decoder threads may deadlock. An interrupt is the parent's to handle.
+    context, ignore_interrupt = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=signal.signal, initargs=ignore_interrupt)
+    try:
         pending: collections.deque[Future[list[Record | Reason]]] = collections.deque()
         for chunk in chunks:
             pending.append(pool.submit(judge, chunk))
@@ -231,3 +234,5 @@ def _map_in_order(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
