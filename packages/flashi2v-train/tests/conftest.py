@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from flashi2v_data.config import FilterConfig
 from flashi2v_data.filter import filter_records
 from flashi2v_data.records import read_annotations, read_entries

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
+
 from flashi2v_train.clip import AdaptiveClip, PlainClip
 from flashi2v_train.config import TrainOptions, read_run_config
 from flashi2v_train.ema import EMA
 from flashi2v_train.optim import build_optimizer, learning_rate, set_learning_rate
 from flashi2v_train.step import draw
-from torch import nn
 
 # (norm, norm after clipping, threshold, mean, variance) of the public NPU release, max_norm 1.0, decay 0.99
 CLIP_TRACE = (

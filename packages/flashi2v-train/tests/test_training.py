@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from flashi2v_data.config import load_config
 from flashi2v_model.weights import read_state_dict
 from flashi2v_train.config import TrainModelConfig, TrainOptions, read_run_config

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -67,11 +67,25 @@ class _SafeReader(FileSystemReader):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Admits DCP's own records, dtypes and plain containers."""
+
+    _RECORDS = frozenset(
+        {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+            "_StorageInfo",
+        }
+    )
     _HOMES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = frozenset(
+    _OTHERS = frozenset(
         {
             ("torch", "Size"),
-            ("torch", "device"),
             ("torch.serialization", "_get_layout"),
             ("collections", "OrderedDict"),
             ("builtins", "set"),
@@ -81,11 +95,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        known_class = module in self._HOMES and name.lstrip("_")[:1].isupper() and "." not in name
-        if (
-            known_class
-            or (module, name) in self._NAMES
-            or (module == "torch" and hasattr(torch, name) and isinstance(getattr(torch, name), torch.dtype))
-        ):
+        is_record = module in self._HOMES and name in self._RECORDS
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_record or is_dtype or (module, name) in self._OTHERS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")

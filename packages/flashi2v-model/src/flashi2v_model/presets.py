@@ -1,13 +1,15 @@
 """Models of published sizes, and a tiny whole pipeline, with random weights in diffusers' layout."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKLWan
-from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from flashi2v_model.config import DiffusionConfig
+from flashi2v_model.errors import InputError
 from flashi2v_model.scheduler import euler_scheduler
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
 
@@ -26,40 +28,68 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 }
 
 
+_COMPONENTS = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "transformer": ("flashi2v_model.transformer", "FlashI2VTransformer3DModel"),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+}
+
+
 def save(name: str, directory: Path) -> None:
     """Write the transformer and scheduler of a preset; for "tiny" a whole pipeline.
 
     Random weights come from torch's global generator.
     """
-    parts: dict[str, tuple[str, str]] = {
-        "transformer": ("flashi2v_model.transformer", "FlashI2VTransformer3DModel"),
-        "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-    }
-    FlashI2VTransformer3DModel(**TRANSFORMERS[name]).save_pretrained(directory / "transformer")
-    euler_scheduler(DiffusionConfig(model_id="flow_matching").shift).save_pretrained(directory / "scheduler")
+    _save_sampler(FlashI2VTransformer3DModel(**TRANSFORMERS[name]), directory)
     if name == "tiny":
-        parts |= {
-            "vae": ("diffusers", "AutoencoderKLWan"),
-            "text_encoder": ("transformers", "UMT5EncoderModel"),
-            "tokenizer": ("transformers", "ByT5Tokenizer"),
-        }
-        AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1).save_pretrained(
-            directory / "vae"
-        )
-        # A tokenizer of bytes needs no vocabulary file and reads every language.
-        tokenizer = ByT5Tokenizer(extra_ids=0)
-        tokenizer.save_pretrained(directory / "tokenizer")
-        config = UMT5Config(
-            vocab_size=len(tokenizer),
-            d_model=TRANSFORMERS[name]["text_dim"],
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-        UMT5EncoderModel(config).save_pretrained(directory / "text_encoder")
-    index = {"_class_name": "FlashI2VPipeline", **parts}
+        _save_tiny_encoders(directory, text_dim=TRANSFORMERS[name]["text_dim"])
+        _write_index(directory)
+
+
+def save_pipeline(transformer: FlashI2VTransformer3DModel, directory: Path, encoders: Path) -> None:
+    """Write a transformer as a whole pipeline, with copies of the encoders' directories.
+
+    Raises:
+        InputError: `encoders` lacks one of them.
+    """
+    parts = ("vae", "text_encoder", "tokenizer")
+    missing = [part for part in parts if not (encoders / part).is_dir()]
+    if missing:
+        raise InputError(f"--encoders {encoders}: holds no directory {' or '.join(missing)}")
+    _save_sampler(transformer, directory)
+    for part in parts:
+        shutil.copytree(encoders / part, directory / part)
+    _write_index(directory)
+
+
+def _save_sampler(transformer: FlashI2VTransformer3DModel, directory: Path) -> None:
+    transformer.save_pretrained(directory / "transformer")
+    euler_scheduler(DiffusionConfig(model_id="flow_matching").shift).save_pretrained(directory / "scheduler")
+
+
+def _write_index(directory: Path) -> None:
+    # diffusers wants the tokenizer's own class, which AutoTokenizer reads off the files.
+    tokenizer = type(AutoTokenizer.from_pretrained(directory / "tokenizer")).__name__
+    index = {"_class_name": "FlashI2VPipeline", **_COMPONENTS, "tokenizer": ("transformers", tokenizer)}
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save_tiny_encoders(directory: Path, text_dim: int) -> None:
+    vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    vae.save_pretrained(directory / "vae")
+    # A tokenizer of bytes needs no vocabulary file and reads every language.
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=text_dim,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    UMT5EncoderModel(config).save_pretrained(directory / "text_encoder")

@@ -236,17 +236,27 @@ def _check_fit(
         raise InputError(f"{source} does not fit the transformer: {'; '.join(problems)}")
 
 
-def as_diffusers_model(
-    state_dict: Mapping[str, Tensor], num_attention_heads: int | None = None
-) -> FlashI2VTransformer3DModel:
-    """Wrap weights of any layout in a model that shares their memory, sizes read off the weights.
+def sizes_of(path: str | Path, state_dict: Mapping[str, Tensor], num_attention_heads: int | None) -> dict[str, Any]:
+    """Return the constructor arguments of the transformer at `path`: from its config.json, else off its shapes.
 
     Raises:
-        InputError: the weights are not those of a whole FlashI2V transformer.
+        InputError: as `architecture`.
     """
-    state_dict = convert_state_dict(state_dict)
+    directories = (checkpoint_directory(Path(path)), Path(path) / "transformer")
+    config = next((d / "config.json" for d in directories if (d / "config.json").is_file()), None)
+    if config is None:
+        return architecture(state_dict, num_attention_heads)
+    return {key: value for key, value in json.loads(config.read_text()).items() if not key.startswith("_")}
+
+
+def as_model(state_dict: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> FlashI2VTransformer3DModel:
+    """Wrap weights (diffusers names) in a model that shares their memory.
+
+    Raises:
+        InputError: they are not those of the whole transformer that the arguments describe.
+    """
     with torch.device("meta"):
-        model = FlashI2VTransformer3DModel(**architecture(state_dict, num_attention_heads))
+        model = FlashI2VTransformer3DModel(**arguments)
     _check_fit("the file", state_dict, model)
     model.load_state_dict(dict(state_dict), assign=True)
     return model

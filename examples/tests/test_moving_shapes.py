@@ -1,0 +1,72 @@
+"""The whole way through the console scripts: videos, filter, training, a run turned into a model, new videos."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flashi2v_data import read_frames
+from flashi2v_data.probe import probe
+
+EXAMPLES = Path(__file__).parent.parent
+SCRIPTS = Path(sys.executable).parent
+
+
+def command(directory: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    name, *arguments = map(str, words)
+    done = subprocess.run([SCRIPTS / name, *arguments], cwd=directory, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A directory in which the demo ran, much shorter than `nox -s demo` runs it."""
+    directory = tmp_path_factory.mktemp("checkout")
+    (directory / "examples").symlink_to(EXAMPLES)
+    script = "examples/moving_shapes/run.py"
+    done = command(directory, "python", script, "--videos", 24, "--steps", 4, "--samples", 2)
+    assert "loss " in done.stdout.splitlines()[-1]
+    return directory
+
+
+@pytest.mark.xdist_group("end to end")
+def test_the_demo_leaves_videos_strips_and_the_loss_curve(demo):
+    for number in range(2):
+        video = demo / f"demo/videos/video_{number}.mp4"
+        info = probe(video)
+        assert (info.num_frames, info.height, info.width, info.fps) == (17, 64, 64, 16)
+        record = json.loads(video.with_suffix(".json").read_text())
+        assert record["first_frame_psnr"] > 0
+    strips = Image.open(demo / "demo/film_strips.png")
+    assert strips.height == 2 * Image.open(demo / "demo/strip_0.png").height
+    assert Image.open(demo / "demo/loss.png").width > 500
+    steps = [json.loads(line)["step"] for line in (demo / "demo/run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.xdist_group("end to end")
+def test_a_run_becomes_a_model_that_samples_from_one_image(demo):
+    encoders = EXAMPLES / "moving_shapes/weights"
+    command(demo, "flashi2v-model", "convert", "demo/run", "model", "--to", "diffusers", "--encoders", encoders)
+    command(
+        demo, "flashi2v-infer", "--model", "model", "--image", "demo/held_out/first_frame_0.png",
+        "--prompt", "a red circle moves to the right", "-o", "one.mp4", "--strip", "one.png", "--seed", 1,
+        "--num-frames", 9, "--height", 32, "--width", 48, "--num-inference-steps", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert read_frames(demo / "one.mp4", range(9)).shape == (9, 32, 48, 3)
+    assert Image.open(demo / "one.png").width > 500
+
+
+@pytest.mark.xdist_group("end to end")
+def test_training_resumes_where_the_demo_stopped(demo):
+    done = command(
+        demo, "flashi2v-train", "--mm-model", "examples/moving_shapes/pretrain_model.json",
+        "--mm-data", "examples/moving_shapes/data.json", "--save", "demo/run", "--train-iters", 5,
+        "--micro-batch-size", 12, "--device", "cpu",
+    )  # fmt: skip
+    assert "resumed from demo/run/iter_0000004" in done.stderr
+    assert (demo / "demo/run/latest_checkpointed_iteration.txt").read_text().strip() == "5"

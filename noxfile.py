@@ -1,0 +1,116 @@
+"""Everything the project runs on itself: `nox -s tests`, `lint`, `imports`, `wheels`, `demo`, `bench`."""
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4"
+nox.options.sessions = ["lint", "imports", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+# The one place that decides which torch is tested: a CPU build, where a newer one would pull gigabytes of CUDA.  The
+# packages themselves ask for a range.
+CONSTRAINTS = ["torch==2.13.0"]
+
+# In the order of the arrows: each needs only those before it.
+PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-train", "flashi2v-infer")
+EXTRAS = {"flashi2v-data": "[decord,plots,tokenizer]"}
+TEST_TOOLS = (
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "peft>=0.15",
+    "matplotlib>=3.8",
+)
+ROOT = Path(__file__).parent
+
+
+def install(session: nox.Session, *arguments: str) -> None:
+    """pip install within the constraints."""
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join(CONSTRAINTS) + "\n")
+    session.install("-c", str(constraints), *arguments)
+
+
+def install_editable(session: nox.Session, *tools: str) -> None:
+    """Install all packages from their sources, in one go, so that they find each other."""
+    packages = [part for name in PACKAGES for part in ("-e", f"packages/{name}{EXTRAS.get(name, '')}")]
+    install(session, *packages, *tools)
+
+
+def run_tests(session: nox.Session, *paths: str) -> None:
+    """Run pytest on two processes of one thread each: most tests are too small for more threads to help."""
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "loadgroup",
+        *(session.posargs or paths),
+        env={"OMP_NUM_THREADS": "1"},
+    )
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Every package's suite, and the way from videos to a new video through the console scripts."""
+    install_editable(session, *TEST_TOOLS)
+    run_tests(session, "packages", "examples")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Formatting, common mistakes, types."""
+    install_editable(session, "ruff>=0.9", "mypy>=1.15")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy", *(f"packages/{name}/src" for name in PACKAGES))
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Only the allowed arrows between packages, and nothing imported that is not declared."""
+    install(session, "packaging", "tomli; python_version < '3.11'")
+    session.run("python", ".ci/imports.py")
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build sdists and wheels, install them one after the other, and run the suite on what a user would get."""
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.install("build")
+    for name in PACKAGES:
+        session.run("python", "-m", "build", "--outdir", str(dist), f"packages/{name}", silent=True)
+    # Whatever an earlier run left installed would hide a missing dependency.
+    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", *PACKAGES)
+    for name in PACKAGES:
+        module = name.replace("-", "_")
+        wheel = next(dist.glob(f"{module}-*.whl"))
+        install(session, f"{wheel}{EXTRAS.get(name, '')}")
+        session.run("python", "-c", f"import {module}; print({module}.__version__, {module}.__file__)")
+        session.run(name, "--help", silent=True)
+    install(session, *TEST_TOOLS)
+    run_tests(session, "packages", "examples")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Moving shapes: make videos, filter, train a few minutes, sample; the result is in demo/."""
+    install_editable(session, "matplotlib>=3.8")
+    session.run("python", "examples/moving_shapes/run.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure, as ratios within one run; name packages to measure only those."""
+    install_editable(session)
+    session.run("python", "-c", "import torch; print(torch.__version__, torch.__config__.parallel_info())")
+    session.run("python", "-m", "platform")
+    for name in session.posargs or PACKAGES:
+        for script in sorted((ROOT / "packages" / name / "bench").glob("bench_*.py")):
+            session.run("python", str(script))
