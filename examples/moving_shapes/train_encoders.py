@@ -38,7 +38,7 @@ def render_batch(step: int, batch: int, frames: int) -> Tensor:
 
 
 def train_vae(steps: int) -> AutoencoderKLWan:
-    """L1 + MSE reconstruction with a light KL term; latents end with unit variance through the config's mean and std."""
+    """L1 + MSE reconstruction with a light KL term; the config's mean and std then give latents unit variance."""
     torch.manual_seed(SEED)
     vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, attn_scales=[])
     for module in vae.modules():

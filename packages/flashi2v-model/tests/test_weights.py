@@ -142,3 +142,27 @@ def test_a_directory_without_weights_says_what_is_missing(tmp_path):
 def test_other_models_are_refused():
     with pytest.raises(InputError, match=r"not weights of a Wan2\.1 or FlashI2V transformer"):
         convert_state_dict({"encoder.layer.0.weight": torch.zeros(1)})
+
+
+def test_a_checkpoint_whose_table_of_contents_runs_code_is_refused(tmp_path):
+    trap = Trap(tmp_path / "sprung")
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(trap))
+    with pytest.raises(InputError, match="no place in it"):
+        read_state_dict(tmp_path)
+    assert not trap.path.exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_gives_its_moving_average_or_its_raw_weights(tmp_path):
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    raw = small_model().state_dict()
+    average = {key: tensor + 1 for key, tensor in raw.items()}
+    run = tmp_path / "run"
+    run.mkdir()
+    save({"model": raw, "ema": average, "optimizer": {"x": torch.zeros(3)}}, checkpoint_id=run / "iter_0000007")
+    (run / "latest_checkpointed_iteration.txt").write_text("7\n")
+    for ema, expected in ((True, average), (False, raw)):
+        loaded = read_state_dict(run, ema=ema)
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[key], expected[key]) for key in expected)

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
 from torch import Tensor, nn
 
 from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, layer_norm, rope_tables
@@ -126,7 +127,7 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         grid = self._token_grid(hidden_states, timestep, fourier_features)
         dtype = self.patch_embedding.weight.dtype
         tokens = self.patch_embedding(hidden_states.to(dtype)) + self.fourier_embedding(fourier_features.to(dtype))
-        x = tokens.flatten(2).transpose(1, 2)  # (B, N, D)
+        x = rearrange(tokens, "b d f h w -> b (f h w) d")
         rope = rope_tables(grid, self.config.attention_head_dim, x.device)
         time, modulation, context = self.condition_embedder(timestep, encoder_hidden_states)
         for block in self.blocks:
@@ -134,7 +135,18 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         shift, scale = (self.scale_shift_table.to(time.dtype) + time[:, None]).chunk(2, dim=1)  # (B, 1, D) each
         out = self.proj_out(layer_norm(x, self.config.eps) * (1 + scale) + shift)  # (B, N, C*patch)
-        velocity = self._unpatchify(out, grid)
+        frames, height, width = grid
+        pf, ph, pw = self.config.patch_size
+        velocity = rearrange(
+            out,
+            "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+            f=frames,
+            h=height,
+            w=width,
+            pf=pf,
+            ph=ph,
+            pw=pw,
+        )
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _token_grid(self, latents: Tensor, timestep: Tensor, features: Tensor) -> tuple[int, int, int]:
@@ -155,9 +167,3 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"token grid {(frames, height, width)} exceeds rope_max_seq_len = {self.config.rope_max_seq_len}"
             )
         return frames, height, width
-
-    def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        x = x.unflatten(-1, (*self.config.patch_size, self.config.out_channels))
-        x = x.unflatten(1, grid)  # (B, f, h, w, pf, ph, pw, C)
-        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, f, pf, h, ph, w, pw)
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, C, F, H, W)
