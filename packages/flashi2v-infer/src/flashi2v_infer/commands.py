@@ -32,8 +32,6 @@ from flashi2v_infer.sample import Sample, sample_video
 from flashi2v_infer.settings import Request
 from flashi2v_model.encoders import DTYPES
 
-logger = logging.getLogger(__name__)
-
 
 def sample_batch(config: InferenceConfig, device: str | None = None, seed: int | None = None) -> None:
     """Sample every prompt and image of a configuration file into its `save_path`.
@@ -132,9 +130,11 @@ def _write(path: Path, pipeline: FlashI2VPipeline, model: str, request: Request,
 
 
 def _quieten_libraries() -> None:
-    """Hide what diffusers and transformers say about loading; what does not fit is an error of ours."""
+    """Hide what these libraries say about loading; what cannot be loaded, or does not fit, is an error of ours."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="huggingface_hub")
     # Newer versions call it dtype, older ones know only torch_dtype.
     warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)

@@ -90,7 +90,9 @@ def load_from_pretrained(model: str, dtype: torch.dtype, device: torch.device) -
             model, transformer=transformer, torch_dtype={"default": dtype, "vae": torch.float32}
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"--model: cannot load {model}: {' '.join(str(error).split())[:300]}") from error
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        hub = "" if path.is_dir() else " (there is no such directory here, so it was looked up on the hub)"
+        raise InputError(f"--model: cannot load {model}: {reason}{hub}") from error
     problems = {what: keys for what, keys in report.items() if keys}
     if problems:
         raise InputError(f"--model: the transformer of {model} does not fit: {json.dumps(problems, default=str)[:300]}")

@@ -1,0 +1,201 @@
+"""The console script, on real files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashi2v_data import read_frames
+from flashi2v_infer import cli
+
+SCRIPT = Path(sys.executable).with_name("flashi2v-infer")
+TINY = ["--num-frames", "5", "--height", "32", "--width", "48", "--num-inference-steps", "2", "--fps", "8"]
+
+
+def run_script(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+
+
+def frames(path: str) -> np.ndarray:
+    return read_frames(path, range(5))
+
+
+@pytest.fixture
+def rejected(monkeypatch, capsys):
+    """Run the command in this process, expect exit code 2 and nothing written; return the one line on stderr."""
+
+    def run(*arguments: object) -> str:
+        before = sorted(Path().rglob("*"))
+        monkeypatch.setattr(sys, "argv", ["flashi2v-infer", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        assert (exit_.value.code, captured.out) == (2, "")
+        assert sorted(Path().rglob("*")) == before
+        (line,) = captured.err.splitlines()
+        return line
+
+    return run
+
+
+def test_a_batch_and_its_first_video_alone(job, model_directory):
+    done = run_script("--mm-model", job(), "--seed", "7")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "wrote 2 videos and video_grid.mp4 to samples\n"
+    # stderr is no terminal: no progress bar, and no library's chatter.
+    assert [line[:26] for line in done.stderr.splitlines()] == [f"INFO video {i}: first frame " for i in (0, 1)]
+    names = ["video_0.json", "video_0.mp4", "video_1.json", "video_1.mp4", "video_grid.mp4"]
+    assert sorted(path.name for path in Path("samples").iterdir()) == names
+
+    first, second, grid = (frames(f"samples/video_{name}.mp4") for name in ("0", "1", "grid"))
+    assert first.shape == (5, 32, 48, 3)
+    assert grid.shape == (5, 32, 96, 3)
+    assert np.abs(grid[:, :, :48].astype(int) - first).mean() < 3
+    assert np.abs(grid[:, :, 48:].astype(int) - second).mean() < 3
+    assert np.abs(first.astype(int) - second).mean() > 6
+
+    record = json.loads(Path("samples/video_1.json").read_text())
+    assert record["prompt"] == "a dark object, it stands still"
+    assert (record["image"], record["seed"], record["index"], record["fps"]) == ("second.jpg", 7, 1, 8)
+    assert record["settings"]["num_inference_steps"] == 2
+    assert 0 < record["first_frame_psnr"] < 100
+    assert record["versions"]["flashi2v-infer"] == cli.__version__
+
+    alone = run_script(
+        "--model", model_directory, "--image", "first.png", "--prompt", "a red circle moves left", "-o", "new/cat.mp4",
+        "--seed", "7", "--strip", "new/cat.png", "--dtype", "fp32", "--device", "cpu", *TINY,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert np.array_equal(frames("new/cat.mp4"), first)
+    assert sorted(path.name for path in Path("new").iterdir()) == ["cat.json", "cat.mp4", "cat.png"]
+    with Image.open("new/cat.png") as strip:
+        assert strip.width > 5 * 240
+    ours, theirs = (json.loads(Path(path).read_text()) for path in ("new/cat.json", "samples/video_0.json"))
+    assert {key for key in ours if ours[key] != theirs[key]} == {"model"}
+
+
+def test_prompts_are_preprocessed_when_the_file_says_so(job, monkeypatch):
+    from flashi2v_data.config import load_config
+    from flashi2v_infer.commands import sample_batch
+    from flashi2v_infer.config import InferenceConfig
+
+    Path("prompts.txt").write_text("A Cat at http://cat.com\n")
+    Path("images.txt").write_text("first.png\n")
+    path = job(use_prompt_preprocess=True, predictor={"dtype": "bf16", "use_fused_rmsnorm": False})
+    sample_batch(load_config(path, InferenceConfig))
+    record = json.loads(Path("samples/video_0.json").read_text())
+    assert (record["prompt"], record["dtype"], record["seed"]) == ("a cat at", "bfloat16", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --mm-model FILE (a batch) and --model DIR (one video)"),
+        (["--mm-model", "x.json", "--model", "y"], "give one of --mm-model FILE"),
+        (["--mm-model", "x.json", "--prompt", "a cat", "--num-frames", "9"], "--prompt, --num-frames: not together"),
+        (["--mm-model", "x.json"], "x.json: no such file"),
+        (["--model", "y"], "--model also needs --image, --prompt, --output"),
+        (["--model", "y", "--image", "first.png", "--prompt", "a cat"], "--model also needs --output"),
+        (["--model", "demo"], "--model demo is reserved for a built-in model of a later release"),
+        (["--modle", "y"], "--modle"),
+        (["--model", "y", "--dtype", "int8"], "int8"),
+        (["--model", "y", "--height", "tall"], "tall"),
+    ],
+)
+def test_wrong_usage_is_one_line(rejected, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in rejected(*arguments)
+
+
+ONE = {"--model": "{model}", "--image": "first.png", "--prompt": "a cat", "-o": "cat.mp4", "--device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--height": 50}, "height must be divisible by 16, got 50: use 48 or 64"),
+        ({"--num-frames": 50}, "num_frames must be 4k + 1, got 50: use 49 or 53"),
+        ({"--fps": 0}, "fps must be positive, got 0"),
+        ({"--guidance-scale": 1, "--negative-prompt": "dark"}, "negative_prompt has no effect"),
+        ({"-o": "cat.gif"}, "--output: cat.gif must end in .mp4"),
+        ({"-o": "photo.mp4"}, "--output: photo.json exists, where the video's record would go"),
+        ({"--strip": "cat.jpg"}, "--strip: cat.jpg must end in .png"),
+        ({"--image": "cat.png"}, "--image: cat.png: no such file"),
+        ({"--image": "prompts.txt"}, "--image: prompts.txt: not an image of a known format"),
+        ({"--model": "nowhere"}, "--model: no directory 'nowhere'"),
+        ({"--model": "{model}/vae"}, "holds no model_index.json"),
+        ({"--model": "broken"}, "--model: cannot load broken"),
+        ({"--model": "foreign"}, "--model: the transformer of foreign does not fit"),
+        ({"--device": "npu"}, "device 'npu': torch_npu is not installed"),
+        ({"--device": "tpu"}, "unknown device type 'tpu'"),
+    ],
+)
+def test_one_video_that_cannot_be_sampled_is_one_line(rejected, job, model_directory, changes, message):
+    Path("photo.json").write_text("somebody's")
+    for name in ("broken", "foreign"):
+        if name in changes.values():
+            _copy_model(model_directory, Path(name), with_weights=name == "foreign")
+    options = {key: str(value).format(model=model_directory) for key, value in {**ONE, **changes}.items()}
+    assert message in rejected(*(word for option in options.items() for word in option))
+
+
+def _copy_model(source: Path, target: Path, *, with_weights: bool) -> None:
+    """A pipeline whose transformer lacks its weights, or one of them."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    weights = target / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    if with_weights:
+        del tensors["learnable_proj.proj.0.weight"]
+        save_file(tensors, weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsp": 16}, "inference_model.json: fsp: unknown key, did you mean 'fps'?"),
+        ({"seed": "seven"}, 'inference_model.json: seed: input should be a valid integer, got "seven"'),
+        ({"prompt": "first.png"}, "prompt: first.png: cannot be read"),
+        ({"image": "prompts.txt"}, "prompts.txt line 1: a red circle moves left: no such file"),
+        ({"image": "one.txt"}, "prompts.txt holds 2 prompts, one.txt holds 1 images"),
+        ({"save_path": "first.png"}, "save_path: cannot write below"),
+        ({"device": "npu"}, 'or choose another: "device": "auto" in the file, or --device auto'),
+        ({"ae": "tokenizer"}, "ae.from_pretrained: cannot load AutoencoderKLWan"),
+        ({"tokenizer": "nowhere"}, "tokenizer.from_pretrained: no directory"),
+        ({"tokenizer": "vae"}, "tokenizer.from_pretrained: "),
+        ({"text_encoder": "vae"}, "text_encoder.from_pretrained: cannot load UMT5EncoderModel"),
+        ({"predictor": "vae"}, "these are not weights of a Wan2.1 or FlashI2V transformer"),
+        ({"predictor": "nowhere"}, "no weights at"),
+    ],
+)
+def test_a_batch_that_cannot_be_sampled_is_one_line(rejected, job, model_directory, changes, message):
+    Path("one.txt").write_text("first.png\n")
+    for key in ("ae", "tokenizer", "text_encoder", "predictor"):
+        if key in changes:
+            changes = {key: {"from_pretrained": str(model_directory / changes[key])}}
+    assert message in rejected("--mm-model", job(**changes))
+
+
+def test_the_text_encoder_and_the_predictor_must_be_of_one_width(rejected, job):
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    UMT5EncoderModel(
+        UMT5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=4, is_encoder_decoder=False)
+    ).save_pretrained("narrow")
+    path = job(text_encoder={"from_pretrained": "./narrow"})
+    assert "predictor.text_dim is 64, the text encoder's is 32" in rejected("--mm-model", path)
+
+
+def test_help_shows_both_modes():
+    done = run_script("--help")
+    assert done.returncode == 0
+    assert "flashi2v-infer --mm-model inference_model.json" in done.stdout
+    assert "--low-freq-energy-ratio" in done.stdout

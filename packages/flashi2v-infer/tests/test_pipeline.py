@@ -1,0 +1,182 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler, WanTransformer3DModel
+from PIL import Image
+from torch.testing import assert_close
+
+from flashi2v_data.config import TransformPipeline
+from flashi2v_data.transforms import build_transform
+from flashi2v_infer import FlashI2VPipeline, InputError
+from flashi2v_infer.pipeline import prepare_image
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_frames_come_as_images_arrays_tensors_or_latents(sampled, photograph):
+    images = sampled(image=photograph, output_type="pil")
+    arrays = sampled(image=photograph, output_type="np")
+    tensors = sampled(image=photograph, output_type="pt")
+    assert len(images) == 1
+    assert [image.size for image in images[0]] == [(48, 32)] * 5
+    assert arrays.shape == (1, 5, 32, 48, 3)
+    assert 0 <= arrays.min() < arrays.max() <= 1
+    assert_close(tensors, torch.from_numpy(arrays).permute(0, 1, 4, 2, 3))
+    assert_close(torch.from_numpy(np.stack(images[0])), torch.from_numpy((arrays[0] * 255).round().astype(np.uint8)))
+    assert sampled(image=photograph).shape == (1, 16, 2, 4, 6)
+
+
+def test_a_batch_equals_its_items(sampled, photograph):
+    images = [photograph, photograph[::-1], photograph[:, ::-1]]
+    prompts, negatives = ["a red circle", "something longer than that", ""], ["blurry", "", "text"]
+    batch = sampled(image=images, prompt=prompts, negative_prompt=negatives, generator=generators(1, 2, 3))
+    items = [
+        sampled(image=image, prompt=prompt, negative_prompt=negative, generator=torch.Generator().manual_seed(seed))
+        for seed, (image, prompt, negative) in enumerate(zip(images, prompts, negatives), start=1)
+    ]
+    assert_close(batch, torch.cat(items), atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("change", ["image", "prompt", "negative_prompt", "generator", "low_freq_energy_ratio"])
+def test_everything_given_matters(sampled, photograph, change):
+    first = {
+        "image": photograph,
+        "prompt": "a red circle",
+        "negative_prompt": "blurry",
+        "generator": torch.Generator().manual_seed(1),
+        "low_freq_energy_ratio": 0.1,
+    }
+    other = {
+        "image": photograph[::-1],
+        "prompt": "a blue square",
+        "negative_prompt": "dark",
+        "generator": torch.Generator().manual_seed(2),
+        "low_freq_energy_ratio": 0.95,
+    }
+    plain = sampled(**first)
+    first["generator"] = torch.Generator().manual_seed(1)
+    assert torch.equal(sampled(**first), plain)
+    first["generator"] = torch.Generator().manual_seed(1)
+    assert (sampled(**{**first, change: other[change]}) - plain).abs().max() > 1e-4
+
+
+def test_latents_take_the_place_of_drawn_noise(sampled, photograph):
+    noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(sampled(image=photograph, latents=noise, generator=None), sampled(image=photograph))
+
+
+@pytest.mark.parametrize(("guidance_scale", "per_step"), [(5.0, 2), (1.0, 1), (0.0, 1)])
+def test_the_network_runs_once_per_step_without_guidance(pipe, sampled, photograph, guidance_scale, per_step):
+    calls = []
+    handle = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    sampled(image=photograph, guidance_scale=guidance_scale, num_inference_steps=3)
+    handle.remove()
+    assert len(calls) == 3 * per_step
+
+
+def test_another_scheduler_may_be_set(pipe, sampled, photograph):
+    default = sampled(image=photograph)
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=7.0)
+    calls = []
+    handle = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    other = sampled(image=photograph, guidance_scale=1.0)
+    handle.remove()
+    assert len(calls) == 3  # two in every step but the last
+    assert other.isfinite().all()
+    assert not torch.allclose(other, default)
+
+
+def test_a_saved_pipeline_samples_the_same_video(pipe, sampled, photograph, tmp_path):
+    pipe.save_pretrained(tmp_path / "saved")
+    again = FlashI2VPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    arguments = {
+        "image": photograph,
+        "prompt": "a red circle",
+        "num_frames": 5,
+        "height": 32,
+        "width": 48,
+        "num_inference_steps": 2,
+        "max_sequence_length": 24,
+        "output_type": "latent",
+    }
+    (frames,) = again(**arguments, generator=torch.Generator().manual_seed(1), return_dict=False)
+    assert torch.equal(frames, sampled(image=photograph))
+    assert again.config.use_attention_mask is True
+
+
+def test_the_attention_mask_of_the_text_encoder_is_a_setting(pipe):
+    masked = pipe.encode_prompt(["a red circle"], 24)
+    plain = FlashI2VPipeline(**pipe.components, use_attention_mask=False).encode_prompt(["a red circle"], 24)
+    assert not torch.allclose(masked, plain)
+    assert (plain[:, 13:] == 0).all()  # 12 letters and the end
+
+
+def test_images_of_every_kind_are_cropped_as_in_training(photograph):
+    training = build_transform(
+        TransformPipeline(
+            video=[
+                {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [32, 48]}},
+                {"trans_type": "ToTensorVideo"},
+                {"trans_type": "norm_fun"},
+            ]
+        )
+    )
+    expected = training(photograph[None])
+    tensor = torch.from_numpy(photograph).permute(2, 0, 1)
+    for image in (photograph, photograph / 255, Image.fromarray(photograph), tensor, tensor.float() / 255):
+        assert torch.equal(prepare_image(image, 32, 48), expected)
+
+
+def test_prompts_are_unescaped_and_their_spaces_made_plain(pipe):
+    assert torch.equal(pipe.encode_prompt([" cat &amp;amp;\n dog "], 24), pipe.encode_prompt(["cat & dog"], 24))
+    assert not torch.equal(pipe.encode_prompt(["Cat"], 24), pipe.encode_prompt(["cat"], 24))
+
+
+def test_a_prompt_that_is_cut_is_reported(pipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        pipe.encode_prompt(["exactly 15 byte"], 16)
+        assert not caplog.records
+        pipe.encode_prompt(["exactly 16 bytes"], 16)
+    assert "17 tokens, of which the first 16 are read: exactly 16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 50}, "height must be divisible by 16, got 50: use 48 or 64"),
+        ({"width": 8}, "width must be divisible by 16, got 8: use 16"),
+        ({"num_frames": 16}, r"num_frames must be 4k \+ 1, got 16: use 13 or 17"),
+        ({"num_frames": 0}, r"got 0: use 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be 0 or more, got -1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be 0 or more, got nan"),
+        ({"low_freq_energy_ratio": 1.5}, r"low_freq_energy_ratio must lie in \[0, 1\], got 1.5"),
+        ({"max_sequence_length": 0}, "max_sequence_length must be at least 1"),
+        ({"output_type": "mp4"}, "output_type must be 'pil', 'np', 'pt' or 'latent', got 'mp4'"),
+        ({"prompt": ["a", "b"]}, "got 1 images and 2 prompts"),
+        ({"image": [], "prompt": []}, "got 0 images and 0 prompts"),
+        ({"negative_prompt": ["a", "b"]}, "one for each of 1 prompts, got 2"),
+        ({"negative_prompt": "dark", "guidance_scale": 1.0}, "negative_prompt has no effect with guidance_scale 1.0"),
+        ({"generator": generators(1, 2)}, "one for each of the 1 videos, got 2"),
+        ({"latents": torch.zeros(1, 16, 2, 4, 4)}, r"latents must be \(1, 16, 2, 4, 6\).*got \(1, 16, 2, 4, 4\)"),
+        ({"image": np.zeros((20, 20))}, r"must be \(H, W, 3\), got \(20, 20\)"),
+        ({"image": np.full((20, 20, 3), 200.0)}, r"must lie in \[0, 1\], got \[200, 200\]"),
+        ({"image": np.zeros((20, 20, 3), np.int64)}, "uint8, or floats in .* got int64"),
+        ({"image": torch.zeros(20, 20, 3)}, r"must be \(3, H, W\), got \(20, 20, 3\)"),
+        ({"image": "cat.png"}, "PIL image, an array or a tensor, got str"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_what_can(sampled, photograph, changes, message):
+    with pytest.raises(InputError, match=message):
+        sampled(**{"image": photograph, **changes})
+
+
+def test_a_text_to_video_transformer_is_refused(pipe):
+    wan = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, ffn_dim=16, num_layers=1, text_dim=8)
+    with pytest.raises(InputError, match="WanTransformer3DModel, which no first frame can guide"):
+        FlashI2VPipeline(**{**pipe.components, "transformer": wan})

@@ -1,0 +1,73 @@
+import logging
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from flashi2v_data.transforms import center_crop_resize
+from flashi2v_infer.pipeline import prepare_image
+from flashi2v_infer.sample import Sample, psnr, sample_video
+from flashi2v_infer.settings import InputError, Request, SamplingSettings
+
+REQUEST = Request(
+    "a red circle", "photo.jpg", settings=SamplingSettings(5, 32, 48, num_inference_steps=2, max_sequence_length=24)
+)
+
+
+def test_psnr_is_that_of_the_definition():
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert psnr(black, black + 255) == 0
+    assert psnr(black + 10, black) == pytest.approx(20 * math.log10(25.5))
+    assert psnr(black, black + 10) == pytest.approx(20 * math.log10(25.5))
+    assert psnr(black, black) == 100
+
+
+@pytest.mark.parametrize(
+    ("first_frame", "vae", "elsewhere"),
+    [(30, 35, False), (22, 38, False), (12, 35, True), (12, 13, False), (19, 21, False), (14, 21, True)],
+)
+def test_a_video_starts_elsewhere_when_the_vae_is_not_the_reason(first_frame, vae, elsewhere):
+    assert Sample(np.zeros((1, 2, 2, 3), np.uint8), first_frame, vae).starts_elsewhere is elsewhere
+
+
+@pytest.fixture
+def image(photograph) -> np.ndarray:
+    return center_crop_resize(photograph[None], 32, 48)[0]
+
+
+def test_noise_depends_on_seed_and_index_alone(pipe, image):
+    first = sample_video(pipe, REQUEST, image)
+    assert np.array_equal(sample_video(pipe, REQUEST, image).frames, first.frames)
+    assert not np.array_equal(sample_video(pipe, replace(REQUEST, seed=1), image).frames, first.frames)
+    assert not np.array_equal(sample_video(pipe, replace(REQUEST, index=1), image).frames, first.frames)
+
+
+def test_the_first_frame_is_compared_with_the_image_and_with_the_vae_alone(pipe, image):
+    sample = sample_video(pipe, REQUEST, image)
+    assert sample.frames.shape == (5, 32, 48, 3)
+    assert sample.first_frame_psnr == psnr(sample.frames[0], image)
+    frame = prepare_image(image, 32, 48)[None]
+    (reconstruction,) = pipe.vae(frame).sample[0, :, 0].clamp(-1, 1).permute(1, 2, 0)[None].detach().numpy()
+    assert sample.vae_psnr == pytest.approx(
+        psnr((reconstruction * 127.5 + 127.5).round().astype(np.uint8), image), abs=0.1
+    )
+
+
+def test_a_video_that_starts_elsewhere_is_warned_about(pipe, image, caplog, monkeypatch):
+    import flashi2v_infer.sample as module
+
+    sample = sample_video(pipe, REQUEST, image)
+    monkeypatch.setattr(module, "_reconstruct", lambda pipeline, image: image)  # as a perfect VAE would
+    with caplog.at_level(logging.INFO):
+        again = sample_video(pipe, REQUEST, image)
+    assert again.vae_psnr == 100
+    assert again.first_frame_psnr == sample.first_frame_psnr < 20
+    assert "video 0 does not start with its image" in caplog.text
+
+
+def test_requests_that_make_no_sense_are_refused():
+    with pytest.raises(InputError, match="fps must be positive, got 0"):
+        replace(REQUEST, fps=0)
+    with pytest.raises(InputError, match="negative_prompt has no effect with guidance_scale 1"):
+        replace(REQUEST, negative_prompt="dark", settings=replace(REQUEST.settings, guidance_scale=1.0))
