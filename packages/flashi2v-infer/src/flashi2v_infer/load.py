@@ -42,7 +42,7 @@ def load_from_config(config: InferenceConfig, device: torch.device) -> FlashI2VP
         flashi2v_model.InputError: another part is missing or damaged.
     """
     set_backend("rms_norm", "auto" if config.predictor.use_fused_rmsnorm else "reference")
-    if device.type == "cpu" and config.predictor.dtype != "fp32" and config.predictor.dtype != "float32":
+    if device.type == "cpu" and config.predictor.dtype not in ("fp32", "float32"):
         logger.warning("%s is slow on most CPUs: set predictor.dtype to fp32", config.predictor.dtype)
     transformer = _load_transformer(config.predictor, device)
     tokenizer = _load_tokenizer(config.tokenizer.from_pretrained)

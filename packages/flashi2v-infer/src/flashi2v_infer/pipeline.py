@@ -123,13 +123,13 @@ class FlashI2VPipeline(DiffusionPipeline):
             FloatingPointError: sampling ended in NaN or infinity.
         """
         settings = SamplingSettings(
-            num_frames,
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            low_freq_energy_ratio,
-            max_sequence_length,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            low_freq_energy_ratio=low_freq_energy_ratio,
+            max_sequence_length=max_sequence_length,
         )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
