@@ -116,6 +116,13 @@ def test_the_attention_mask_of_the_text_encoder_is_a_setting(pipe):
     assert (plain[:, 13:] == 0).all()  # 12 letters and the end
 
 
+def test_prompts_are_padded_to_the_tokenizers_own_length_unless_told(pipe, monkeypatch):
+    assert pipe.encode_prompt(["a red circle"]).shape[1] == 512  # the byte tokenizer has no limit of its own
+    monkeypatch.setattr(pipe.tokenizer, "model_max_length", 20)
+    assert pipe.encode_prompt(["a red circle"]).shape[1] == 20
+    assert pipe.encode_prompt(["a red circle"], 24).shape[1] == 24
+
+
 def test_images_of_every_kind_are_cropped_as_in_training(photograph):
     training = build_transform(
         TransformPipeline(

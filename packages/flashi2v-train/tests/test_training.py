@@ -173,6 +173,14 @@ def test_the_seed_files_are_understood_as_printed(tmp_path):
     assert model.predictor.conv3x3x3_proj is True
 
 
+def test_bad_input_found_by_a_worker_process_is_one_line_too(workspace):
+    changes = {"model.predictor.in_dim": 8, "model.predictor.out_dim": 8}
+    stderr = launch(workspace.arguments(changes, nproc_per_node=2), code=2)
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith("flashi2v-train: ")
+    assert "the encoder gives 16" in last
+
+
 BAD_INPUT = {
     "missing model file": ({}, {"mm_model": "nowhere.json"}, "nowhere.json"),
     "unknown key": ({"model.predictor.hiden_size": 3}, {}, "predictor.hiden_size"),

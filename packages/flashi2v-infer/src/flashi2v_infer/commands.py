@@ -1,14 +1,9 @@
 """What the two modes of the command line do: a batch from a configuration file, or one video."""
 
-import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import diffusers
-import transformers
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.transforms import center_crop_resize
@@ -31,6 +26,7 @@ from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.sample import Sample, sample_video
 from flashi2v_infer.settings import Request
 from flashi2v_model.encoders import DTYPES
+from flashi2v_model.libraries import quieten
 
 
 def sample_batch(config: InferenceConfig, device: str | None = None, seed: int | None = None) -> None:
@@ -48,7 +44,7 @@ def sample_batch(config: InferenceConfig, device: str | None = None, seed: int |
     check_directory(directory, "save_path")
     jobs = _read_jobs(config, config.seed if seed is None else seed)
     torch_device = find_device(device or config.device)
-    _quieten_libraries()
+    quieten()
     pipeline = load_from_config(config, torch_device)
     pipeline.set_progress_bar_config(disable=None)
     model = str(config.predictor.from_pretrained)
@@ -103,7 +99,7 @@ def sample_one(
     image = read_image(request.image, "--image")
     image = center_crop_resize(image[None], request.settings.height, request.settings.width)[0]
     torch_device = find_device(device)
-    _quieten_libraries()
+    quieten()
     dtype = dtype or ("fp32" if torch_device.type == "cpu" else "bf16")
     pipeline = load_from_pretrained(model, DTYPES[dtype], torch_device)
     pipeline.set_progress_bar_config(disable=None)
@@ -127,14 +123,3 @@ def _write(path: Path, pipeline: FlashI2VPipeline, model: str, request: Request,
     }
     write_mp4(path, sample.frames, request.fps, record)
     write_record(path, record)
-
-
-def _quieten_libraries() -> None:
-    """Hide what these libraries say about loading; what cannot be loaded, or does not fit, is an error of ours."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="huggingface_hub")
-    # Newer versions call it dtype, older ones know only torch_dtype.
-    warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)

@@ -45,6 +45,10 @@ class FlashI2VPipelineOutput(BaseOutput):
     frames: AnyFrames
 
 
+# Of every release of Wan2.1 and FlashI2V.
+_MAX_TEXT_TOKENS = 512
+
+
 class FlashI2VPipeline(DiffusionPipeline):
     """Samples videos that start with an image and follow a prompt.
 
@@ -96,7 +100,7 @@ class FlashI2VPipeline(DiffusionPipeline):
         generator: Generators | None = None,
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         return_dict: bool = True,
     ) -> FlashI2VPipelineOutput | tuple[AnyFrames]:
         """Sample one video for every image and prompt.
@@ -115,7 +119,8 @@ class FlashI2VPipeline(DiffusionPipeline):
             generator: of the noise; a list of one for each video makes a batch equal to its videos one by one.
             latents: (B, C, F, H, W), standard normal noise to start from, instead of drawing it.
             output_type: see `FlashI2VPipelineOutput`.
-            max_sequence_length: L, text tokens that the transformer attends to, padding included.
+            max_sequence_length: L, text tokens that the transformer attends to, padding included; it should be the
+                number that it was trained with. None: the tokenizer's `model_max_length`, at most 512.
             return_dict: return a `FlashI2VPipelineOutput` instead of a tuple.
 
         Raises:
@@ -160,9 +165,11 @@ class FlashI2VPipeline(DiffusionPipeline):
             frames = self.video_processor.postprocess_video(decode_video(self.vae, denoised), output_type)
         return FlashI2VPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    def encode_prompt(self, prompts: list[str], max_sequence_length: int = 512) -> Tensor:
+    def encode_prompt(self, prompts: list[str], max_sequence_length: int | None = None) -> Tensor:
         """Return the text encoder's states, padding zeroed: (B, L, text_dim). Cuts long prompts, with a warning."""
         prompts = [tidy(prompt) for prompt in prompts]
+        # Tokenizers without a limit of their own name a number of astronomical size.
+        max_sequence_length = max_sequence_length or min(self.tokenizer.model_max_length, _MAX_TEXT_TOKENS)
         tokens = self.tokenizer(
             prompts, max_length=max_sequence_length, padding="max_length", truncation=True, return_tensors="pt"
         )

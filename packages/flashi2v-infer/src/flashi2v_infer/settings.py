@@ -20,7 +20,8 @@ class SamplingSettings:
         guidance_scale: weight of the prompt against the negative prompt; up to 1 the negative prompt is not used and
             every step runs the network once.
         low_freq_energy_ratio: in [0, 1], how much of the first frame's low frequencies are kept from guiding the video.
-        max_sequence_length: text tokens that the transformer attends to, padding included; 512 in every release.
+        max_sequence_length: text tokens that the transformer attends to, padding included; the number it was trained
+            with, 512 in every release. None: the tokenizer's own.
 
     Raises:
         InputError: a number cannot be used; the message says which can.
@@ -32,7 +33,7 @@ class SamplingSettings:
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
     low_freq_energy_ratio: float = 0.1
-    max_sequence_length: int = 512
+    max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.num_frames % TEMPORAL_MULTIPLE != 1:
@@ -44,7 +45,7 @@ class SamplingSettings:
             ("num_inference_steps", self.num_inference_steps),
             ("max_sequence_length", self.max_sequence_length),
         ):
-            if count < 1:
+            if count is not None and count < 1:
                 raise InputError(f"{name} must be at least 1, got {count}")
         if not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"guidance_scale must be 0 or more, got {self.guidance_scale}")

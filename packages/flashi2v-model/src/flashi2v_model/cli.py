@@ -82,7 +82,7 @@ def convert(
     """
     from safetensors.torch import save_file
 
-    from flashi2v_model import presets
+    from flashi2v_model import libraries, presets
     from flashi2v_model import weights as layouts
 
     if destination.exists():
@@ -91,6 +91,7 @@ def convert(
         raise InputError(f"{destination}: the {to} layout is written as one file that ends in .safetensors")
     if to != "diffusers" and encoders is not None:
         raise InputError("--encoders makes a pipeline, which is always --to diffusers")
+    libraries.quieten()
     state_dict = layouts.read_state_dict(source, ema=weights == "ema")
     with _appearing_whole(destination) as temporary:
         if to == "diffusers":
@@ -126,10 +127,11 @@ def init(directory: Path, *, preset: Literal["tiny", "1.3b", "14b"], seed: int =
     """
     import torch
 
-    from flashi2v_model import presets
+    from flashi2v_model import libraries, presets
 
     if directory.exists():
         raise InputError(f"{directory} exists: name a new directory, or remove it first")
+    libraries.quieten()
     torch.manual_seed(seed)
     with _appearing_whole(directory) as temporary:
         presets.save(preset, temporary)

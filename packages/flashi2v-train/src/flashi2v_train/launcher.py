@@ -15,6 +15,8 @@ from flashi2v_train.config import RunConfig, TrainOptions, read_run_config
 
 logger = logging.getLogger(__name__)
 
+USER_ERRORS = (InputError, ModelInputError, UnsupportedError)
+
 app = App(
     name="flashi2v-train",
     help="""Train FlashI2V.
@@ -48,6 +50,7 @@ def launch(*, options: TrainOptions) -> None:
 
 
 def _launch_processes(config: RunConfig) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     launcher = LaunchConfig(
@@ -60,7 +63,16 @@ def _launch_processes(config: RunConfig) -> None:
         max_restarts=0,
         start_method="spawn",
     )
-    elastic_launch(launcher, _worker)(config)
+    try:
+        elastic_launch(launcher, _worker)(config)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        # An exception comes as a record; a killed process has only a line about its signal.
+        words = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+        kind, _, message = words.partition(": ")
+        if kind in (cls.__name__ for cls in USER_ERRORS):
+            raise InputError(message) from None
+        raise RuntimeError(f"process {rank} failed: {words}") from None
 
 
 def _worker(config: RunConfig) -> None:
@@ -77,4 +89,4 @@ def _train(config: RunConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
-    run(app, errors=(InputError, ModelInputError, UnsupportedError))
+    run(app, errors=USER_ERRORS)

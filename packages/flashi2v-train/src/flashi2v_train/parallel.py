@@ -15,6 +15,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from flashi2v_npu_ops.device import collective_backend, resolve_device
 from flashi2v_train.step import FlowMatchingLoss
 
+# What torchrun tells every process, and what holds for the only one.
+_TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+
 
 @dataclass(frozen=True)
 class World:
@@ -45,12 +48,12 @@ class World:
 @contextmanager
 def join_world(device_name: str) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one."""
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    rank, size, local, neighbours = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
     device = resolve_device(device_name, index=local)
     if device.type != "cpu":
         torch.accelerator.set_device_index(local)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    elif neighbours > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     # Sharding wants a process group even where it has nothing to share.
     store = None if size > 1 else HashStore()
     dist.init_process_group(collective_backend(device), store=store, rank=rank, world_size=size)
@@ -58,9 +61,6 @@ def join_world(device_name: str) -> Iterator[World]:
         yield World(rank, size, device)
     finally:
         dist.destroy_process_group()
-
-
-_TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
 
 def shard(loss: FlowMatchingLoss, world: World, *, bf16: bool) -> nn.Module:

@@ -15,6 +15,7 @@ from flashi2v_data.errors import InputError
 from flashi2v_data.loader import Batch, build_dataloader
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
 from flashi2v_model.encoders import load_text_encoder, load_vae
+from flashi2v_model.libraries import quieten
 from flashi2v_npu_ops import set_backend
 from flashi2v_npu_ops.device import peak_memory, synchronize
 from flashi2v_train import checkpoint
@@ -202,6 +203,7 @@ def train(config: RunConfig) -> Path:
     Raises:
         InputError: weights, data or checkpoint do not fit the configuration.
     """
+    quieten()
     with join_world(config.options.device) as world:
         Trainer(config, world).run()
     return config.options.save
