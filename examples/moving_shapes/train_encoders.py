@@ -27,7 +27,7 @@ from flashi2v_data.shapes import BACKGROUNDS, COLOURS, DIRECTIONS, DISTANCES, RA
 SEED = 2026
 SIZE = 64
 # The VAE is causal in time, so single frames teach it space and short clips teach it motion, both cheaply.
-CLIPS = ((32, 1), (8, 5), (2, 17))  # (batch, frames), taken in turn
+CLIPS = ((16, 1), (3, 17), (8, 5), (3, 17))  # (batch, frames), taken in turn
 
 
 def render_batch(step: int, batch: int, frames: int) -> Tensor:
@@ -37,15 +37,18 @@ def render_batch(step: int, batch: int, frames: int) -> Tensor:
     return video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def train_vae(steps: int) -> AutoencoderKLWan:
+def train_vae(steps: int, start: Path | None) -> AutoencoderKLWan:
     """L1 + MSE reconstruction with a light KL term; the config's mean and std then give latents unit variance."""
     torch.manual_seed(SEED)
-    vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, attn_scales=[])
-    for module in vae.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):  # torch's own start values fade out over this depth
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            nn.init.zeros_(module.bias)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    if start is not None:
+        vae = AutoencoderKLWan.from_pretrained(start)
+    else:
+        vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, attn_scales=[])
+        for module in vae.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):  # torch's own start values fade out over this depth
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=2e-3 if start is None else 1.5e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
@@ -55,9 +58,12 @@ def train_vae(steps: int) -> AutoencoderKLWan:
         posterior = vae.encode(video).latent_dist
         reconstruction = vae.decode(posterior.sample(generator(SEED, "posterior", 0, step))).sample
         difference = reconstruction - video
-        # Most pixels are background, which alone would hold the gradient for hundreds of steps.
+        # Most pixels are background, which alone would hold the gradient for hundreds of steps: what counts more is
+        # the shape, and all that it passes over, where it must leave no trail.
         background = video.flatten(2).median(-1).values[..., None, None, None]
-        weight = 1 + 10 * ((video - background).abs() > 0.05).amax(1, keepdim=True)
+        shape = ((video - background).abs() > 0.05).amax(1, keepdim=True).float()  # (B, 1, T, H, W)
+        passed = F.max_pool2d(shape.amax(2), 7, stride=1, padding=3)[:, :, None]  # (B, 1, 1, H, W)
+        weight = 1 + 3 * passed + 7 * shape
         error = (weight * (difference.abs() + 2 * difference.square())).sum() / (3 * weight.sum())
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         (error + 1e-5 * divergence).backward()
@@ -128,13 +134,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000, help="training steps of the VAE")
     parser.add_argument("--text-steps", type=int, default=400)
+    parser.add_argument("--start", type=Path, help="go on from this VAE, and leave the text encoder as it is")
     options = parser.parse_args()
 
-    tokenizer, encoder = train_text(options.text_steps)
-    tokenizer.save_pretrained(options.output / "tokenizer")
-    encoder.save_pretrained(options.output / "text_encoder")
-    halve(options.output / "text_encoder" / "model.safetensors")
-    vae = train_vae(options.steps)
+    if options.start is None:
+        tokenizer, encoder = train_text(options.text_steps)
+        tokenizer.save_pretrained(options.output / "tokenizer")
+        encoder.save_pretrained(options.output / "text_encoder")
+        halve(options.output / "text_encoder" / "model.safetensors")
+    vae = train_vae(options.steps, options.start)
     vae.save_pretrained(options.output / "vae")
     halve(options.output / "vae" / "diffusion_pytorch_model.safetensors")
 

@@ -79,6 +79,13 @@ def test_two_processes_equal_one(workspace):
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
 
 
+def test_remembered_features_change_nothing(workspace):
+    """Over two epochs of 8 clips, with the posterior drawn anew each time."""
+    plain, cached = run(workspace, "plain"), run(workspace, "cached", feature_cache_gib=1.0)
+    assert losses(cached) == losses(plain)
+    assert_same_weights(plain, cached)
+
+
 def test_bf16_training_follows_fp32(workspace):
     exact, rounded = run(workspace, "fp32", train_iters=2), run(workspace, "bf16", train_iters=2, bf16=True)
     assert losses(rounded) == pytest.approx(losses(exact), rel=2e-2)

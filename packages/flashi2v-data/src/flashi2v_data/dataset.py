@@ -32,6 +32,7 @@ class _Sample(TypedDict):
     epoch: int
     index: int
     path: str
+    first_frame: int  # of the crop in time, counted in the file
     skipped: list[str]  # messages of the unreadable videos that this one stands in for
 
 
@@ -88,17 +89,18 @@ class FlashI2VDataset(Dataset[Sample]):
         for offset in range(min(len(self), MAX_SKIPPED_IN_A_ROW + 1)):
             record = self.store[(index + offset) % len(self)]
             try:
-                video = self._video(record, epoch, index)
+                indices = self._indices(record, epoch, index)
+                video = self.transform(read_frames(record["path"], indices, self.decoder))
             except DecodeError as error:
                 skipped.append(str(error))
                 continue
-            return self._sample(record, video, epoch, index, skipped)
+            return self._sample(record, video, indices[0], epoch, index, skipped)
         raise DecodeError(
             record["path"],
             f"nor the {len(skipped) - 1} before it; see `flashi2v-data inspect {self.store.paths[0]} --open-videos`",
         )
 
-    def _video(self, record: Record, epoch: int, index: int) -> Tensor:
+    def _indices(self, record: Record, epoch: int, index: int) -> list[int]:
         config = self.config
         interval = frame_interval(record["fps"], config.train_fps, config.sample_stride)
         indices = frame_indices(record["start_frame_idx"], record["num_frames"], interval)
@@ -108,9 +110,11 @@ class FlashI2VDataset(Dataset[Sample]):
             raise DecodeError(
                 record["path"], f"has {end} frames at the training rate, {config.sample_num_frames} are needed"
             )
-        return self.transform(read_frames(record["path"], indices[begin:end], self.decoder))
+        return indices[begin:end].tolist()
 
-    def _sample(self, record: Record, video: Tensor, epoch: int, index: int, skipped: list[str]) -> Sample:
+    def _sample(
+        self, record: Record, video: Tensor, first_frame: int, epoch: int, index: int, skipped: list[str]
+    ) -> Sample:
         caption = self._caption(record, epoch, index)
         tokens = self.tokenizer(caption)
         sample: Sample = {
@@ -120,6 +124,7 @@ class FlashI2VDataset(Dataset[Sample]):
             "epoch": epoch,
             "index": index,
             "path": record["path"],
+            "first_frame": first_frame,
             "skipped": skipped,
         }
         if self.config.return_prompt_mask:

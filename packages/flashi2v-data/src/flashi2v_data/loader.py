@@ -26,6 +26,7 @@ class _Batch(TypedDict):
     epoch: Tensor  # (B,) int64
     index: Tensor  # (B,) int64
     path: list[str]
+    first_frame: list[int]  # of the crop in time, counted in the file
     skipped: list[str]  # messages of the unreadable videos that samples of this batch stand in for
 
 
@@ -191,6 +192,7 @@ def collate(samples: list[Sample]) -> Batch:
         "epoch": torch.tensor([sample["epoch"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
         "path": [sample["path"] for sample in samples],
+        "first_frame": [sample["first_frame"] for sample in samples],
         "skipped": [message for sample in samples for message in sample["skipped"]],
     }
     if "prompt_mask" in samples[0]:

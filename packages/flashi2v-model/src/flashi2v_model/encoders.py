@@ -3,6 +3,7 @@
 B batch, C latent channels, T video frames, F latent frames, L text tokens.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ def normalise_latents(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return (latents - mean) / std
 
 
+@dataclass(frozen=True)
+class Posterior:
+    """What the VAE says of a video's normalised latents: mean and std, (B, C, F, H, W) in fp32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def draw(self, noise: Tensor | None) -> Tensor:
+        """Return mean + std * noise, or the mode where there is none."""
+        return self.mean if noise is None else self.mean + self.std * noise.to(self.mean.device)
+
+
 def encode_video(vae: AutoencoderKLWan, video: Tensor, noise: Tensor | None = None) -> Tensor:
     """Encode a video to normalised latents.
 
@@ -93,13 +106,16 @@ def encode_video(vae: AutoencoderKLWan, video: Tensor, noise: Tensor | None = No
     Raises:
         ValueError: the video's size does not fit the VAE's strides.
     """
+    return video_posterior(vae, video).draw(noise)
+
+
+def video_posterior(vae: AutoencoderKLWan, video: Tensor) -> Posterior:
+    """Encode a video to the posterior of its normalised latents; arguments and errors as of `encode_video`."""
     if video.ndim != 5 or video.shape[2] % TEMPORAL_STRIDE != 1 or any(s % SPATIAL_STRIDE for s in video.shape[3:]):
         raise ValueError(f"video must be (B, 3, 4k + 1, 8H, 8W), got {tuple(video.shape)}")
     posterior = vae.encode(video.to(vae.dtype)).latent_dist
-    latents = posterior.mean.float()
-    if noise is not None:
-        latents = latents + posterior.std.float() * noise.to(latents.device)
-    return normalise_latents(vae, latents)
+    mean = posterior.mean.float()
+    return Posterior(normalise_latents(vae, mean), posterior.std.float() / _statistics(vae, mean)[1])
 
 
 def decode_video(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:

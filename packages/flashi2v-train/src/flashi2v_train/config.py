@@ -51,6 +51,12 @@ class TrainOptions(BaseModel):
     use_ema: bool = Field(True, description="keep an exponential moving average of the weights")
     ema_decay: float = Field(0.9999, ge=0, lt=1)
 
+    feature_cache_gib: float = Field(
+        0.0,
+        ge=0,
+        description="memory for encoded clips and captions per process: each is encoded once, not once per epoch",
+    )
+
     save: Path = Field(Path("save"), description="the run's directory: metrics, configuration, checkpoints")
     load: Path | None = Field(None, description="run to resume; default: the one in --save, if there is one")
     save_interval: int = Field(1000, ge=1, description="steps between checkpoints; the last step is always saved")

@@ -1,6 +1,6 @@
-"""One training step's mathematics: draws, features, loss.
+"""One training step's mathematics: draws and loss.
 
-B batch, C latent channels, F latent frames, H W latent grid, T video frames, L text tokens.
+B batch, C latent channels, F latent frames, H W latent grid, L text tokens.
 """
 
 from collections.abc import Sequence
@@ -8,16 +8,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
-from transformers import UMT5EncoderModel
 
-from flashi2v_data.loader import Batch
 from flashi2v_data.randomness import generator
 from flashi2v_model import FlashI2VTransformer3DModel, guide
-from flashi2v_model.encoders import encode_text, encode_video
 from flashi2v_model.scheduler import NUM_TIMESTEPS, draw_sigmas, dynamic_shift, interpolate, target
-from flashi2v_train.config import RunConfig, TrainModelConfig
+from flashi2v_train.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -64,41 +60,6 @@ def draw(config: RunConfig, keys: Sequence[tuple[int, int]]) -> Draws:
     )
 
 
-@dataclass(frozen=True)
-class Features:
-    """A batch as the transformer's training sees it.
-
-    Attributes:
-        latents: (B, C, F, H, W), z.
-        condition: (B, C, 1, H, W), the first frame's latent.
-        context: (B, L, text_dim), text states with zeroed padding.
-    """
-
-    latents: Tensor
-    condition: Tensor
-    context: Tensor
-
-
-@torch.no_grad()
-def encode(
-    vae: AutoencoderKLWan, text_encoder: UMT5EncoderModel, config: TrainModelConfig, batch: Batch, draws: Draws
-) -> Features:
-    """Encode a batch's video, first frame and text."""
-    device = vae.device
-    video = batch["video"].to(device, non_blocking=True)
-    sampled = config.ae.do_sample
-    return Features(
-        latents=encode_video(vae, video, draws.posterior if sampled else None),
-        condition=encode_video(vae, video[:, :, :1], draws.condition_posterior if sampled else None),
-        context=encode_text(
-            text_encoder,
-            batch["prompt_ids"].to(device, non_blocking=True),
-            batch["prompt_mask"],
-            use_mask=config.text_encoder.use_attention_mask,
-        ),
-    )
-
-
 class FlowMatchingLoss(nn.Module):
     """From features and draws to the loss.
 
@@ -113,7 +74,7 @@ class FlowMatchingLoss(nn.Module):
     def forward(
         self, latents: Tensor, condition: Tensor, context: Tensor, noise: Tensor, sigma: Tensor, ratio: Tensor
     ) -> Tensor:
-        """Return every sample's mean squared error, (B,) in fp32; arguments as in `Features` and `Draws`."""
+        """Return every sample's mean squared error, (B,) in fp32; arguments as in `encode.Features` and `Draws`."""
         noise = noise.to(latents.device)
         guidance = guide(self.transformer, condition, latents.shape[2], ratio)
         x_t = interpolate(latents, noise, guidance.shift, sigma)

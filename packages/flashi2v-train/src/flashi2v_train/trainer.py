@@ -14,7 +14,6 @@ from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError
 from flashi2v_data.loader import Batch, build_dataloader
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
-from flashi2v_model.encoders import load_text_encoder, load_vae
 from flashi2v_model.libraries import quieten
 from flashi2v_npu_ops import set_backend
 from flashi2v_npu_ops.device import peak_memory, synchronize
@@ -22,10 +21,11 @@ from flashi2v_train import checkpoint
 from flashi2v_train.clip import AdaptiveClip, PlainClip
 from flashi2v_train.config import RunConfig
 from flashi2v_train.ema import EMA
+from flashi2v_train.encode import Encoders
 from flashi2v_train.metrics import Metrics, MetricsLog
 from flashi2v_train.optim import build_optimizer, learning_rate, set_learning_rate
 from flashi2v_train.parallel import World, join_world, shard
-from flashi2v_train.step import FlowMatchingLoss, draw, encode
+from flashi2v_train.step import FlowMatchingLoss, draw
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,7 @@ class Trainer:
             rank=world.rank,
             num_replicas=world.size,
         )
-        self.vae = load_vae(config.model.ae, world.device)
-        self.text_encoder = load_text_encoder(config.model.text_encoder, world.device)
-        self._check_encoders()
+        self.encode = Encoders(config, world.device)
         self.transformer = self._build_transformer().to(world.device)
         self.loss = shard(FlowMatchingLoss(self.transformer), world, bf16=options.bf16)
         self.optimizer = build_optimizer(self.transformer, options, world.device)
@@ -71,15 +69,6 @@ class Trainer:
         self.step = 0
         self.skipped_steps = 0
         self._resume()
-
-    def _check_encoders(self) -> None:
-        predictor = self.config.model.predictor
-        for key, ours, theirs in (
-            ("in_dim", predictor.in_dim, self.vae.config.z_dim),
-            ("text_dim", predictor.text_dim, self.text_encoder.config.d_model),
-        ):
-            if ours != theirs:
-                raise InputError(f"{self.options.mm_model}: predictor.{key} is {ours}, the encoder gives {theirs}")
 
     def _build_transformer(self) -> FlashI2VTransformer3DModel:
         """All processes start from the same weights."""
@@ -168,7 +157,7 @@ class Trainer:
     def _losses(self, batch: Batch) -> Tensor:
         keys = list(zip(batch["epoch"].tolist(), batch["index"].tolist()))
         draws = draw(self.config, keys)
-        features = encode(self.vae, self.text_encoder, self.config.model, batch, draws)
+        features = self.encode(batch, draws)
         losses: Tensor = self.loss(
             features.latents, features.condition, features.context, draws.noise, draws.sigma, draws.ratio
         )
