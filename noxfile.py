@@ -9,8 +9,7 @@ nox.needs_version = ">=2024.4"
 nox.options.sessions = ["lint", "imports", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
-# The one place that decides which torch is tested: a CPU build, where a newer one would pull gigabytes of CUDA.  The
-# packages themselves ask for a range.
+# The one place that decides which torch is tested; the packages themselves ask for a range.
 CONSTRAINTS = ["torch==2.13.0"]
 
 # In the order of the arrows: each needs only those before it.
@@ -78,7 +77,7 @@ def imports(session: nox.Session) -> None:
     session.run("python", ".ci/imports.py")
 
 
-@nox.session
+@nox.session(reuse_venv=False)
 def wheels(session: nox.Session) -> None:
     """Build sdists and wheels, install them one after the other, and run the suite on what a user would get."""
     dist = ROOT / "dist"
@@ -86,8 +85,6 @@ def wheels(session: nox.Session) -> None:
     session.install("build")
     for name in PACKAGES:
         session.run("python", "-m", "build", "--outdir", str(dist), f"packages/{name}", silent=True)
-    # Whatever an earlier run left installed would hide a missing dependency.
-    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", *PACKAGES)
     for name in PACKAGES:
         module = name.replace("-", "_")
         wheel = next(dist.glob(f"{module}-*.whl"))

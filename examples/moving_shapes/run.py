@@ -27,7 +27,7 @@ from flashi2v_infer.export import film_strip
 
 HERE = Path("examples/moving_shapes")
 DEMO = Path("demo")
-SIZE, FRAMES = "64x64", 17
+SIZE, FRAMES = "64x64", 9
 
 
 def run(*command: object) -> None:
@@ -40,17 +40,8 @@ def run(*command: object) -> None:
 def prepare_held_out(num_videos: int) -> list[dict]:
     """Make scenes that training does not see; their first frames and captions are what is sampled from."""
     run(
-        "flashi2v-data",
-        "shapes",
-        DEMO / "held_out",
-        "--num",
-        num_videos,
-        "--seed",
-        2,
-        "--size",
-        SIZE,
-        "--frames",
-        FRAMES,
+        *("flashi2v-data", "shapes", DEMO / "held_out", "--num", num_videos),
+        *("--seed", 2, "--size", SIZE, "--frames", FRAMES),
     )
     records = json.loads((DEMO / "held_out/videos.json").read_text())
     for number, record in enumerate(records):
@@ -95,9 +86,9 @@ def draw_loss() -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=int, default=1000, help="training videos (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=700, help="training steps (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=4, help="videos to sample (default: %(default)s)")
+    parser.add_argument("--videos", type=int, default=800, help="training videos (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=6, help="videos to sample (default: %(default)s)")
     options = parser.parse_args()
     if DEMO.exists():
         sys.exit(f"{DEMO}/ exists: move it away or remove it, then run again")
@@ -107,11 +98,11 @@ def main() -> None:
     run("flashi2v-data", "filter", "--filter_config", HERE / "filter_config.yaml")
     training_started = time.monotonic()
     run(
-        "flashi2v-train", "--mm-model", HERE / "pretrain_model.json", "--mm-data", HERE / "data.json",
-        "--save", DEMO / "run", "--train-iters", options.steps, "--micro-batch-size", 12, "--device", "cpu",
-        "--lr", 2e-3, "--lr-decay-style", "cosine", "--lr-warmup-iters", min(20, options.steps),
-        "--proj-lr-scale", 3, "--adam-beta2", 0.99, "--ema-decay", 0.98,
-    )  # fmt: skip
+        *("flashi2v-train", "--mm-model", HERE / "pretrain_model.json", "--mm-data", HERE / "data.json"),
+        *("--save", DEMO / "run", "--train-iters", options.steps, "--micro-batch-size", 16, "--device", "cpu"),
+        *("--lr", 2e-3, "--lr-decay-style", "cosine", "--lr-warmup-iters", min(20, options.steps)),
+        *("--proj-lr-scale", 3, "--adam-beta2", 0.99, "--ema-decay", 0.98, "--feature-cache-gib", 1),
+    )
     training_seconds = time.monotonic() - training_started
     records = prepare_held_out(options.samples)
     run("flashi2v-infer", "--mm-model", HERE / "inference_model.json")

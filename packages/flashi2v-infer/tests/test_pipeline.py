@@ -116,10 +116,8 @@ def test_the_attention_mask_of_the_text_encoder_is_a_setting(pipe):
     assert (plain[:, 13:] == 0).all()  # 12 letters and the end
 
 
-def test_prompts_are_padded_to_the_tokenizers_own_length_unless_told(pipe, monkeypatch):
-    assert pipe.encode_prompt(["a red circle"]).shape[1] == 512  # the byte tokenizer has no limit of its own
-    monkeypatch.setattr(pipe.tokenizer, "model_max_length", 20)
-    assert pipe.encode_prompt(["a red circle"]).shape[1] == 20
+def test_prompts_are_padded_to_the_length_of_training_unless_told(pipe):
+    assert pipe.encode_prompt(["a red circle"]).shape[1] == pipe.transformer.config.text_len == 512
     assert pipe.encode_prompt(["a red circle"], 24).shape[1] == 24
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from golden import number, small_model, tensor
+from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer
 
@@ -138,7 +139,8 @@ def test_converting_there_and_back_gives_the_same_model(tmp_path):
     [
         (["inspect", "nothing.pt"], "nothing.pt"),
         (["convert", "{tmp}/source", "{tmp}/out", "--to", "npu"], ".safetensors"),
-        (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers"], "--num-heads"),
+        (["convert", "{tmp}/weights.safetensors", "{tmp}/out", "--to", "diffusers"], "--num-heads"),
+        (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers", "--weights", "raw"], "run of flashi2v-train"),
         (["convert", "{tmp}/source", "{tmp}/out", "--to", "wam"], "wam"),
         (["init", "{tmp}/new", "--preset", "small"], "small"),
         (["inspekt", "x"], "inspekt"),
@@ -146,7 +148,8 @@ def test_converting_there_and_back_gives_the_same_model(tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, words):
     small_model().save_pretrained(tmp_path / "source")
+    save_file(small_model().state_dict(), tmp_path / "weights.safetensors")
     message = run(*(argument.format(tmp=tmp_path) for argument in arguments), code=2)
     assert words in message
     assert len(message.strip().splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "weights.safetensors"}

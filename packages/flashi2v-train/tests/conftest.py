@@ -39,6 +39,7 @@ class Workspace:
             },
             "predictor": {
                 "model_id": "flashi2vdit",
+                "dtype": "fp32",
                 "hidden_size": 48,
                 "num_heads": 2,
                 "num_layers": 2,

@@ -180,6 +180,48 @@ def test_the_seed_files_are_understood_as_printed(tmp_path):
     assert model.predictor.conv3x3x3_proj is True
 
 
+@pytest.fixture
+def two_steps(workspace):
+    return run(workspace, train_iters=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "values", "words"),
+    [
+        ({"model.predictor.num_layers": 1}, {}, "the checkpoint alone has"),
+        ({"model.predictor.num_layers": 3}, {}, "the run alone has"),
+        ({"model.predictor.eps": 1e-5}, {}, "was trained with eps 1e-06, this run has 1e-05"),
+        ({}, {"use_ema": False}, "--use-ema"),
+        ({}, {"seed": 7}, "seed"),
+        ({"data.dataset_param.text_drop_ratio": 0.1}, {"load": "elsewhere"}, None),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(workspace, two_steps, changes, values, words):
+    """What is in --save goes before --load, so that a restarted command never falls back."""
+    if words is None:
+        run(workspace, changes=changes, train_iters=3, **values)
+        return
+    with pytest.raises(ValueError, match=words):
+        run(workspace, changes=changes, train_iters=3, **values)
+
+
+def test_a_damaged_or_dangerous_checkpoint_is_refused(workspace, two_steps):
+    table = two_steps / "iter_0000002" / ".metadata"
+    whole = table.read_bytes()
+    table.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ValueError, match="no place in it"):
+        run(workspace, train_iters=3)
+    table.write_bytes(whole)
+    (two_steps / "latest_checkpointed_iteration.txt").write_text("release\n")
+    with pytest.raises(ValueError, match="'release'"):
+        run(workspace, train_iters=3)
+
+
+def test_a_run_may_start_from_anothers_checkpoint(workspace, two_steps):
+    other = run(workspace, "other", train_iters=3, load=two_steps)
+    assert len(losses(other)) == 1
+
+
 def test_bad_input_found_by_a_worker_process_is_one_line_too(workspace):
     changes = {"model.predictor.in_dim": 8, "model.predictor.out_dim": 8}
     stderr = launch(workspace.arguments(changes, nproc_per_node=2), code=2)
@@ -188,6 +230,11 @@ def test_bad_input_found_by_a_worker_process_is_one_line_too(workspace):
     assert "the encoder gives 16" in last
 
 
+RANGE = [
+    {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [32, 32]}},
+    {"trans_type": "ToTensorVideo"},
+    {"trans_type": "norm_fun", "param": {"mean": 0.0, "std": 1.0}},
+]
 BAD_INPUT = {
     "missing model file": ({}, {"mm_model": "nowhere.json"}, "nowhere.json"),
     "unknown key": ({"model.predictor.hiden_size": 3}, {}, "predictor.hiden_size"),
@@ -202,6 +249,10 @@ BAD_INPUT = {
     "no mask": ({"data.dataset_param.return_prompt_mask": False}, {}, "return_prompt_mask"),
     "missing store": ({"data.dataset_param.metafile_or_dir_path": "nowhere.lmdb"}, {}, "nowhere.lmdb"),
     "batch does not divide": ({}, {"micro_batch_size": 2, "global_batch_size": 3}, "multiple"),
+    "pixel range": ({"data.dataset_param.transform_pipeline.video": RANGE}, {}, "the VAE reads [-1, 1]"),
+    "fp16": ({"model.predictor.dtype": "fp16"}, {}, "predictor.dtype"),
+    "a number as text": ({"model.predictor.num_layers": "2"}, {}, "predictor.num_layers"),
+    "save is a file": ({}, {"save": __file__ + "/run"}, "--save"),
     "negative rate": ({}, {"lr": -1}, "--lr"),
     "unknown option": ({}, {"learning_rate": 1}, "--learning-rate"),
     "no checkpoint": ({}, {"load": "nowhere"}, "holds no checkpoint"),

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flashi2v_data.errors import InputError
+
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -32,3 +34,14 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         os.rename(temporary, path)
+
+
+def check_directory(directory: Path, option: str) -> None:
+    """Refuse a directory that could not be made or written to.
+
+    Raises:
+        InputError: naming `option`.
+    """
+    existing = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{option}: cannot write below {existing}")

@@ -248,6 +248,19 @@ class TransformPipeline(Settings):
             raise ValueError("list CenterCropResizeVideo, ToTensorVideo and norm_fun once each, in this order")
         return video
 
+    def check_range(self) -> None:
+        """Refuse a range of values that Wan's VAE does not read.
+
+        Raises:
+            InputError: norm_fun leads to other values than [-1, 1].
+        """
+        norm = next(step.param for step in self.video if isinstance(step, Norm))
+        if (norm.mean, norm.std) != (0.5, 0.5):
+            raise InputError(
+                f"norm_fun with mean {norm.mean} and std {norm.std} cannot be honoured, as the VAE reads [-1, 1]: "
+                "set both to 0.5"
+            )
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width after the transforms."""

@@ -5,12 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flashi2v_data.atomic import check_directory
 from flashi2v_data.errors import InputError
 from flashi2v_data.transforms import center_crop_resize
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.export import (
     Frames,
-    check_directory,
     check_output,
     film_strip,
     record_path,

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from flashi2v_data.config import CropResize, CropResizeParam, Norm, Settings, TransformPipeline
+from flashi2v_data.config import CropResize, CropResizeParam, Settings, TransformPipeline
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model.config import AEConfig, DiffusionConfig, DType, PredictorConfig, TextEncoderConfig
 
@@ -68,12 +68,7 @@ class InferenceConfig(Settings):
                 f"data_transform: transform_size {list(self.data_transform.size)} differs from height and width of "
                 f"pipeline_config.input_size: set it to {size}"
             )
-        norm = next(step.param for step in self.data_transform.video if isinstance(step, Norm))
-        if (norm.mean, norm.std) != (0.5, 0.5):
-            raise ValueError(
-                f"data_transform: norm_fun with mean {norm.mean} and std {norm.std} cannot be honoured, as the VAE "
-                "reads [-1, 1]: set both to 0.5"
-            )
+        self.data_transform.check_range()
         if self.ae.do_sample and "do_sample" in self.ae.model_fields_set:
             raise ValueError("ae.do_sample: sampling takes the mode of the first frame's posterior: set it to false")
         if self.predictor.from_pretrained is None:
@@ -109,5 +104,4 @@ class InferenceConfig(Settings):
             num_inference_steps=self.diffusion.num_inference_steps,
             guidance_scale=self.diffusion.guidance_scale,
             low_freq_energy_ratio=SamplingSettings.low_freq_energy_ratio if ratio is None else ratio,
-            max_sequence_length=self.predictor.text_len,
         )

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from flashi2v_data.atomic import atomic_file
+from flashi2v_data.atomic import atomic_file, check_directory
 from flashi2v_data.errors import InputError
 from flashi2v_data.transforms import center_crop_resize
 from flashi2v_data.video import write_video
@@ -71,17 +70,6 @@ def check_output(path: Path, suffix: str, option: str) -> None:
     if path.is_dir():
         raise InputError(f"{option}: {path} is a directory: name a file")
     check_directory(path.parent, option)
-
-
-def check_directory(directory: Path, option: str) -> None:
-    """Refuse a directory that could not be made or written to.
-
-    Raises:
-        InputError: naming `option`.
-    """
-    existing = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{option}: cannot write below {existing}")
 
 
 def film_strip(

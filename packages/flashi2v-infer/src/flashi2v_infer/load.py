@@ -44,6 +44,8 @@ def load_from_config(config: InferenceConfig, device: torch.device) -> FlashI2VP
     set_backend("rms_norm", "auto" if config.predictor.use_fused_rmsnorm else "reference")
     if device.type == "cpu" and config.predictor.dtype not in ("fp32", "float32"):
         logger.warning("%s is slow on most CPUs: set predictor.dtype to fp32", config.predictor.dtype)
+    for note in config.predictor.notes():
+        logger.info(note)
     transformer = _load_transformer(config.predictor, device)
     tokenizer = _load_tokenizer(config.tokenizer.from_pretrained)
     text_encoder = load_text_encoder(config.text_encoder, device)

@@ -45,10 +45,6 @@ class FlashI2VPipelineOutput(BaseOutput):
     frames: AnyFrames
 
 
-# Of every release of Wan2.1 and FlashI2V.
-_MAX_TEXT_TOKENS = 512
-
-
 class FlashI2VPipeline(DiffusionPipeline):
     """Samples videos that start with an image and follow a prompt.
 
@@ -120,7 +116,7 @@ class FlashI2VPipeline(DiffusionPipeline):
             latents: (B, C, F, H, W), standard normal noise to start from, instead of drawing it.
             output_type: see `FlashI2VPipelineOutput`.
             max_sequence_length: L, text tokens that the transformer attends to, padding included; it should be the
-                number that it was trained with. None: the tokenizer's `model_max_length`, at most 512.
+                number that it was trained with. None: the transformer config's `text_len`.
             return_dict: return a `FlashI2VPipelineOutput` instead of a tuple.
 
         Raises:
@@ -168,8 +164,7 @@ class FlashI2VPipeline(DiffusionPipeline):
     def encode_prompt(self, prompts: list[str], max_sequence_length: int | None = None) -> Tensor:
         """Return the text encoder's states, padding zeroed: (B, L, text_dim). Cuts long prompts, with a warning."""
         prompts = [tidy(prompt) for prompt in prompts]
-        # Tokenizers without a limit of their own name a number of astronomical size.
-        max_sequence_length = max_sequence_length or min(self.tokenizer.model_max_length, _MAX_TEXT_TOKENS)
+        max_sequence_length = max_sequence_length or self.transformer.config.text_len
         tokens = self.tokenizer(
             prompts, max_length=max_sequence_length, padding="max_length", truncation=True, return_tensors="pt"
         )

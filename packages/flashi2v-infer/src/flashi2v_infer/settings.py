@@ -21,7 +21,7 @@ class SamplingSettings:
             every step runs the network once.
         low_freq_energy_ratio: in [0, 1], how much of the first frame's low frequencies are kept from guiding the video.
         max_sequence_length: text tokens that the transformer attends to, padding included; the number it was trained
-            with, 512 in every release. None: the tokenizer's own.
+            with, 512 in every release. None: what the transformer's config says.
 
     Raises:
         InputError: a number cannot be used; the message says which can.

@@ -2,11 +2,13 @@
 
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -17,10 +19,25 @@ _METADATA = ".metadata"
 LATEST = "latest_checkpointed_iteration.txt"
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run, or None where it has none.
+
+    Raises:
+        InputError: the run names a checkpoint that is not there.
+    """
+    pointer = run / LATEST
+    if not pointer.is_file():
+        return None
+    words = pointer.read_text().strip()
+    directory = run / f"iter_{int(words):07d}" if words.isdecimal() else run / words
+    if not words or not is_checkpoint(directory):
+        raise InputError(f"{pointer} names {words!r}, which is no checkpoint here: write the number of one into it")
+    return directory
+
+
 def checkpoint_directory(path: Path) -> Path:
     """Return the newest checkpoint of a run's directory; any other path as it is."""
-    pointer = path / LATEST
-    return path / f"iter_{int(pointer.read_text()):07d}" if pointer.is_file() else path
+    return newest_checkpoint(path) or path
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -34,7 +51,7 @@ def read_checkpoint(path: Path, *, ema: bool) -> dict[str, Tensor]:
     Raises:
         InputError: the directory is damaged, or holds more than tensors.
     """
-    reader = _SafeReader(path)
+    reader = SafeReader(path)
     tensors = {
         key: entry for key, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
@@ -47,11 +64,17 @@ def read_checkpoint(path: Path, *, ema: bool) -> dict[str, Tensor]:
     }
     if not state:
         raise InputError(f"{path} is a checkpoint, but not of flashi2v-train: it names no {part}* tensors")
-    load(state, storage_reader=reader, no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            # It warns that there is one process, which is what was asked for.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(state, storage_reader=reader, no_dist=True)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from error
     return {key.removeprefix(part): tensor for key, tensor in state.items()}
 
 
-class _SafeReader(FileSystemReader):
+class SafeReader(FileSystemReader):
     """DCP keeps its table of contents as a pickle; this reads it without running anything."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -84,6 +84,7 @@ def convert(
 
     from flashi2v_model import libraries, presets
     from flashi2v_model import weights as layouts
+    from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint
 
     if destination.exists():
         raise InputError(f"{destination} exists: name a new place, or remove it first")
@@ -91,6 +92,8 @@ def convert(
         raise InputError(f"{destination}: the {to} layout is written as one file that ends in .safetensors")
     if to != "diffusers" and encoders is not None:
         raise InputError("--encoders makes a pipeline, which is always --to diffusers")
+    if weights == "raw" and not is_checkpoint(checkpoint_directory(source)):
+        raise InputError(f"--weights raw is for a run of flashi2v-train, which {source} is not")
     libraries.quieten()
     state_dict = layouts.read_state_dict(source, ema=weights == "ema")
     with _appearing_whole(destination) as temporary:

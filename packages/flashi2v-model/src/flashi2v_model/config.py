@@ -3,26 +3,41 @@
 Nothing heavy is imported here, so that a wrong setting is told at once.
 """
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flashi2v_model.errors import InputError
 
 DType = Literal["fp32", "float32", "bf16", "fp16"]
 
 
-class TilingConfig(BaseModel):
+def check_pretrained(path: str, key: str) -> None:
+    """Refuse what is neither a directory nor, by its form, a hub id (owner/name).
+
+    Raises:
+        InputError: naming `key`, the configuration key that gave `path`.
+    """
+    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
+        raise InputError(f"{key}: no directory {path!r}: set it to a directory in diffusers' layout or to a hub id")
+
+
+class Settings(BaseModel):
+    """A schema that accepts no unknown keys and converts no types (an int where a float is due is fine)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TilingConfig(Settings):
     """Tile size and stride of the VAE, in latent rows and columns."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    tile_size: tuple[int, int] = (34, 34)
-    tile_stride: tuple[int, int] = (18, 16)
+    tile_size: tuple[int, int] = Field((34, 34), strict=False)
+    tile_stride: tuple[int, int] = Field((18, 16), strict=False)
 
 
-class AEConfig(BaseModel):
+class AEConfig(Settings):
     """The `ae` part of a configuration file."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model_id: Literal["wan_video_vae"]
     from_pretrained: str
@@ -34,10 +49,8 @@ class AEConfig(BaseModel):
     do_sample: bool = True
 
 
-class TextEncoderConfig(BaseModel):
+class TextEncoderConfig(Settings):
     """The `text_encoder` part of a configuration file."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model_id: Literal["UMT5"]
     from_pretrained: str
@@ -46,10 +59,8 @@ class TextEncoderConfig(BaseModel):
     use_attention_mask: bool = True
 
 
-class DiffusionConfig(BaseModel):
+class DiffusionConfig(Settings):
     """The `diffusion` part of a configuration file."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model_id: Literal["flow_matching"]
     num_inference_steps: int = Field(50, ge=1)
@@ -59,15 +70,13 @@ class DiffusionConfig(BaseModel):
     use_logitnorm_time_sampling: bool = False
 
 
-class PredictorConfig(BaseModel):
+class PredictorConfig(Settings):
     """The transformer, under the names of the reference's configuration files."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model_id: Literal["flashi2vdit"]
     from_pretrained: str | None = None
     dtype: DType = "bf16"
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: tuple[int, int, int] = Field((1, 2, 2), strict=False)
     text_len: int = Field(512, ge=1)
     in_dim: int = Field(16, ge=1)
     out_dim: int = Field(16, ge=1)
@@ -87,7 +96,7 @@ class PredictorConfig(BaseModel):
     conv3x3x3_proj: bool = True
     low_freq_proj: bool = False
     fft_return_abs: bool = True
-    low_freq_energy_ratio: float | tuple[float, float] | None = None
+    low_freq_energy_ratio: float | Annotated[tuple[float, float], Field(strict=False)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "PredictorConfig":
@@ -100,6 +109,12 @@ class PredictorConfig(BaseModel):
         if not 0 <= low <= high <= 1:
             raise ValueError(f"low_freq_energy_ratio must lie in [0, 1], lower bound first, got {ratio}")
         return self
+
+    def notes(self) -> list[str]:
+        """Say which keys have no effect, and why."""
+        if self.img_dim is None:
+            return []
+        return ["predictor.img_dim has no effect: the image enters through the latent shift, not an embedding"]
 
     def transformer_arguments(self) -> dict[str, Any]:
         """Return the constructor arguments of `FlashI2VTransformer3DModel`."""
@@ -120,4 +135,5 @@ class PredictorConfig(BaseModel):
             "conv3x3x3_proj": self.conv3x3x3_proj,
             "low_freq_proj": self.low_freq_proj,
             "fft_return_abs": self.fft_return_abs,
+            "text_len": self.text_len,
         }

@@ -4,15 +4,15 @@ B batch, C latent channels, T video frames, F latent frames, L text tokens.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from flashi2v_model.config import AEConfig, TextEncoderConfig
+from flashi2v_model.config import AEConfig, TextEncoderConfig, check_pretrained
 from flashi2v_model.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,13 +57,17 @@ def load_pretrained(cls: Any, path: str, key: str, dtype: torch.dtype) -> Any:
     Raises:
         InputError: naming `key`, the configuration key or option that gave `path`.
     """
-    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
-        raise InputError(f"{key}: no directory {path!r}: set it to a directory in diffusers' layout or to a hub id")
+    check_pretrained(path, key)
     try:
-        return cls.from_pretrained(path, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
+        # The libraries would fill missing weights with random numbers.
+        model, report = cls.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{key}: cannot load {cls.__name__} from {path!r}: {reason[:300]}") from error
+    problems = {what: sorted(map(str, report[what])) for what in ("missing_keys", "mismatched_keys") if report[what]}
+    if problems:
+        raise InputError(f"{key}: the weights in {path!r} are not those of {cls.__name__}: {str(problems)[:300]}")
+    return model
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:

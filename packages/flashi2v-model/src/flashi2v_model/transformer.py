@@ -37,6 +37,7 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         conv3x3x3_proj: the shift's convolutions reach over time (the released NPU model).
         low_freq_proj: the shift reads the low-pass of the condition instead of the condition.
         fft_return_abs: the high-pass features are magnitudes.
+        text_len: L, text tokens, padding included, that cross attention is trained with; samplers pad to it.
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers declares it so)
@@ -61,6 +62,7 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         conv3x3x3_proj: bool = True,
         low_freq_proj: bool = False,
         fft_return_abs: bool = True,
+        text_len: int = 512,
     ) -> None:
         super().__init__()
         if qk_norm not in ("rms_norm_across_heads", None):

@@ -5,6 +5,7 @@ the names of the released `flashi2v_1_3B.pt`, and `diffusers` ours.  Nothing is 
 nothing is unpickled but tensors.
 """
 
+import inspect
 import json
 import pickle
 import re
@@ -182,7 +183,7 @@ def _read_directory(path: Path) -> dict[str, Tensor]:
     path = path / "transformer" if (path / "transformer").is_dir() else path
     index = path / "diffusion_pytorch_model.safetensors.index.json"
     names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        sorted(set(_read_json(index).get("weight_map", {}).values()))
         if index.is_file()
         else ["diffusion_pytorch_model.safetensors"]
     )
@@ -246,7 +247,20 @@ def sizes_of(path: str | Path, state_dict: Mapping[str, Tensor], num_attention_h
     config = next((d / "config.json" for d in directories if (d / "config.json").is_file()), None)
     if config is None:
         return architecture(state_dict, num_attention_heads)
-    return {key: value for key, value in json.loads(config.read_text()).items() if not key.startswith("_")}
+    values = {key: value for key, value in _read_json(config).items() if not key.startswith("_")}
+    known = inspect.signature(FlashI2VTransformer3DModel.__init__).parameters
+    # Wan2.1's own configs name parts of its image-to-video model, unset.
+    foreign = [key for key, value in values.items() if key not in known and value is not None]
+    if foreign:
+        raise InputError(f"{config}: a FlashI2V transformer has no {', '.join(foreign)}")
+    return {key: value for key, value in values.items() if key in known}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
 
 
 def as_model(state_dict: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> FlashI2VTransformer3DModel:

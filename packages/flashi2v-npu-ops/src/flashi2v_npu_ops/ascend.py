@@ -15,7 +15,7 @@ def missing() -> str | None:
         return "torch_npu is not installed: pip install 'flashi2v-npu-ops[npu]' on the Ascend machine"
     try:
         import torch_npu
-    except (ImportError, OSError) as error:  # the loader's words for a CANN library that is not there
+    except (ImportError, OSError, RuntimeError) as error:  # the loader's words for a CANN library that is not there
         return f"torch_npu does not load ({error}): install CANN and source its ascend-toolkit/set_env.sh in this shell"
     if not torch_npu.npu.is_available():
         return "torch_npu sees no NPU: check npu-smi info and ASCEND_RT_VISIBLE_DEVICES"

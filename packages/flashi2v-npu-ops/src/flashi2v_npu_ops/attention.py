@@ -52,7 +52,7 @@ def attention(
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be boolean with True = attend, got {mask.dtype}")
         full = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-        if mask.ndim > 4 or torch.broadcast_shapes(mask.shape, full) != torch.Size(full):
+        if mask.ndim > 4 or any(ours not in (1, theirs) for ours, theirs in zip(mask.shape[::-1], full[::-1])):
             raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to (B, K, N, M) = {full}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return dispatch("attention", backend, query.device, query, key, value, mask, scale)

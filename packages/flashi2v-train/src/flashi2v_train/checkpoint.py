@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
@@ -15,25 +16,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError
 from flashi2v_model import FlashI2VTransformer3DModel
+from flashi2v_model.checkpoint import LATEST, SafeReader
 from flashi2v_train.ema import EMA
 from flashi2v_train.parallel import World
-
-LATEST = "latest_checkpointed_iteration.txt"
-
-
-def latest(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run, or None where there is none.
-
-    Raises:
-        InputError: the run names a checkpoint that is not there.
-    """
-    pointer = run / LATEST
-    if not pointer.is_file():
-        return None
-    directory = run / f"iter_{int(pointer.read_text()):07d}"
-    if not directory.is_dir():
-        raise InputError(f"{pointer} names {directory.name}, which is not there: correct the number or remove the file")
-    return directory
 
 
 def _tensors(
@@ -88,20 +73,24 @@ def load(
     """Load a checkpoint into a run, on any number of processes; return its progress.
 
     Raises:
-        InputError: the checkpoint is of another model or another kind of run.
+        InputError: the checkpoint is damaged, or of another model or another kind of run.
     """
-    for _, parameter in _trained(transformer):
-        # AdamW makes its state at the first step; loading needs a place to write to.
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu"),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    reader = SafeReader(directory)
+    state = _tensors(transformer, optimizer, ema)
+    ours = set(flatten_state_dict(state)[0])
+    theirs = set(reader.read_metadata().state_dict_metadata)
+    if ours != theirs:
+        only = [f"the run alone has {key}" for key in sorted(ours - theirs)]
+        only += [f"the checkpoint alone has {key}" for key in sorted(theirs - ours)]
+        raise InputError(f"{directory} is of another model or --use-ema: {'; '.join(only)[:300]}")
     try:
-        load_tensors(_tensors(transformer, optimizer, ema), checkpoint_id=directory)
-    except (CheckpointException, RuntimeError, ValueError) as error:
+        saved_config = json.loads((directory / "config.json").read_text())
+        progress = dict(json.loads((directory / "progress.json").read_text()))
+        load_tensors(state, storage_reader=reader)
+    except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"{directory} does not fit this run's model, optimizer or --use-ema: {reason[:300]}"
-        ) from error
-    return dict(json.loads((directory / "progress.json").read_text()))
+        raise InputError(f"{directory} is damaged or of another model: {reason[:300]}") from error
+    for key, value in json.loads(transformer.to_json_string()).items():
+        if not key.startswith("_") and saved_config.get(key) != value:
+            raise InputError(f"{directory} was trained with {key} {saved_config.get(key)}, this run has {value}")
+    return progress

@@ -60,4 +60,5 @@ class AdaptiveClip:
         return {key: asdict(self)[key] for key in ("mean", "variance")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self.variance = state["mean"], state["variance"]
+        # A run that was clipped plainly before has no moments; they start anew.
+        self.mean, self.variance = state.get("mean"), state.get("variance", 0.0)

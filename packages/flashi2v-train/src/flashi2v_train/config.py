@@ -7,9 +7,17 @@ from typing import Any, Literal
 from cyclopts import Parameter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flashi2v_data.atomic import check_directory
 from flashi2v_data.config import DataConfig, load_config
 from flashi2v_data.errors import InputError
-from flashi2v_model.config import AEConfig, DiffusionConfig, PredictorConfig, TextEncoderConfig
+from flashi2v_model.config import (
+    AEConfig,
+    DiffusionConfig,
+    PredictorConfig,
+    Settings,
+    TextEncoderConfig,
+    check_pretrained,
+)
 
 
 @Parameter(name="*")
@@ -23,7 +31,11 @@ class TrainOptions(BaseModel):
 
     device: str = Field("auto", description="auto, npu, cuda or cpu")
     nproc_per_node: int = Field(1, ge=1, description="processes to start; weights and optimizer are sharded over them")
-    bf16: bool = Field(False, description="compute in bf16 with fp32 master weights and fp32 gradient reduction")
+    bf16: bool | None = Field(
+        None,
+        description="compute in bf16 with fp32 master weights and fp32 gradient reduction; "
+        "default: what predictor.dtype says",
+    )
     seed: int = Field(1024, description="of everything random")
 
     train_iters: int = Field(1_000_000, ge=1, description="optimizer steps of the whole run, resumed ones included")
@@ -76,7 +88,8 @@ class TrainOptions(BaseModel):
 class TrainPredictorConfig(PredictorConfig):
     """The transformer, with what only training asks of it."""
 
-    low_freq_energy_ratio: tuple[float, float] = (0.05, 0.95)
+    dtype: Literal["fp32", "float32", "bf16"] = Field("bf16", description="training in fp16 would need loss scaling")
+    low_freq_energy_ratio: tuple[float, float] = Field((0.05, 0.95), strict=False)
     pipeline_num_layers: list[int] | None = Field(None, description="layers per pipeline stage")
     attention_async_offload: Literal[False] = Field(False, description="offloading attention is not available yet")
 
@@ -88,18 +101,14 @@ class TrainPredictorConfig(PredictorConfig):
         return self
 
 
-class PatchConfig(BaseModel):
+class PatchConfig(Settings):
     """Deviations from the parts' own dtypes."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    ae_float32: Literal["ae_float32"] | None = Field(None, description="the VAE computes in fp32, whatever ae.dtype")
+    ae_float32: Literal["ae_float32"] | None = Field(None, description="the VAE computes in fp32")
 
 
-class TrainModelConfig(BaseModel):
+class TrainModelConfig(Settings):
     """The model file of a training run."""
-
-    model_config = ConfigDict(extra="forbid")
 
     load_video_features: Literal[False] = Field(False, description="precomputed features are not available yet")
     load_text_features: Literal[False] = Field(False, description="precomputed features are not available yet")
@@ -124,6 +133,11 @@ class RunConfig:
     options: TrainOptions
     model: TrainModelConfig
     data: DataConfig
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the transformer computes in bf16."""
+        return self.model.predictor.dtype == "bf16" if self.options.bf16 is None else self.options.bf16
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -156,9 +170,9 @@ class RunConfig:
 
     def notes(self) -> list[str]:
         """Say which settings of the files have no effect here, and why."""
-        notes = []
-        if self.model.predictor.img_dim is not None:
-            notes.append("predictor.img_dim has no effect: the image enters through the latent shift, not an embedding")
+        notes = self.model.predictor.notes()
+        inference = self.model.diffusion.model_fields_set & {"num_inference_steps", "shift", "guidance_scale"}
+        notes += [f"diffusion.{key} has no effect in training: it belongs to sampling" for key in sorted(inference)]
         if self.model.predictor.pipeline_num_layers is not None:
             notes.append("predictor.pipeline_num_layers has no effect: this version trains in one pipeline stage")
         return notes
@@ -180,11 +194,11 @@ def read_run_config(options: TrainOptions) -> RunConfig:
         )
     if not dataset.return_prompt_mask:
         raise InputError(f"{options.mm_data}: return_prompt_mask must be true: padding is zeroed by the mask")
-    for key, path in (
-        ("ae.from_pretrained", model.ae.from_pretrained),
-        ("text_encoder.from_pretrained", model.text_encoder.from_pretrained),
-        ("predictor.from_pretrained", model.predictor.from_pretrained),
-    ):
-        if path is not None and not Path(path).exists():
-            raise InputError(f"{options.mm_model}: {key}: {path} does not exist")
+    dataset.transform_pipeline.check_range()
+    check_directory(options.save, "--save")
+    check_pretrained(model.ae.from_pretrained, f"{options.mm_model}: ae.from_pretrained")
+    check_pretrained(model.text_encoder.from_pretrained, f"{options.mm_model}: text_encoder.from_pretrained")
+    weights = model.predictor.from_pretrained
+    if weights is not None and not Path(weights).exists():
+        raise InputError(f"{options.mm_model}: predictor.from_pretrained: {weights} does not exist")
     return RunConfig(options, model, data)

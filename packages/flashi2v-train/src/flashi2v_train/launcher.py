@@ -34,18 +34,19 @@ app = App(
 @app.default
 def launch(*, options: TrainOptions) -> None:
     config = read_run_config(options)
-    inside = "RANK" in os.environ  # torchrun or Slurm has started the processes
+    inside = "RANK" in os.environ  # torchrun has started the processes
     if inside and options.nproc_per_node > 1:
         raise InputError("--nproc-per-node starts processes of its own: leave it out inside torchrun")
     if not inside:
         config.accumulation(options.nproc_per_node)
-        for note in config.notes():
-            logger.info(note)
+    is_first = os.environ.get("RANK", "0") == "0"
+    for note in config.notes() if is_first else []:
+        logger.info(note)
     if options.nproc_per_node > 1:
         _launch_processes(config)
     else:
         _train(config)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first:
         logger.info("done: %s", options.save)
 
 

@@ -15,7 +15,7 @@ def build_optimizer(transformer: nn.Module, options: TrainOptions, device: torch
         if parameter.requires_grad:
             scale = options.proj_lr_scale if name.startswith("learnable_proj.") else 1.0
             groups.setdefault(scale, []).append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()],
         lr=options.lr,
         betas=(options.adam_beta1, options.adam_beta2),
@@ -23,6 +23,15 @@ def build_optimizer(transformer: nn.Module, options: TrainOptions, device: torch
         weight_decay=options.weight_decay,
         fused=device.type != "cpu",
     )
+    for parameters in groups.values():
+        for parameter in parameters:
+            # AdamW would make its state at the first step; loading a checkpoint needs a place to write to before.
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=device if optimizer.defaults["fused"] else "cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

@@ -12,6 +12,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # public,
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from flashi2v_data.errors import InputError
 from flashi2v_npu_ops.device import collective_backend, resolve_device
 from flashi2v_train.step import FlowMatchingLoss
 
@@ -32,11 +33,10 @@ class World:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Average a tensor over all processes, in place."""
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Add a tensor up over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
-            value /= self.size
         return value
 
     def barrier(self) -> None:
@@ -49,9 +49,11 @@ class World:
 def join_world(device_name: str) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one."""
     rank, size, local, neighbours = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
+    if neighbours > 1 and ":" in device_name:
+        raise InputError(f"--device {device_name} names one device for {neighbours} processes: leave its number out")
     device = resolve_device(device_name, index=local)
     if device.type != "cpu":
-        torch.accelerator.set_device_index(local)
+        torch.accelerator.set_device_index(device.index)
     elif neighbours > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     # Sharding wants a process group even where it has nothing to share.

@@ -14,6 +14,7 @@ from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError
 from flashi2v_data.loader import Batch, build_dataloader
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
+from flashi2v_model.checkpoint import LATEST, newest_checkpoint
 from flashi2v_model.libraries import quieten
 from flashi2v_npu_ops import set_backend
 from flashi2v_npu_ops.device import peak_memory, synchronize
@@ -58,7 +59,7 @@ class Trainer:
         )
         self.encode = Encoders(config, world.device)
         self.transformer = self._build_transformer().to(world.device)
-        self.loss = shard(FlowMatchingLoss(self.transformer), world, bf16=options.bf16)
+        self.loss = shard(FlowMatchingLoss(self.transformer), world, bf16=config.bf16)
         self.optimizer = build_optimizer(self.transformer, options, world.device)
         self.ema = EMA(self.transformer.named_parameters(), options.ema_decay) if options.use_ema else None
         self.clip = (
@@ -68,6 +69,7 @@ class Trainer:
         )
         self.step = 0
         self.skipped_steps = 0
+        self.skipped_videos = self.skipped_videos_before = 0
         self._resume()
 
     def _build_transformer(self) -> FlashI2VTransformer3DModel:
@@ -82,14 +84,16 @@ class Trainer:
         return transformer.train()
 
     def _resume(self) -> None:
-        source = self.options.load or self.options.save
-        directory = checkpoint.latest(source)
+        directory = newest_checkpoint(self.options.save)
+        if directory is None and self.options.load is not None:
+            directory = newest_checkpoint(self.options.load)
+            if directory is None:
+                raise InputError(f"--load {self.options.load}: holds no checkpoint ({LATEST} is not there)")
         if directory is None:
-            if self.options.load is not None:
-                raise InputError(f"--load {source}: holds no checkpoint ({checkpoint.LATEST} is not there)")
             return
         progress = checkpoint.load(directory, self.transformer, self.optimizer, self.ema)
         self.step = progress["iteration"]
+        self.skipped_videos_before = progress["skipped_videos"]
         self.loader.load_state_dict(progress["loader"])
         self.clip.load_state_dict(progress["clip"])
         logger.info("resumed from %s", directory)
@@ -115,7 +119,7 @@ class Trainer:
                     "step": self.step,
                     "seconds": seconds,
                     "samples_per_second": self._samples_per_step() / seconds,
-                    "skipped_videos": len(self.loader.skipped),
+                    "skipped_videos": self.skipped_videos,
                     "peak_memory_bytes": peak_memory(self.world.device),
                 }
                 if log is not None:
@@ -152,7 +156,9 @@ class Trainer:
                 self.ema.update()
         else:
             self._skip(norm)
-        return {"loss": self.world.mean(loss).item(), "grad_norm": norm, "lr": rate}
+        everyones = self.world.sum(torch.stack((loss, loss.new_tensor(len(self.loader.skipped)))))
+        self.skipped_videos = self.skipped_videos_before + int(everyones[1].item())
+        return {"loss": everyones[0].item() / self.world.size, "grad_norm": norm, "lr": rate}
 
     def _losses(self, batch: Batch) -> Tensor:
         keys = list(zip(batch["epoch"].tolist(), batch["index"].tolist()))
@@ -177,6 +183,7 @@ class Trainer:
             "iteration": self.step,
             "loader": self.loader.state_dict(),
             "clip": self.clip.state_dict(),
+            "skipped_videos": self.skipped_videos,
         }
         checkpoint.save(self.options.save, self.step, self.transformer, self.optimizer, self.ema, progress, self.world)
 
