@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
@@ -23,19 +22,15 @@ from flashi2v_train.parallel import World
 
 def _tensors(
     transformer: FlashI2VTransformer3DModel, optimizer: torch.optim.Optimizer, ema: EMA | None
-) -> dict[str, Any]:
-    """Everything with a shape, as views of the live state: saving reads them, loading writes into them."""
-    state: dict[str, Any] = {
-        "model": {name: p.detach() for name, p in transformer.named_parameters()},
-        "optimizer": {name: dict(optimizer.state[p]) for name, p in _trained(transformer)},
-    }
+) -> dict[str, Tensor]:
+    """Everything with a shape, by name, as views of the live state: saving reads them, loading writes into them."""
+    state = {f"model.{name}": p.detach() for name, p in transformer.named_parameters()}
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
+            state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     if ema is not None:
-        state["ema"] = ema.shadows
+        state |= {f"ema.{name}": shadow for name, shadow in ema.shadows.items()}
     return state
-
-
-def _trained(transformer: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, p) for name, p in transformer.named_parameters() if p.requires_grad)
 
 
 def save(
@@ -77,8 +72,7 @@ def load(
     """
     reader = SafeReader(directory)
     state = _tensors(transformer, optimizer, ema)
-    ours = set(flatten_state_dict(state)[0])
-    theirs = set(reader.read_metadata().state_dict_metadata)
+    ours, theirs = set(state), set(reader.read_metadata().state_dict_metadata)
     if ours != theirs:
         only = [f"the run alone has {key}" for key in sorted(ours - theirs)]
         only += [f"the checkpoint alone has {key}" for key in sorted(theirs - ours)]

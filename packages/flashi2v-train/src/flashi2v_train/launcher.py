@@ -39,15 +39,18 @@ def launch(*, options: TrainOptions) -> None:
         raise InputError("--nproc-per-node starts processes of its own: leave it out inside torchrun")
     if not inside:
         config.accumulation(options.nproc_per_node)
-    is_first = os.environ.get("RANK", "0") == "0"
-    for note in config.notes() if is_first else []:
+    for note in config.notes() if _is_first() else []:
         logger.info(note)
     if options.nproc_per_node > 1:
         _launch_processes(config)
     else:
         _train(config)
-    if is_first:
+    if _is_first():
         logger.info("done: %s", options.save)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _launch_processes(config: RunConfig) -> None:
@@ -65,7 +68,7 @@ def _launch_processes(config: RunConfig) -> None:
         start_method="spawn",
     )
     try:
-        elastic_launch(launcher, _worker)(config)
+        elastic_launch(launcher, _train)(config)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         # An exception comes as a record; a killed process has only a line about its signal.
@@ -76,12 +79,9 @@ def _launch_processes(config: RunConfig) -> None:
         raise RuntimeError(f"process {rank} failed: {words}") from None
 
 
-def _worker(config: RunConfig) -> None:
-    configure_logging()
-    _train(config)
-
-
 def _train(config: RunConfig) -> None:
+    # What all processes would say alike is said by the first.
+    configure_logging(logging.INFO if _is_first() else logging.WARNING)
     # Imported here: torch and the encoders take seconds, and a wrong option should be told at once.
     from flashi2v_train.trainer import train
 
