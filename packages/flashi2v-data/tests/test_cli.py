@@ -77,7 +77,15 @@ def test_an_interrupted_filter_leaves_nothing_and_says_one_line(place, tmp_path,
     (tmp_path / "videos.txt").write_text(f"/,{tmp_path}/meta.json\n")
     (tmp_path / "filter.yaml").write_text(FILTER.replace("shapes/videos.txt", "videos.txt"))
     command = [sys.executable, "-m", "flashi2v_data.cli", "filter", "--filter_config", "filter.yaml", "--jobs", jobs]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Background jobs of a shell, as a CI may be, ignore interrupts and hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     # A first batch of records is in the store, so the worker processes are at work.
     while not any(path.stat().st_size > 50_000 for path in tmp_path.glob("lmdb/.store.*/store.lmdb/data.mdb")):
