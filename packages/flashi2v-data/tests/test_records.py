@@ -53,8 +53,8 @@ ENTRIES = [{"path": "a.mp4", "cap": "é", "fps": 29.97, "cut": [0, 5]}, {"path":
 def test_entries_come_with_their_root_joined(tmp_path, text):
     path = tmp_path / "meta.json"
     path.write_text(text, encoding="utf-8")
-    entries = list(read_entries(Annotation("/root", str(path))))
-    assert entries == [{**ENTRIES[0], "path": "/root/a.mp4"}, ENTRIES[1], ENTRIES[2], 5]
+    entries = list(read_entries(Annotation("/videos", str(path))))
+    assert entries == [{**ENTRIES[0], "path": "/videos/a.mp4"}, ENTRIES[1], ENTRIES[2], 5]
     assert type(entries[0]["fps"]) is float
 
 
