@@ -1,54 +1,204 @@
-"""Choosing backends, devices, and the doctor."""
+"""Choosing backends and devices."""
 
 import logging
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from flashi2v_npu_ops import UnsupportedError, backends, registry, rms_norm, set_backend
+from flashi2v_npu_ops import (
+    UnsupportedError,
+    attention,
+    backends,
+    cuda,
+    explain,
+    gelu_tanh,
+    registry,
+    rms_norm,
+    set_backend,
+    use_backend,
+)
 from flashi2v_npu_ops.device import collective_backend, peak_memory, resolve_device
 
-
-def test_a_backend_asked_for_by_name_serves_the_call_or_raises():
-    x, weight = torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(4)
-    with pytest.raises(UnsupportedError, match="one dtype"):
-        rms_norm(x, weight, 1e-6, backend="torch")
-    with pytest.raises(UnsupportedError, match="choose one of auto, torch, reference"):
-        rms_norm(x, weight, 1e-6, backend="cudnn")
-    with pytest.raises(UnsupportedError, match="unknown operator"):
-        backends("softmax")
+HOPPER_CASE = ("cuda", torch.bfloat16, 128, True, False)
 
 
-def test_auto_says_once_why_it_passes_over_a_backend(caplog):
-    registry._report_once.cache_clear()
-    x, weight = torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(4)
-    with caplog.at_level(logging.INFO):
-        for _ in range(3):
-            rms_norm(x, weight, 1e-6)
-    assert len(caplog.records) == 1
-    assert "passing over backend torch" in caplog.text
+@pytest.fixture(autouse=True)
+def _fresh_choices():
+    def clear() -> None:
+        for cached in (registry._choose_once, registry._report_once, registry._environment):
+            cached.cache_clear()
+
+    clear()
+    yield
+    clear()
 
 
-def test_set_backend_decides_what_auto_means(monkeypatch):
-    served = []
+@pytest.fixture
+def served(monkeypatch):
+    """The backends that served rms_norm, in order."""
+    names = []
     for name in backends("rms_norm"):
         spied = registry._implementations["rms_norm"][name]
 
         def call(*args, name=name, run=spied.call):
-            served.append(name)
+            names.append(name)
             return run(*args)
 
-        spy = registry.Implementation("rms_norm", name, call, spied.obstacle)
+        spy = registry.Implementation(call, spied.obstacle)
         monkeypatch.setitem(registry._implementations["rms_norm"], name, spy)
-    x, weight = torch.ones(2, 4), torch.ones(4)
-    rms_norm(x, weight, 1e-6)
+    return names
+
+
+def normalise():
+    return rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)
+
+
+def test_a_backend_asked_for_by_name_serves_the_call_or_raises():
+    x = torch.ones(1, 2, 1, 8)
+    with pytest.raises(UnsupportedError, match="runs on npu devices, the tensors are on cpu"):
+        attention(x, x, x, backend="ascend")
+    with pytest.raises(UnsupportedError, match="choose one of auto, ascend, torch, reference"):
+        gelu_tanh(x, backend="cudnn")
+    with pytest.raises(UnsupportedError, match="unknown operator"):
+        backends("softmax")
+
+
+def test_auto_says_once_why_it_passes_over_a_backend_of_the_device(caplog, monkeypatch):
+    monkeypatch.setattr(registry, "_MADE_FOR", {"ascend": "npu"})  # this CPU stands in for a CUDA device
+    x = torch.ones(1, 2, 1, 8)
+    with caplog.at_level(logging.INFO, "flashi2v_npu_ops"):
+        for _ in range(3):
+            attention(x, x, x)
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention: passing over backend cuda: flash-attn and cuDNN take fp16 and bf16, got torch.float32"
+    ]
+
+
+def test_backends_of_other_devices_are_not_worth_a_word(caplog):
+    with caplog.at_level(logging.INFO, "flashi2v_npu_ops"):
+        normalise()
+    assert not caplog.records
+    assert explain("rms_norm", ("cpu", torch.float32, torch.float32)) == registry.Choice("torch", {})
+
+
+def test_set_backend_decides_what_auto_means(served):
+    normalise()
     set_backend("rms_norm", "reference")
-    rms_norm(x, weight, 1e-6)
+    normalise()
     set_backend("rms_norm", "auto")
-    rms_norm(x, weight, 1e-6)
+    normalise()
     assert served == ["torch", "reference", "torch"]
+
+
+def test_use_backend_holds_within_its_context_and_nests(served):
+    with use_backend("rms_norm", "reference"):
+        normalise()
+        with use_backend("rms_norm", "auto"):
+            normalise()
+        normalise()
+    with pytest.raises(KeyError), use_backend("rms_norm", "reference"):
+        raise KeyError
+    normalise()
+    assert served == ["reference", "torch", "reference", "torch"]
+    with pytest.raises(UnsupportedError, match="no backend 'cuda'"), use_backend("rms_norm", "cuda"):
+        pass
+
+
+def test_a_compiled_call_follows_use_backend(served):
+    torch._dynamo.reset()
+    compiled = torch.compile(normalise, fullgraph=True, backend="eager")
+    compiled()
+    with use_backend("rms_norm", "reference"):
+        compiled()
+    assert served == ["torch", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("reference", "reference"),
+        ("rms_norm=reference", "reference"),
+        ("reference, rms_norm=torch", "torch"),
+        ("attention=reference", "torch"),
+        ("cuda", "torch"),  # rms_norm has no such backend
+        ("reference,auto", "torch"),
+        ("", "torch"),
+    ],
+)
+def test_the_environment_decides_what_auto_means(setting, expected, served, monkeypatch):
+    monkeypatch.setenv("FLASHI2V_OPS_BACKEND", setting)
+    normalise()
+    assert served == [expected]
+
+
+def test_a_choice_in_the_program_goes_before_the_environment(served, monkeypatch):
+    monkeypatch.setenv("FLASHI2V_OPS_BACKEND", "reference")
+    with use_backend("rms_norm", "torch"):
+        normalise()
+    assert served == ["torch"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("referense", "unknown backend 'referense'"),
+        ("rms_norn=torch", "unknown operator 'rms_norn'"),
+        ("rms_norm=cuda", "no backend 'cuda'"),
+        ("ascend", "runs on npu"),
+    ],
+)
+def test_an_environment_that_cannot_be_honoured_is_an_error(setting, words, monkeypatch):
+    monkeypatch.setenv("FLASHI2V_OPS_BACKEND", setting)
+    with pytest.raises(UnsupportedError, match=words):
+        normalise()
+
+
+# ---- CUDA, whose hardware is not here: the choice, and the arguments that flash-attn is given ----------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "flash_attn", "case", "words"),
+    [
+        ((8, 0), True, HOPPER_CASE, None),
+        ((9, 0), False, HOPPER_CASE, None),
+        ((8, 0), False, HOPPER_CASE, "flash-attn is not installed"),
+        ((7, 5), True, HOPPER_CASE, "needs compute capability 8.0, this GPU has 7.5"),
+        ((9, 0), True, ("cuda", torch.float32, 128, True, False), "fp16 and bf16"),
+        ((9, 0), True, ("cuda", torch.bfloat16, 128, True, True), "mask"),
+        ((9, 0), True, ("cuda", torch.bfloat16, 256, True, False), None),
+        ((9, 0), False, ("cuda", torch.bfloat16, 256, True, False), "up to 128"),
+        ((9, 0), False, ("cuda", torch.bfloat16, 128, False, False), "divisible by 8"),
+        ((9, 0), True, ("cuda", torch.bfloat16, None, True, False), "up to 256"),
+    ],
+)
+def test_cuda_attention_is_chosen_by_capability_dtype_and_head_size(monkeypatch, capability, flash_attn, case, words):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "_flash_attn_installed", lambda: flash_attn)
+    choice = explain("attention", case)
+    if words is None:
+        assert choice == registry.Choice("cuda", {})
+    else:
+        assert choice.backend == "torch"
+        assert words in choice.passed_over["cuda"]
+
+
+def test_flash_attn_is_given_its_own_layout_and_the_scale(monkeypatch):
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        weights = (torch.einsum("bskd,btkd->bkst", q, k) * softmax_scale).softmax(-1)
+        return torch.einsum("bkst,btkd->bskd", weights, v)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+    monkeypatch.setattr(cuda, "_flash_attn_installed", lambda: True)
+    q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 4, 3, 8)
+    ours = registry._implementations["attention"]["cuda"].call(q, k, k, None, 0.2)
+    torch.testing.assert_close(ours, attention(q, k, k, scale=0.2, backend="reference"))
+
+
+# ---- devices -------------------------------------------------------------------------------------------------------
 
 
 def test_devices_are_resolved_by_name():
@@ -65,17 +215,12 @@ def test_a_device_that_is_absent_is_an_error_that_says_what_to_do():
         resolve_device("cuda")
 
 
-def test_importing_the_package_does_not_import_torch_npu():
-    code = "import sys, flashi2v_npu_ops, flashi2v_npu_ops.device; sys.exit('torch_npu' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
-
-
-def test_doctor_lists_devices_and_operators(capsys, monkeypatch):
-    from flashi2v_npu_ops import cli
-
-    monkeypatch.setattr(sys, "argv", ["flashi2v-npu-ops", "doctor"])
-    assert cli.main() == 0
-    out = capsys.readouterr().out
-    for operator in registry.operators():
-        assert operator in out
-    assert "device cpu   available" in out
+def test_importing_the_package_leaves_the_environment_as_it_was():
+    code = """
+import os
+before = dict(os.environ)
+import flashi2v_npu_ops, flashi2v_npu_ops.device, sys
+assert dict(os.environ) == before
+assert "torch_npu" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -55,7 +55,17 @@ def attention(
         if mask.ndim > 4 or any(ours not in (1, theirs) for ours, theirs in zip(mask.shape[::-1], full[::-1])):
             raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to (B, K, N, M) = {full}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return dispatch("attention", backend, query.device, query, key, value, mask, scale)
+    case = (query.device.type, query.dtype, *_head_size_class(query.shape[-1]), mask is not None)
+    return dispatch("attention", backend, case, query, key, value, mask, scale)
+
+
+def _head_size_class(head_size: int) -> tuple[int | None, bool]:
+    """Return the least of the kernels' limits that holds the head size (None: above all), and if it is 8-aligned."""
+    limit = None
+    for bound in (768, 256, 128):
+        if head_size <= bound:
+            limit = bound
+    return limit, True if head_size % 8 == 0 else False  # noqa: SIM210 (a branch makes it a constant when compiled)
 
 
 @register("attention", "reference")

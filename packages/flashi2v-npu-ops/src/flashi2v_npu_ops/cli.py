@@ -1,39 +1,28 @@
 """`flashi2v-npu-ops doctor`: what this machine can run.  argparse, because this package needs nothing but torch."""
 
 import argparse
-import platform
-
-import torch
 
 import flashi2v_npu_ops
-from flashi2v_npu_ops import device, registry
+from flashi2v_npu_ops import doctor
 
-
-def doctor() -> int:
-    """Print device, versions, and the backends of every operator; return the exit code."""
-    chosen = device.resolve_device()
-    print(f"flashi2v-npu-ops {flashi2v_npu_ops.__version__}, torch {torch.__version__}, {platform.platform()}")
-    for kind in ("npu", "cuda", "cpu"):
-        print(f"device {kind:<5} {device.missing(kind) or 'available'}")
-    print(f"auto picks   {chosen} (collectives: {device.collective_backend(chosen)})")
-    width = max(map(len, registry.operators()))
-    for operator in registry.operators():
-        print(f"operator {operator:<{width}}  {', '.join(registry.backends(operator))}")
-    return 0
+_EXAMPLES = "Examples: flashi2v-npu-ops doctor;  flashi2v-npu-ops doctor --device npu"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="flashi2v-npu-ops",
         description="Operators of FlashI2V: what serves them on this machine.",
-        epilog="Example: flashi2v-npu-ops doctor",
+        epilog=_EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=flashi2v_npu_ops.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
+    command = commands.add_parser(
         "doctor",
-        help="print device, versions, and which backends serve which operator",
-        epilog="Example: flashi2v-npu-ops doctor",
+        help="device, versions and whether they match, which backend serves which operator, what to mend",
+        description="Print device, versions and whether they match, which backend serves which operator and why not a "
+        "faster one, and what to mend. Exits 1 where something asked for cannot work: a device, the backends that "
+        "FLASHI2V_OPS_BACKEND names, or torch_npu where it is installed.",
+        epilog=_EXAMPLES,
     )
-    parser.parse_args()
-    return doctor()
+    command.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="the device wanted")
+    return doctor.report(parser.parse_args().device)

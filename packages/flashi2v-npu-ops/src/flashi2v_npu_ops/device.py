@@ -54,6 +54,14 @@ def collective_backend(device: torch.device) -> str:
     return _COLLECTIVES[device.type]
 
 
+def name(device_type: str) -> str:
+    """Return what the first device of an available type calls itself, and how many there are."""
+    if device_type == "cpu":
+        return f"{torch.get_num_threads()} threads"
+    module = getattr(torch, device_type)
+    return f"{module.device_count()} x {module.get_device_name(0)}"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all queued work."""
     if device.type != "cpu":

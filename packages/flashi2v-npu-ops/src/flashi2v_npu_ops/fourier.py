@@ -1,7 +1,17 @@
 """Splitting an image's latent into low and high spatial frequencies at an energy share.
 
-B batch, C channels, H W latent grid.
+B batch, C channels, H W latent grid, R = W // 2 + 1 columns of a real image's spectrum.
+
+The fast paths work on half of the spectrum, as the other half mirrors it, and find the cut-off without sorting. They
+are custom operators: a compiler sees one node, and tables are made and kept outside of any tracing. Their gradient
+needs no spectrum of its own: at a fixed cut-off the low-pass is linear and self-adjoint, so it is applied once more.
 """
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +19,7 @@ from torch import Tensor
 from flashi2v_npu_ops.registry import dispatch, register
 
 _MAGNITUDE_EPS = 1e-12  # keeps the root differentiable at zero
+_NUM_TABLES = 32  # sizes and devices whose tables are kept
 
 
 def split_frequencies(
@@ -29,6 +40,7 @@ def split_frequencies(
 
     Returns:
         high (B, C, H, W) and low (B, C, H, W) in the dtype of `latent`, and cutoff (B,) in bins, in fp32 or better.
+        Gradients flow through high and low; the cut-off is piecewise constant and has none.
 
     Raises:
         ValueError: shapes do not match, or a ratio lies outside [0, 1].
@@ -39,21 +51,44 @@ def split_frequencies(
     if latent.ndim != 4:
         raise ValueError(f"latent must be (B, C, H, W), got {tuple(latent.shape)}")
     exact = torch.promote_types(latent.dtype, torch.float32)
-    shares = torch.as_tensor(ratio, dtype=exact)
-    if shares.ndim > 1 or (shares.ndim == 1 and shares.shape[0] != latent.shape[0]):
-        raise ValueError(f"ratio must be one number or (B,) = ({latent.shape[0]},), got {tuple(shares.shape)}")
-    if not ((shares >= 0) & (shares <= 1)).all():
-        raise ValueError(f"ratio must lie in [0, 1], got {shares.tolist()}")
-    shares = shares.to(latent.device).expand(latent.shape[0])
-    high, low, cutoff = dispatch("split_frequencies", backend, latent.device, latent.to(exact), shares, magnitude)
+    shares = _checked_ratio(ratio, latent, exact)
+    case = (latent.device.type, exact)
+    if latent.dtype == exact:
+        return dispatch("split_frequencies", backend, case, latent, shares, magnitude)
+    high, low, cutoff = dispatch("split_frequencies", backend, case, latent.to(exact), shares, magnitude)
     return high.to(latent.dtype), low.to(latent.dtype), cutoff
+
+
+def _checked_ratio(ratio: float | Tensor, latent: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return one ratio per sample, (B,), on the latent's device."""
+    batch = latent.shape[0]
+    if not isinstance(ratio, Tensor):
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratio must lie in [0, 1], got {ratio}")
+        return latent.new_full((batch,), ratio, dtype=dtype)
+    if ratio.ndim > 1 or (ratio.ndim == 1 and ratio.shape[0] != batch):
+        raise ValueError(f"ratio must be one number or (B,) = ({batch},), got {tuple(ratio.shape)}")
+    return _check_values(ratio).to(latent.device, dtype).expand(batch)
+
+
+@torch.library.custom_op("flashi2v::check_ratio", mutates_args=())
+def _check_values(ratio: Tensor) -> Tensor:
+    # An operator, so that a compiled graph looks at the values of each run.
+    if not ((ratio >= 0) & (ratio <= 1)).all():
+        raise ValueError(f"ratio must lie in [0, 1], got {ratio.tolist()}")
+    return ratio.clone()
+
+
+_check_values.register_fake(torch.empty_like)
 
 
 @register("split_frequencies", "reference")
 def _reference(latent: Tensor, ratio: Tensor, magnitude: bool) -> tuple[Tensor, Tensor, Tensor]:
     height, width = latent.shape[-2:]
     spectrum = torch.fft.fftshift(torch.fft.fft2(latent), dim=(-2, -1))  # (B, C, H, W)
-    radius = _radii(height, width, latent)  # (H, W)
+    y = torch.arange(height, dtype=latent.dtype, device=latent.device) - height // 2
+    x = torch.arange(width, dtype=latent.dtype, device=latent.device) - width // 2
+    radius = (y[:, None].square() + x.square()).sqrt()  # (H, W)
     profile = _magnitude(spectrum).mean(1).flatten(1)  # (B, H*W)
     radii, order = radius.flatten().sort(stable=True)
     cumulated = profile[:, order].cumsum(-1)  # (B, H*W)
@@ -70,8 +105,188 @@ def _magnitude(x: Tensor) -> Tensor:
     return (x.real.square() + x.imag.square() + _MAGNITUDE_EPS).sqrt()
 
 
-def _radii(height: int, width: int, like: Tensor) -> Tensor:
-    """Distance of every bin of a centred spectrum to the centre bin: (H, W)."""
-    y = torch.arange(height, dtype=like.dtype, device=like.device) - height // 2
-    x = torch.arange(width, dtype=like.dtype, device=like.device) - width // 2
-    return (y[:, None].square() + x.square()).sqrt()
+# ---- half spectra --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RealTransform:
+    """A pair of transforms between a real image (..., H, W) and half of its spectrum (..., H, R).
+
+    Attributes:
+        forward: image -> spectrum, in whatever form multiplies by a mask (B, 1, H, R).
+        power: spectrum -> re^2 + im^2 + 1e-12 (B, C, H, R).
+        inverse: (spectrum, W) -> image.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    power: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor, int], Tensor]
+
+
+def low_pass(transform: RealTransform, image: Tensor, keep: Tensor) -> Tensor:
+    """Take images (B, C, H, W) and the bins to keep (B, 1, H, R); return (B, C, H, W)."""
+    return transform.inverse(transform.forward(image).mul_(keep), image.shape[-1])
+
+
+def low_pass_share(transform: RealTransform, latent: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take latents (B, C, H, W) and shares (B,); return low (B, C, H, W), the bins kept (B, 1, H, R), cut-off (B,)."""
+    spectrum = transform.forward(latent)
+    profile = transform.power(spectrum).sqrt_().sum(1)  # (B, H, R); not the mean, as only shares count
+    keep, cutoff = _low_bins(profile, ratio, latent.shape[-1])
+    return transform.inverse(spectrum.mul_(keep), latent.shape[-1]), keep, cutoff
+
+
+def splitter(name: str, transform: RealTransform) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return `split_frequencies` over a transform, as custom operators flashi2v::low_pass[_share]_`name`."""
+
+    @torch.library.custom_op(f"flashi2v::low_pass_{name}", mutates_args=())
+    def apply(image: Tensor, keep: Tensor) -> Tensor:
+        return low_pass(transform, image, keep)
+
+    @torch.library.custom_op(f"flashi2v::low_pass_share_{name}", mutates_args=())
+    def find_and_apply(latent: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return low_pass_share(transform, latent, ratio)
+
+    @apply.register_fake
+    def _(image: Tensor, keep: Tensor) -> Tensor:
+        return torch.empty_like(image, memory_format=torch.contiguous_format)
+
+    @find_and_apply.register_fake
+    def _(latent: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, _, height, width = latent.shape
+        keep = latent.new_empty((batch, 1, height, width // 2 + 1), dtype=torch.bool)
+        return torch.empty_like(latent, memory_format=torch.contiguous_format), keep, latent.new_empty(batch)
+
+    def keep_mask(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        ctx.save_for_backward(inputs[1] if isinstance(output, Tensor) else output[1])
+
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        return apply(grad, keep), None
+
+    apply.register_autograd(backward, setup_context=keep_mask)
+    find_and_apply.register_autograd(backward, setup_context=keep_mask)
+
+    def split(latent: Tensor, ratio: Tensor, magnitude: bool) -> tuple[Tensor, Tensor, Tensor]:
+        # Where nothing is traced, faked or differentiated, the operator's wrapping would be a tenth of the time.
+        bare = type(latent) is Tensor and not latent.requires_grad and not torch.compiler.is_compiling()
+        low, _, cutoff = low_pass_share(transform, latent, ratio) if bare else find_and_apply(latent, ratio)
+        high = latent - low
+        if magnitude:
+            high = torch.addcmul(high.new_full((), _MAGNITUDE_EPS), high, high).sqrt_()
+        return high, low, cutoff.detach()
+
+    return split
+
+
+def _low_bins(profile: Tensor, ratio: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Take magnitudes (B, H, R) and shares (B,); return the bins below the cut-off (B, 1, H, R) and the cut-off (B,).
+
+    The k-th bin in order of radius is at the cut-off; where k falls among bins of equal radius makes no difference.
+    """
+    table = _order_table(profile.shape[-2], width, profile.device, profile.dtype)
+    ordered = profile.flatten(1).index_select(1, table.order)  # (B, H*R)
+    cumulated = ordered.mul_(table.multiplicity).cumsum(-1)
+    bins = torch.searchsorted(cumulated, cumulated[:, -1:] * ratio[:, None])  # (B, 1); past the last for NaN
+    cutoff = table.radii.index_select(0, bins.flatten().clamp_(max=table.radii.shape[0] - 1))  # (B,)
+    return table.radius < cutoff[:, None, None, None], cutoff
+
+
+@dataclass(frozen=True)
+class _OrderTable:
+    radius: Tensor  # (H, R), distance to the centre bin
+    order: Tensor  # (H*R,) int64, bins by radius
+    radii: Tensor  # (H*R,), in that order
+    multiplicity: Tensor  # (H*R,), in that order: how many bins of the whole spectrum a bin stands for
+
+
+@lru_cache(maxsize=_NUM_TABLES)
+def _order_table(height: int, width: int, device: torch.device, dtype: torch.dtype) -> _OrderTable:
+    with torch.inference_mode(False):  # tables made while sampling must serve a training step, too
+        y = (torch.arange(height) + height // 2) % height - height // 2
+        radius = (y[:, None].square() + torch.arange(width // 2 + 1).square()).to(dtype).sqrt()
+        radii, order = radius.flatten().sort(stable=True)
+        multiplicity = _column_multiplicity(width, dtype).expand(height, -1).flatten()[order]
+        return _OrderTable(*(part.to(device) for part in (radius, order, radii, multiplicity)))
+
+
+def _column_multiplicity(width: int, dtype: torch.dtype) -> Tensor:
+    """Return for R columns how many of the whole spectrum's W columns each stands for: itself, and its mirror image."""
+    columns = torch.arange(width // 2 + 1)
+    return torch.where((columns == 0) | (2 * columns == width), 1, 2).to(dtype)
+
+
+# ---- by PyTorch's FFT ----------------------------------------------------------------------------------------------
+
+
+def _fft_power(spectrum: Tensor) -> Tensor:
+    parts = torch.view_as_real(spectrum)  # (B, C, H, R, 2)
+    real, imaginary = torch.addcmul(parts.new_full((), _MAGNITUDE_EPS / 2), parts, parts).unbind(-1)
+    return real + imaginary
+
+
+def _fft_inverse(spectrum: Tensor, width: int) -> Tensor:
+    return torch.fft.irfft2(spectrum, s=(spectrum.shape[-2], width))
+
+
+register("split_frequencies", "torch")(splitter("fft", RealTransform(torch.fft.rfft2, _fft_power, _fft_inverse)))
+
+
+# ---- by real matrices ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _DftTable:
+    rows_cos: Tensor  # (H, H), symmetric
+    rows_sin: Tensor  # (H, H), symmetric
+    columns_cos: Tensor  # (W, R)
+    columns_sin: Tensor  # (W, R)
+    back_cos: Tensor  # (R, W), scaled so that the pair of transforms is the identity
+    back_sin: Tensor  # (R, W)
+
+
+@lru_cache(maxsize=_NUM_TABLES)
+def _dft_table(height: int, width: int, device: torch.device, dtype: torch.dtype) -> _DftTable:
+    with torch.inference_mode(False):
+        rows = _angles(height, height)
+        columns = _angles(width, width // 2 + 1)
+        back = columns.T, _column_multiplicity(width, torch.float64)[:, None] / (height * width)
+        parts = (
+            rows.cos(),
+            rows.sin(),
+            columns.cos(),
+            columns.sin(),
+            back[0].cos() * back[1],
+            back[0].sin() * back[1],
+        )
+        return _DftTable(*(part.to(dtype).to(device) for part in parts))  # rounded once, on the CPU
+
+
+def _angles(length: int, num_frequencies: int) -> Tensor:
+    """Return 2 pi n k / length as (length, num_frequencies) in fp64; n k is reduced first, so no accuracy is lost."""
+    turns = torch.outer(torch.arange(length), torch.arange(num_frequencies)) % length
+    return turns.to(torch.float64) * (2 * math.pi / length)
+
+
+def _dft_forward(image: Tensor) -> Tensor:
+    height, width = image.shape[-2:]
+    table = _dft_table(height, width, image.device, image.dtype)
+    cos, sin = image @ table.columns_cos, image @ table.columns_sin  # (..., H, R)
+    real = table.rows_cos @ cos - table.rows_sin @ sin
+    imaginary = -(table.rows_cos @ sin + table.rows_sin @ cos)
+    return torch.stack((real, imaginary))  # (2, ..., H, R)
+
+
+def _dft_power(spectrum: Tensor) -> Tensor:
+    return spectrum.square().sum(0).add_(_MAGNITUDE_EPS)
+
+
+def _dft_inverse(spectrum: Tensor, width: int) -> Tensor:
+    real, imaginary = spectrum
+    table = _dft_table(real.shape[-2], width, real.device, real.dtype)
+    left = table.rows_cos @ real - table.rows_sin @ imaginary
+    right = table.rows_cos @ imaginary + table.rows_sin @ real
+    return left @ table.back_cos - right @ table.back_sin
+
+
+REAL_DFT = RealTransform(_dft_forward, _dft_power, _dft_inverse)

@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Te
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} does not match the last dimension of {tuple(x.shape)}")
-    return dispatch("rms_norm", backend, x.device, x, weight, eps)
+    return dispatch("rms_norm", backend, (x.device.type, x.dtype, weight.dtype), x, weight, eps)
 
 
 @register("rms_norm", "reference")
@@ -37,13 +37,10 @@ def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * weight).to(x.dtype)
 
 
-def _fused_obstacle(device: torch.device, x: Tensor, weight: Tensor, eps: float) -> str | None:
-    # F.rms_norm rounds to the input's dtype before it multiplies by a weight of another one.
-    if x.dtype != weight.dtype:
-        return f"torch.nn.functional.rms_norm takes input and weight of one dtype, got {x.dtype} and {weight.dtype}"
-    return None
-
-
-@register("rms_norm", "torch", obstacle=_fused_obstacle)
+@register("rms_norm", "torch")
 def _fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if x.dtype == weight.dtype:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    # Given two dtypes, F.rms_norm would round to the input's before it multiplies by the weight.
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(exact), x.shape[-1:], weight.to(exact), eps).to(x.dtype)

@@ -32,7 +32,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Te
     table = (x.shape[1], x.shape[-1] // 2)
     if cos.shape != table or sin.shape != table:
         raise ValueError(f"cos and sin must be (N, d / 2) = {table}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
-    return dispatch("apply_rope", backend, x.device, x, cos, sin)
+    # Comparisons, not numbers: see `registry`.
+    few_rows = True if x.shape[0] * x.shape[2] < 1000 else False  # noqa: SIM210
+    narrow = True if x.shape[3] < 896 else False  # noqa: SIM210
+    return dispatch("apply_rope", backend, (x.device.type, x.dtype, few_rows, narrow), x, cos, sin)
 
 
 @register("apply_rope", "reference")
@@ -42,3 +45,13 @@ def _reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None], sin[:, None]  # (N, 1, d/2)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)  # (B, N, K, d/2, 2)
     return rotated.flatten(-2).to(x.dtype)
+
+
+@register("apply_rope", "torch")
+def _complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # a compiler fuses the real arithmetic into one kernel, and has no complex ones
+        return _reference(x, cos, sin)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    pairs = torch.view_as_complex(x.to(exact).unflatten(-1, (-1, 2)).contiguous())  # (B, N, K, d/2)
+    turned = pairs * torch.complex(cos.to(exact), sin.to(exact))[:, None]
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)

@@ -1,0 +1,262 @@
+"""What this machine has, which backend serves which operator, and what keeps a faster one from working.
+
+The survey reads files and environment variables, so it also works where torch_npu does not load. Places and names of
+Ascend's files: CANN's installation guide ("checking the installation"), and torch_npu's own collect_env.
+"""
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import flashi2v_npu_ops
+from flashi2v_npu_ops import device
+from flashi2v_npu_ops.registry import ENVIRONMENT, Case, UnsupportedError, backends, explain, operators
+
+# CANN that each torch_npu was released with, and the range in which Ascend's release notes call any pair compatible.
+# Source: README of the Ascend extension for PyTorch, and its release notes 7.1.0 to 26.2.0.
+_RELEASED_WITH = {
+    "8.2": ("2.6.0",),
+    "8.3": ("2.6.0.post3", "2.7.1", "2.8.0"),
+    "8.5": ("2.6.0.post5", "2.7.1.post2", "2.8.0.post2", "2.9.0"),
+    "9.0": ("2.7.1.post4", "2.8.0.post4", "2.9.0.post2", "2.10.0"),
+    "9.1": ("2.7.1.post8", "2.9.0.post6", "2.10.0.post4", "2.11.0", "2.12.0"),
+    "9.2": ("2.7.1.post11", "2.9.0.post9", "2.10.0.post7", "2.11.0.post3", "2.12.0.post3", "2.13.0", "2.14.0"),
+}
+_COMPATIBLE = ("8.5", "9.0", "9.1", "9.2")
+
+# Facts of a usual call of each operator, after device and dtype; see the operator for their meaning.
+_USUAL_FACTS: dict[str, Case] = {
+    "attention": (128, True, False),
+    "rms_norm": (torch.float32,),
+    "apply_rope": (True, True),
+}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found; None where it was not.
+
+    Attributes:
+        torch: version.
+        torch_npu: version, whether or not it loads.
+        torch_npu_fault: why it does not load, or sees no NPU.
+        cann: version.
+        cann_home: its directory.
+        cann_sourced: the environment of CANN's set_env.sh is there.
+        driver: version of the Ascend driver.
+        npu_nodes: device nodes of NPUs.
+        nvidia_driver: an NVIDIA driver is loaded.
+        cuda_fault: why PyTorch cannot use a CUDA device.
+        autoload: torch loads extensions such as torch_npu by itself when it is imported.
+    """
+
+    torch: str
+    torch_npu: str | None
+    torch_npu_fault: str | None
+    cann: str | None
+    cann_home: Path | None
+    cann_sourced: bool
+    driver: str | None
+    npu_nodes: int
+    nvidia_driver: bool
+    cuda_fault: str | None
+    autoload: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know, and the command or setting that mends it; a fault makes the doctor's exit code 1."""
+
+    what: str
+    mend: str
+    is_fault: bool = True
+
+
+def survey(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Survey:
+    """Look at the machine, files under `root`."""
+    cann_home = next((home for home in _cann_homes(root, environment) if home.is_dir()), None)
+    return Survey(
+        torch=torch.__version__,
+        torch_npu=_version("torch_npu"),
+        torch_npu_fault=device.missing("npu"),
+        cann=None if cann_home is None else _cann_version(cann_home),
+        cann_home=cann_home,
+        cann_sourced="ASCEND_HOME_PATH" in environment,
+        driver=_field(root / "usr/local/Ascend/driver/version.info", "version"),
+        npu_nodes=len(list((root / "dev").glob("davinci[0-9]*"))),
+        nvidia_driver=(root / "proc/driver/nvidia/version").is_file(),
+        cuda_fault=device.missing("cuda"),
+        autoload=environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1",
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cann_homes(root: Path, environment: Mapping[str, str]) -> Iterator[Path]:
+    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"):
+        if name in environment:
+            yield Path(environment[name])
+    for base in (root / "usr/local/Ascend", Path(environment.get("HOME", "/root")) / "Ascend"):
+        yield from (base / "cann", base / "ascend-toolkit/latest", base / "nnae/latest")
+
+
+def _cann_version(home: Path) -> str | None:
+    notes = sorted((*home.glob("ascend_*_install.info"), *home.glob("*-linux/ascend_*_install.info")))
+    return next((version for note in notes if (version := _field(note, "version"))), None)
+
+
+def _field(path: Path, name: str) -> str | None:
+    """Return the value of a line `name=value`, whatever its case."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    pairs = (line.partition("=") for line in lines)
+    return next((value.strip() for key, _, value in pairs if key.strip().lower() == name), None)
+
+
+def diagnose(found: Survey, asked: str = "auto") -> list[Finding]:
+    """Return what is wrong or worth knowing on a machine where the device `asked` is wanted."""
+    return [*_npu_findings(found), *_version_findings(found), *_other_findings(found, asked)]
+
+
+def _npu_findings(found: Survey) -> Iterator[Finding]:
+    if found.torch_npu is None:
+        if found.npu_nodes or found.cann_home:
+            yield Finding(
+                "this machine has Ascend software or NPUs, but torch_npu is not installed",
+                f"pip install 'flashi2v-npu-ops[npu]' torch_npu=={_minor(found.torch)}.*",
+            )
+        return
+    if found.torch_npu_fault is None:
+        return
+    if found.cann_home is None:
+        mend = "install CANN (toolkit and kernels), then source its set_env.sh; without an NPU: pip uninstall torch_npu"
+    elif not found.cann_sourced:
+        mend = f"source {_set_env(found.cann_home)}"
+    elif not found.npu_nodes:
+        mend = "check `npu-smi info`; in a container, pass /dev/davinci* and mount /usr/local/Ascend/driver"
+    else:
+        mend = "check `npu-smi info`, and that CANN's version fits torch_npu's (below)"
+    yield Finding(found.torch_npu_fault, mend)
+    if found.autoload and (found.cann_home is None or not found.cann_sourced):
+        yield Finding(
+            "a plain `import torch` fails here, as torch loads torch_npu by itself (this package does not)",
+            "export TORCH_DEVICE_BACKEND_AUTOLOAD=0, until the above is mended",
+        )
+
+
+def _set_env(home: Path) -> Path:
+    beside = home.parent / "set_env.sh"  # ascend-toolkit/set_env.sh stands beside ascend-toolkit/latest
+    return beside if beside.is_file() else home / "set_env.sh"
+
+
+def _version_findings(found: Survey) -> Iterator[Finding]:
+    if found.torch_npu is None:
+        return
+    if _minor(found.torch) != _minor(found.torch_npu):
+        yield Finding(
+            f"torch {found.torch} and torch_npu {found.torch_npu} do not match: each torch_npu fits one torch",
+            f"pip install torch_npu=={_minor(found.torch)}.*",
+        )
+    released_with = next((cann for cann, releases in _RELEASED_WITH.items() if found.torch_npu in releases), None)
+    if found.cann is None or released_with is None or _minor(found.cann) == released_with:
+        return
+    together = {_minor(found.cann), released_with} <= set(_COMPATIBLE)
+    yield Finding(
+        f"torch_npu {found.torch_npu} was released with CANN {released_with}, this is {found.cann}"
+        + (", which Ascend's release notes call compatible" if together else ""),
+        f"if operators fail, install CANN {released_with}" if together else f"install CANN {released_with}",
+        is_fault=not together,
+    )
+
+
+def _other_findings(found: Survey, asked: str) -> Iterator[Finding]:
+    if found.nvidia_driver and torch.version.cuda is None:
+        yield Finding(
+            f"there is an NVIDIA driver, but torch {found.torch} is built without CUDA",
+            "install a CUDA build of torch: https://pytorch.org/get-started/locally",
+            is_fault=asked == "cuda",
+        )
+    if found.cuda_fault is None and found.torch_npu is not None and found.torch_npu_fault is None:
+        yield Finding("CUDA and NPU are both present; auto picks the NPU", "name the device to choose", is_fault=False)
+    try:
+        device.resolve_device(asked)
+    except UnsupportedError as error:
+        yield Finding(str(error), "mend what is said above, or choose another device")
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def operator_table(device_type: str) -> tuple[list[str], list[Finding]]:
+    """Return a line per operator, saying what serves it on a device and why nothing faster does, and what is at fault.
+
+    The faults are those of FLASHI2V_OPS_BACKEND: what it names may not exist, or not serve the device.
+    """
+    lines, findings = [], []
+    for operator in operators():
+        serving: dict[str, list[str]] = {}
+        reasons: dict[str, list[str]] = {}
+        for label, dtype in _DTYPES.items():
+            parts: Case = (True,) if operator == "fused_adamw" else (dtype, *_USUAL_FACTS.get(operator, ()))
+            try:
+                choice = explain(operator, (device_type, *parts))
+            except UnsupportedError as error:
+                findings.append(Finding(str(error), f"unset or correct {ENVIRONMENT}"))
+                continue
+            serving.setdefault(choice.backend, []).append(label)
+            for backend, reason in choice.passed_over.items():
+                reasons.setdefault(f"not {backend}: {reason}", []).append(label)
+        served = ", ".join(_with_dtypes(backend, labels) for backend, labels in serving.items())
+        why = "; ".join(_with_dtypes(reason, labels) for reason, labels in reasons.items())
+        known = ", ".join(backends(operator))
+        lines.append(f"{operator:<20} {served or 'nothing':<12} of {known}" + (f"  ({why})" if why else ""))
+    return lines, list(dict.fromkeys(findings))
+
+
+def _with_dtypes(text: str, labels: list[str]) -> str:
+    return text if len(labels) == len(_DTYPES) else f"{text} ({', '.join(labels)})"
+
+
+def report(asked: str = "auto") -> int:
+    """Print everything; return the exit code: 1 where something is at fault, else 0."""
+    found = survey()
+    findings = diagnose(found, asked)
+    cann = f"{found.cann or 'of unknown version'} in {found.cann_home}" if found.cann_home else "not found"
+    print(f"flashi2v-npu-ops  {flashi2v_npu_ops.__version__}")
+    print(f"Python            {platform.python_version()} on {platform.platform()}")
+    print(f"torch             {found.torch}")
+    print(f"torch_npu         {found.torch_npu or 'not installed'}")
+    print(f"CANN              {cann}{'' if found.cann_sourced or not found.cann_home else ' (set_env.sh not sourced)'}")
+    print(f"Ascend driver     {found.driver or 'not found'}, {found.npu_nodes} NPU device nodes")
+    print()
+    for kind in ("npu", "cuda", "cpu"):
+        print(f"device {kind:<10} {device.missing(kind) or 'available: ' + device.name(kind)}")
+    try:
+        chosen = device.resolve_device(asked)
+    except UnsupportedError:
+        print(f"asked for         {asked}, which cannot work")
+    else:
+        print(f"{asked} is {chosen} (collectives: {device.collective_backend(chosen)})\n")
+        lines, faults = operator_table(chosen.type)
+        findings += faults
+        print("\n".join(lines))
+    print()
+    for finding in findings:
+        print(f"{'FAULT' if finding.is_fault else 'note '}  {finding.what}\n       -> {finding.mend}")
+    at_fault = any(finding.is_fault for finding in findings)
+    print("" if findings else "nothing is wrong", end="" if findings else "\n")
+    return 1 if at_fault else 0

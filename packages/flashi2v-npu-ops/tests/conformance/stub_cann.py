@@ -1,0 +1,120 @@
+"""Load the real torch_npu wheel on a Linux machine that has neither CANN nor an NPU.
+
+torch_npu registers the schema, the autograd formula and the shape function of every Ascend operator, and all of that
+is host code. What keeps it from being imported elsewhere is that it links to the libraries of CANN. This module
+builds one shared library that defines what torch_npu links to, and gives it the name of each CANN library that the
+loader misses. Under `FakeTensorMode`, `device="npu"` then works, autograd included: argument names, shapes and dtypes
+of a call are held to the real operator. Values are not computed.
+
+    python stub_cann.py OUT     # builds for the torch_npu of this interpreter and prints the directory
+
+Use it from a subprocess only: torch must not have been imported without it, and it must not reach other tests.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# The C interfaces of CANN: AscendCL, HCCL, the profiler and the runtime.
+CANN_SYMBOL = re.compile(r"(acl|Hccl|Msprof|rt[A-Z])\w+")
+BEHAVIOUR = Path(__file__).with_name("stub_cann.c")
+LIBRARY = "libstub_cann.so"
+# What torch_npu wants to exist under ASCEND_HOME_PATH.
+INSTALLATION = ("runtime", "compiler", "opp")
+
+
+def build(torch_npu_dir: Path, out: Path) -> Path:
+    """Build the stub libraries that the torch_npu package in `torch_npu_dir` needs.
+
+    torch is expected beside torch_npu, as pip installs them. What exists in `out` under the same names is replaced.
+
+    Returns: `out`, to be put on LD_LIBRARY_PATH: see `environment`.
+    Raises RuntimeError: a tool is missing (cc, ldd, nm, readelf), torch_npu_dir has no extension module, or the
+        loader finds CANN by itself.
+    """
+    for tool, package in {"cc": "a C compiler", "ldd": "glibc", "nm": "binutils", "readelf": "binutils"}.items():
+        if shutil.which(tool) is None:
+            raise RuntimeError(f"{tool} is not on PATH: install {package} to build the CANN stubs")
+    torch_npu_dir = torch_npu_dir.resolve()
+    extensions = sorted(torch_npu_dir.glob("_C.*.so"))
+    if len(extensions) != 1:
+        raise RuntimeError(f"{torch_npu_dir} has {len(extensions)} files _C.*.so: give the directory of one torch_npu")
+
+    # Only what `import torch_npu._C` loads. The wheel's optional parts (ATB, torchair) need further libraries with C++
+    # interfaces, which no stub of C functions can stand for.
+    loaded = _loaded(extensions[0], torch_npu_dir.parent / "torch" / "lib")
+    own = [extensions[0], *(path for path in loaded.values() if path and path.is_relative_to(torch_npu_dir))]
+    missing = sorted({name for path in own for name in _needed(path) if loaded[name] is None})
+    if not missing:
+        raise RuntimeError(f"{extensions[0]} finds all its libraries: stubs are for machines without CANN")
+    symbols = sorted({name for path in own for name in _undefined(path) if CANN_SYMBOL.fullmatch(name)})
+
+    for directory in INSTALLATION:
+        (out / directory).mkdir(parents=True, exist_ok=True)
+    zeros = out / "zeros.c"
+    # Weak, so that the definitions with behaviour win.
+    zeros.write_text("".join(f"__attribute__((weak)) long {name}(void) {{ return 0; }}\n" for name in symbols))
+    _run("cc", "-shared", "-fPIC", "-o", str(out / LIBRARY), str(BEHAVIOUR), str(zeros))
+    for name in missing:
+        # The loader knows a library by its inode: all names lead to one copy, in which every dlsym finds everything.
+        link = out / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(LIBRARY)
+    return out
+
+
+def environment(lib_dir: Path) -> dict[str, str]:
+    """The environment for a subprocess that imports torch_npu with the stubs in `lib_dir`: `os.environ`, changed.
+
+    The child must import torch, then torch_npu. Whatever points to a real CANN is left out, since a half-stubbed
+    CANN does not load.
+    """
+    lib_dir = lib_dir.resolve()
+    inherited = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
+    search = [str(lib_dir), *(path for path in inherited if not (Path(path) / "libascendcl.so").exists())]
+    return {name: value for name, value in os.environ.items() if not name.startswith("ASCEND_")} | {
+        "LD_LIBRARY_PATH": ":".join(search),
+        # Importing torch would import torch_npu too, and turn its errors into others.
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        # Without it, torch_npu prints a warning to stdout and looks for CANN's version in all of the working directory.
+        "ASCEND_HOME_PATH": str(lib_dir),
+        "ASCEND_OPP_PATH": str(lib_dir / "opp"),
+    }
+
+
+def _loaded(binary: Path, torch_lib: Path) -> dict[str, Path | None]:
+    """The libraries that loading `binary` brings in, by name; None where the loader finds no file."""
+    # Only torch's own directory: a CANN on the caller's LD_LIBRARY_PATH must count as missing.
+    listing = _run("ldd", str(binary), env=os.environ | {"LD_LIBRARY_PATH": str(torch_lib)})
+    found = re.findall(r"^\s*(\S+) => (.+?)(?: \(0x[0-9a-f]+\))?$", listing, flags=re.MULTILINE)
+    return {name: None if target == "not found" else Path(target).resolve() for name, target in found}
+
+
+def _needed(binary: Path) -> list[str]:
+    names = re.findall(r"\(NEEDED\).*\[(.+)\]", _run("readelf", "--dynamic", "--wide", str(binary)))
+    # ldd prints the loader itself without an arrow.
+    return [name for name in names if not name.startswith("ld-linux")]
+
+
+def _undefined(binary: Path) -> list[str]:
+    return [line.split()[-1] for line in _run("nm", "--dynamic", "--undefined-only", str(binary)).splitlines()]
+
+
+def _run(*command: str, env: dict[str, str] | None = None) -> str:
+    finished = subprocess.run(command, env=env, capture_output=True, text=True)
+    if finished.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr}")
+    return finished.stdout
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python stub_cann.py OUT")
+    spec = importlib.util.find_spec("torch_npu")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("torch_npu is not installed for this interpreter: pip install torch_npu")
+    print(build(Path(spec.submodule_search_locations[0]), Path(sys.argv[1])))

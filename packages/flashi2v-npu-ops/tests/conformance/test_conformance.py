@@ -1,0 +1,187 @@
+"""The `ascend` backend against the real torch_npu wheel, on a machine without CANN or NPU: `nox -s conformance`."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SPEC = importlib.util.find_spec("torch_npu")
+pytestmark = pytest.mark.skipif(SPEC is None, reason="needs the torch_npu wheel: nox -s conformance")
+
+KERNELS = {
+    "attention": ["npu_fusion_attention", "npu_fusion_attention_grad"],
+    "rms_norm": ["npu_rms_norm", "npu_rms_norm_backward"],
+    "apply_rope": ["npu_rotary_mul", "npu_rotary_mul_backward"],
+    "gelu_tanh": ["npu_gelu", "npu_gelu_backward"],
+    "layer_norm_modulate": [],
+    "gated_residual": [],
+    "split_frequencies": [],
+}
+
+
+@pytest.fixture(scope="module")
+def stubbed(tmp_path_factory) -> dict[str, str]:
+    """The environment of a machine on which torch_npu loads: over stubs of CANN."""
+    sys.path.insert(0, str(HERE))
+    try:
+        import stub_cann
+    finally:
+        sys.path.remove(str(HERE))
+    assert SPEC is not None
+    assert SPEC.submodule_search_locations is not None
+    library = stub_cann.build(Path(SPEC.submodule_search_locations[0]), tmp_path_factory.mktemp("cann"))
+    (library / "x86_64-linux").mkdir()
+    (library / "x86_64-linux/ascend_toolkit_install.info").write_text("package_name=Ascend-cann\nversion=9.2.0\n")
+    return stub_cann.environment(library)
+
+
+def python(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def results(stubbed):
+    finished = python(str(HERE / "check_calls.py"), environment=stubbed)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def calls(results):
+    return {name: result for name, result in results.items() if isinstance(result, dict) and "calls" in result}
+
+
+def test_schemas_are_those_that_the_emulations_are_held_to(results):
+    import torch
+
+    known = json.loads((HERE.parent / "npu_schemas.json").read_text())["2.13.0"]
+    loaded = [schema.removeprefix("npu::") for schema in results["schemas"]]
+    assert [str(torch._C.parse_schema(line)) for line in loaded] == [str(torch._C.parse_schema(line)) for line in known]
+
+
+def test_every_operator_reaches_its_kernels_and_no_others(results):
+    assert len(calls(results)) == 3 * 14
+    for name, result in calls(results).items():
+        assert [call[0] for call in result["calls"]] == KERNELS[result["operator"]], name
+
+
+def test_outputs_and_gradients_have_the_shapes_and_dtypes_of_the_contract(results):
+    dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    for name, result in calls(results).items():
+        assert result["out"]["dtype"] == dtypes[name.split(", ")[-1]], name
+        assert result["out"]["on"] == "npu"
+        first = result["inputs"][0]["shape"]
+        if name.startswith("split"):  # high and low, one after the other
+            first = [2 * first[0], *first[1:]]
+        assert result["out"]["shape"] == first, name
+        assert result["gradients"] == result["inputs"], name
+
+
+def test_attention_passes_layout_scale_and_an_inverted_mask_of_an_allowed_shape(results):
+    shapes = {"masked attention": [2, 1, 7, 5], "2-d mask": [1, 1, 7, 5], "key mask per head": [2, 3, 7, 5]}
+    for name, result in calls(results).items():
+        if result["operator"] == "attention":
+            ((_, given), _) = result["calls"]
+            assert given["input_layout"] == "BSND"
+            assert given["head_num"] == 3
+            assert given["scale"] == (0.3 if name.startswith("cross") else 8**-0.5)
+            shape = shapes.get(name.split(",")[0])
+            mask = given.get("atten_mask")
+            assert mask == (None if shape is None else {"shape": shape, "dtype": "bool", "on": "npu"}), name
+
+
+def test_rope_passes_fp32_tables_in_the_shape_of_the_layout(results):
+    for label in ("fp32", "bf16", "fp16"):
+        ((_, given), _) = results[f"apply_rope, {label}"]["calls"]
+        assert given["rotary_mode"] == "interleave"
+        assert given["input"] == {"shape": [2, 7, 3, 8], "dtype": "float32", "on": "npu"}
+        assert given["r1"] == given["r2"] == {"shape": [1, 7, 1, 8], "dtype": "float32", "on": "npu"}
+
+
+def test_the_inside_of_the_split_stays_on_the_npu_in_fp32(results):
+    low, keep, cutoff = results["inside of the split"]
+    assert low == {"shape": [2, 16, 60, 104], "dtype": "float32", "on": "npu"}
+    assert keep == {"shape": [2, 1, 60, 53], "dtype": "bool", "on": "npu"}
+    assert cutoff == {"shape": [2], "dtype": "float32", "on": "npu"}
+
+
+def test_the_optimizer_is_the_fused_one_and_auto_picks_ascend(results):
+    assert results["optimizer"] == {"fused": True, "state": {"shape": [4, 3], "dtype": "float32", "on": "npu"}}
+    assert results["auto"] == "ascend"
+
+
+def test_what_the_real_schema_refuses_is_refused(results):
+    assert "eps" in results["failures"]["unknown argument"]
+    assert set(results["failures"]) == {"unknown argument", "mixed devices"}
+
+
+# ---- the package on such machines ----------------------------------------------------------------------------------
+
+IMPORT = "import sys, flashi2v_npu_ops, torch; sys.exit('torch_npu' in sys.modules)"
+
+
+def autoloading(environment: dict[str, str]) -> dict[str, str]:
+    """An environment in which torch loads torch_npu by itself, as it does unless told otherwise."""
+    return {name: value for name, value in environment.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+
+
+def without_cann() -> dict[str, str]:
+    return {name: value for name, value in autoloading(dict(os.environ)).items() if "ASCEND" not in name}
+
+
+@pytest.mark.parametrize("machine", ["stubbed", "without CANN"])
+def test_importing_the_package_never_imports_torch_npu(machine, stubbed):
+    environment = autoloading(stubbed) if machine == "stubbed" else without_cann()
+    finished = python("-c", IMPORT, environment=environment)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_operators_run_on_the_cpu_of_a_machine_with_torch_npu_and_no_cann():
+    assert python("-c", "import torch", environment=without_cann()).returncode != 0  # the fault that is worked around
+    code = "from flashi2v_npu_ops import split_frequencies as s; import torch; print(s(torch.ones(1, 1, 4, 4), 0.1)[2])"
+    finished = python("-c", code, environment=without_cann())
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == "tensor([0.])"
+
+
+def doctor(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from flashi2v_npu_ops.cli import main; sys.exit(main())"
+    return python("-c", code, "doctor", *arguments, environment=environment)
+
+
+def test_doctor_on_a_machine_with_torch_npu_and_no_cann():
+    finished = doctor(without_cann())
+    assert finished.returncode == 1
+    assert finished.stderr == ""
+    assert "FAULT  torch_npu does not load" in finished.stdout
+    assert "-> install CANN" in finished.stdout
+    assert "export TORCH_DEVICE_BACKEND_AUTOLOAD=0" in finished.stdout
+    assert "auto is cpu" in finished.stdout
+
+
+def test_doctor_on_a_machine_with_npu_and_cann(stubbed):
+    finished = doctor(stubbed, "--device", "npu")
+    assert finished.returncode == 0, finished.stdout
+    assert "CANN              9.2.0 in" in finished.stdout
+    assert "1 x Ascend910B2" in finished.stdout
+    assert "npu is npu:0 (collectives: hccl)" in finished.stdout
+    lines = [line for line in finished.stdout.splitlines() if " of ascend" in line]
+    assert len(lines) == 8
+    assert all(line.split()[1] == "ascend" for line in lines)
+
+
+def test_doctor_names_a_cann_that_does_not_fit(stubbed):
+    note = Path(stubbed["ASCEND_HOME_PATH"]) / "x86_64-linux/ascend_toolkit_install.info"
+    before = note.read_text()
+    try:
+        note.write_text("version=8.1.RC1\n")
+        finished = doctor(stubbed)
+    finally:
+        note.write_text(before)
+    assert finished.returncode == 1
+    assert "torch_npu 2.13.0 was released with CANN 9.2, this is 8.1.RC1" in finished.stdout
+    assert "-> install CANN 9.2" in finished.stdout

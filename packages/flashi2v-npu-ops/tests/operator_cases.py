@@ -1,0 +1,96 @@
+"""One call of every operator in each of its situations, for whatever runs all of them: backends, compilers, devices."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashi2v_npu_ops import (
+    apply_rope,
+    attention,
+    gated_residual,
+    gelu_tanh,
+    layer_norm_modulate,
+    rms_norm,
+    split_frequencies,
+)
+
+
+class OperatorCase(NamedTuple):
+    """A call by backend name, and the tensors whose gradients count."""
+
+    operator: str
+    call: Callable[[str], Tensor]
+    inputs: tuple[Tensor, ...]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
+    """Return a leaf with the same numbers on every device."""
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(device, dtype).requires_grad_()
+
+
+def rope_tables(num_tokens: int, head_size: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    angles = torch.arange(num_tokens).double()[:, None] * 0.7 ** torch.arange(head_size // 2).double()
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def attention_mask(device: str = "cpu") -> Tensor:
+    """(2, 1, 7, 5), with one query that attends to nothing."""
+    mask = torch.rand(2, 1, 7, 5, generator=torch.Generator().manual_seed(3)) > 0.4
+    mask[0, :, 2] = False
+    return mask.to(device)
+
+
+def operator_cases(dtype: torch.dtype, device: str = "cpu") -> dict[str, OperatorCase]:
+    """Return the cases by name; `dtype` is that of the activations."""
+
+    def leaf(*shape: int, seed: int = 0, dtype: torch.dtype = dtype) -> Tensor:
+        return normal(*shape, dtype=dtype, device=device, seed=seed)
+
+    q, k, v = leaf(2, 7, 3, 8), leaf(2, 5, 3, 8, seed=1), leaf(2, 5, 3, 8, seed=2)
+    mask = attention_mask(device)
+    x, update, weight = leaf(2, 7, 24), leaf(2, 7, 24, seed=1), leaf(24, seed=2)
+    exact = torch.promote_types(dtype, torch.float32)
+    exact_weight = leaf(24, seed=2, dtype=exact)
+    cos, sin = (table.to(exact) for table in rope_tables(7, 8, device))
+    shift, scale = leaf(2, 1, 24, seed=3, dtype=exact), leaf(2, 1, 24, seed=4, dtype=exact)
+    one_x, one_shift, one_scale = leaf(1, 7, 24), leaf(1, 1, 24, seed=3, dtype=exact), leaf(1, 1, 24, seed=4)
+    latent, odd_latent, ratio = leaf(2, 4, 6, 10), leaf(1, 4, 9, 7), torch.tensor([0.1, 0.6], device=device)
+
+    def split(latent: Tensor, ratio: Tensor | float, magnitude: bool, backend: str) -> Tensor:
+        high, low, cutoff = split_frequencies(latent, ratio, magnitude=magnitude, backend=backend)
+        assert not cutoff.requires_grad
+        return torch.cat((high, low))
+
+    return {
+        "self attention": OperatorCase("attention", lambda b: attention(q, q, q, backend=b), (q,)),
+        "cross attention": OperatorCase("attention", lambda b: attention(q, k, v, scale=0.3, backend=b), (q, k, v)),
+        "masked attention": OperatorCase("attention", lambda b: attention(q, k, v, mask=mask, backend=b), (q, k, v)),
+        "2-d mask": OperatorCase("attention", lambda b: attention(q, k, v, mask=mask[1, 0], backend=b), (q, k, v)),
+        "key mask per head": OperatorCase(
+            "attention", lambda b: attention(q, k, v, mask=mask[1, :, :3, None], backend=b), (q, k, v)
+        ),
+        "rms_norm": OperatorCase("rms_norm", lambda b: rms_norm(x, weight, 1e-6, backend=b), (x, weight)),
+        "rms_norm, exact weight": OperatorCase(
+            "rms_norm", lambda b: rms_norm(x, exact_weight, 1e-6, backend=b), (x, exact_weight)
+        ),
+        "layer_norm_modulate": OperatorCase(
+            "layer_norm_modulate",
+            lambda b: layer_norm_modulate(x, shift, scale, 1e-6, backend=b),
+            (x, shift, scale),
+        ),
+        "layer_norm_modulate, one sample": OperatorCase(
+            "layer_norm_modulate",
+            lambda b: layer_norm_modulate(one_x, one_shift, one_scale, 1e-6, backend=b),
+            (one_x, one_shift, one_scale),
+        ),
+        "gated_residual": OperatorCase(
+            "gated_residual", lambda b: gated_residual(x, update, shift, backend=b), (x, update, shift)
+        ),
+        "apply_rope": OperatorCase("apply_rope", lambda b: apply_rope(q, cos, sin, backend=b), (q,)),
+        "gelu_tanh": OperatorCase("gelu_tanh", lambda b: gelu_tanh(x, backend=b), (x,)),
+        "split, magnitude": OperatorCase("split_frequencies", lambda b: split(latent, ratio, True, b), (latent,)),
+        "split, real": OperatorCase("split_frequencies", lambda b: split(odd_latent, 0.3, False, b), (odd_latent,)),
+    }

@@ -1,0 +1,173 @@
+"""`flashi2v-npu-ops doctor`, on this machine and on surveys of others."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashi2v_npu_ops import doctor, registry
+
+SOUND = doctor.Survey(
+    torch="2.13.0+cpu",
+    torch_npu="2.13.0",
+    torch_npu_fault=None,
+    cann="9.2.0",
+    cann_home=None,
+    cann_sourced=True,
+    driver="25.2.0",
+    npu_nodes=8,
+    nvidia_driver=False,
+    cuda_fault="PyTorch sees no CUDA device",
+    autoload=True,
+)
+UNLOADABLE = "torch_npu does not load (libhccl.so: cannot open shared object file)"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "import sys; from flashi2v_npu_ops.cli import main; sys.exit(main())", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def faults(found: doctor.Survey, asked: str = "cpu") -> list[tuple[str, str]]:
+    return [(finding.what, finding.mend) for finding in doctor.diagnose(found, asked) if finding.is_fault]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+def test_on_a_plain_cpu_machine_it_lists_what_serves_every_operator():
+    finished = run("doctor", "--device", "cpu")
+    assert finished.returncode == 0, finished.stdout
+    assert "device cpu        available" in finished.stdout
+    rows = {line.split()[0]: line.split()[1] for line in finished.stdout.splitlines() if " of " in line}
+    assert rows.items() >= dict.fromkeys(registry.operators(), "torch").items()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+def test_a_device_or_backend_asked_for_that_cannot_work_exits_1():
+    absent = run("doctor", "--device", "cuda")
+    assert absent.returncode == 1
+    assert "FAULT  device 'cuda': PyTorch sees no CUDA device" in absent.stdout
+    named = run("doctor", FLASHI2V_OPS_BACKEND="attention=ascend")
+    assert named.returncode == 1
+    assert "FAULT  attention: backend 'ascend' cannot serve this call" in named.stdout
+    assert "FLASHI2V_OPS_BACKEND" in named.stdout
+    assert absent.stderr == named.stderr == ""
+
+
+def test_wrong_usage_exits_2_with_one_line_of_what_is_allowed():
+    finished = run("doctor", "--device", "tpu")
+    assert finished.returncode == 2
+    assert "'auto', 'npu', 'cuda', 'cpu'" in finished.stderr.splitlines()[-1]
+    assert run().returncode == 2
+
+
+def test_help_shows_an_example():
+    for arguments in (("--help",), ("doctor", "--help")):
+        assert "flashi2v-npu-ops doctor --device npu" in run(*arguments).stdout
+
+
+def test_a_sound_npu_machine_has_no_findings():
+    assert doctor.diagnose(SOUND, "cpu") == []
+
+
+@pytest.mark.parametrize(
+    "home", ["usr/local/Ascend/ascend-toolkit/latest", "usr/local/Ascend/cann", "root/Ascend/cann"]
+)
+def test_cann_is_found_where_its_installer_puts_it(home, tmp_path):
+    info = tmp_path / home / "aarch64-linux/ascend_toolkit_install.info"
+    info.parent.mkdir(parents=True)
+    info.write_text("package_name=Ascend-cann-toolkit\nversion=8.5.0\npath=/usr/local/Ascend\n")
+    driver = tmp_path / "usr/local/Ascend/driver/version.info"
+    driver.parent.mkdir(parents=True)
+    driver.write_text("Version=25.2.0\n")
+    (tmp_path / "dev").mkdir()
+    for node in ("davinci0", "davinci11", "davinci_manager"):
+        (tmp_path / "dev" / node).touch()
+    found = doctor.survey(tmp_path, {"HOME": str(tmp_path / "root")})
+    assert (found.cann, found.cann_home, found.cann_sourced) == ("8.5.0", tmp_path / home, False)
+    assert (found.driver, found.npu_nodes) == ("25.2.0", 2)
+
+
+def test_the_cann_that_was_sourced_goes_before_the_usual_places(tmp_path):
+    for name, version in (("mine", "9.0.0"), ("usr/local/Ascend/cann", "8.5.0")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "ascend_nnae_install.info").write_text(f"version={version}\n")
+    found = doctor.survey(tmp_path, {"ASCEND_HOME_PATH": str(tmp_path / "mine"), "HOME": "/nowhere"})
+    assert (found.cann, found.cann_sourced) == ("9.0.0", True)
+
+
+def test_set_env_that_was_not_sourced_is_mended_by_its_own_path(tmp_path):
+    home = tmp_path / "ascend-toolkit/latest"
+    home.mkdir(parents=True)
+    (home.parent / "set_env.sh").touch()
+    found = replace(SOUND, torch_npu_fault=UNLOADABLE, cann_home=home, cann_sourced=False)
+    assert faults(found) == [
+        (UNLOADABLE, f"source {home.parent}/set_env.sh"),
+        (
+            "a plain `import torch` fails here, as torch loads torch_npu by itself (this package does not)",
+            "export TORCH_DEVICE_BACKEND_AUTOLOAD=0, until the above is mended",
+        ),
+    ]
+    (home.parent / "set_env.sh").unlink()
+    assert faults(replace(found, autoload=False)) == [(UNLOADABLE, f"source {home}/set_env.sh")]
+
+
+def test_a_container_without_the_devices_is_told_to_pass_them(tmp_path):
+    found = replace(SOUND, torch_npu_fault="torch_npu sees no NPU", cann_home=tmp_path, npu_nodes=0)
+    ((_, mend),) = faults(found)
+    assert "/dev/davinci*" in mend
+
+
+def test_ascend_software_without_torch_npu_names_the_version_to_install(tmp_path):
+    ((what, mend),) = faults(replace(SOUND, torch_npu=None, cann_home=tmp_path))
+    assert "torch_npu is not installed" in what
+    assert mend.endswith("torch_npu==2.13.*")
+
+
+@pytest.mark.parametrize(
+    ("torch_npu", "cann", "is_fault", "words"),
+    [
+        ("2.13.0", "9.2.0", None, ""),
+        ("2.13.0", "8.5.0", False, "compatible"),
+        ("2.13.0", "8.1.RC1", True, "released with CANN 9.2, this is 8.1.RC1"),
+        ("2.13.0.post9", "8.1.RC1", None, ""),  # a release that this version does not know
+        ("2.13.0", None, None, ""),
+        ("2.9.0", "9.2.0", True, "torch 2.13.0+cpu and torch_npu 2.9.0 do not match"),
+    ],
+)
+def test_versions_that_do_not_match_are_named(torch_npu, cann, is_fault, words):
+    findings = doctor.diagnose(replace(SOUND, torch_npu=torch_npu, cann=cann), "cpu")
+    if is_fault is None:
+        assert findings == []
+    else:
+        assert words in findings[0].what
+        assert findings[0].is_fault is is_fault
+
+
+def test_cuda_and_npu_together_are_a_note():
+    (finding,) = doctor.diagnose(replace(SOUND, cuda_fault=None), "cpu")
+    assert "auto picks the NPU" in finding.what
+    assert not finding.is_fault
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+def test_a_cpu_build_of_torch_beside_an_nvidia_driver_is_pointed_out():
+    (finding,) = doctor.diagnose(replace(SOUND, nvidia_driver=True), "cpu")
+    assert "built without CUDA" in finding.what
+    assert not finding.is_fault
+
+
+def test_reasons_against_a_faster_backend_stand_beside_the_operator(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    lines, findings = doctor.operator_table("cuda")
+    assert findings == []
+    (attention,) = (line for line in lines if line.startswith("attention "))
+    assert "torch" in attention
+    assert "not cuda: flash-attn and cuDNN take fp16 and bf16, got torch.float32 (fp32)" in attention
+    assert "not cuda: flash-attn is not installed" in attention
