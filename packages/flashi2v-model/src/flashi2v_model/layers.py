@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashi2v_npu_ops import apply_rope, attention, rms_norm
+from flashi2v_npu_ops import apply_rope, attention, gated_residual, gelu_tanh, layer_norm_modulate, rms_norm
 
 
 class FP32Linear(nn.Linear):
@@ -27,7 +27,9 @@ class FP32LayerNorm(nn.LayerNorm):
     """A layer norm that computes in fp32 or better and returns the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.eps, self.weight, self.bias).to(x.dtype)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if p is None else p.to(exact) for p in (self.weight, self.bias))
+        return F.layer_norm(x.to(exact), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -40,23 +42,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Layer norm over the last dimension in fp32 or better; the result keeps that dtype."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (None if p is None else p.to(exact) for p in (weight, bias))
-    return F.layer_norm(x.to(exact), x.shape[-1:], weight, bias, eps)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Adaptive layer norm: (B, N, D) with shift and scale (B, 1, D), in the dtype of `x`."""
-    return (layer_norm(x, eps) * (1 + scale) + shift).to(x.dtype)
-
-
-def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """Return x + gate * update, added in fp32 and rounded once to the dtype of `x`."""
-    return (x.to(gate.dtype) + update.to(gate.dtype) * gate).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -91,7 +76,7 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return gelu_tanh(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -123,9 +108,9 @@ class Block(nn.Module):
         """Take x (B, N, D), text context (B, L, D) and time modulation (B, 6, D); return (B, N, D)."""
         modulation = self.scale_shift_table.to(time.dtype) + time  # (B, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # (B, 1, D) each
-        x = gated_residual(x, self.attn1(modulate(x, shift1, scale1, self.eps), rope=rope), gate1)
+        x = gated_residual(x, self.attn1(layer_norm_modulate(x, shift1, scale1, self.eps), rope=rope), gate1)
         x = x + self.attn2(self.norm2(x), context=context)
-        return gated_residual(x, self.ffn(modulate(x, shift2, scale2, self.eps)), gate2)
+        return gated_residual(x, self.ffn(layer_norm_modulate(x, shift2, scale2, self.eps)), gate2)
 
 
 class TimeEmbedder(nn.Module):
@@ -149,7 +134,7 @@ class TextEmbedder(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x.to(self.linear_1.weight.dtype)), approximate="tanh"))
+        return self.linear_2(gelu_tanh(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 
 class ConditionEmbedder(nn.Module):

@@ -11,7 +11,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, layer_norm, rope_tables
+from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, rope_tables
+from flashi2v_npu_ops import layer_norm_modulate
 
 
 class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -136,7 +137,8 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x = block(x, context, modulation, rope)
 
         shift, scale = (self.scale_shift_table.to(time.dtype) + time[:, None]).chunk(2, dim=1)  # (B, 1, D) each
-        out = self.proj_out(layer_norm(x, self.config.eps) * (1 + scale) + shift)  # (B, N, C*patch)
+        head = layer_norm_modulate(x.to(shift.dtype), shift, scale, self.config.eps)
+        out = self.proj_out(head)  # (B, N, C*patch)
         frames, height, width = grid
         pf, ph, pw = self.config.patch_size
         velocity = rearrange(

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from flashi2v_npu_ops import fused_adamw
 from flashi2v_train.config import TrainOptions
 
 
@@ -15,13 +16,12 @@ def build_optimizer(transformer: nn.Module, options: TrainOptions, device: torch
         if parameter.requires_grad:
             scale = options.proj_lr_scale if name.startswith("learnable_proj.") else 1.0
             groups.setdefault(scale, []).append(parameter)
-    optimizer = torch.optim.AdamW(
+    optimizer = fused_adamw(
         [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()],
         lr=options.lr,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_eps,
         weight_decay=options.weight_decay,
-        fused=device.type != "cpu",
     )
     for parameters in groups.values():
         for parameter in parameters:
