@@ -1,6 +1,8 @@
-"""Everything the project runs on itself: `nox -s tests`, `lint`, `imports`, `wheels`, `demo`, `bench`."""
+"""Everything the project runs on itself: `nox -l` lists it."""
 
+import platform
 import shutil
+import sys
 from pathlib import Path
 
 import nox
@@ -9,8 +11,8 @@ nox.needs_version = ">=2024.4"
 nox.options.sessions = ["lint", "imports", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
-# The one place that decides which torch is tested; the packages themselves ask for a range.
-CONSTRAINTS = ["torch==2.13.0"]
+# The one place that decides which torch, and torch_npu, are tested; the packages themselves ask for a range.
+CONSTRAINTS = ["torch==2.13.0", "torch_npu==2.13.0"]
 
 # In the order of the arrows: each needs only those before it.
 PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-train", "flashi2v-infer")
@@ -93,6 +95,41 @@ def wheels(session: nox.Session) -> None:
         session.run(name, "--help", silent=True)
     install(session, *TEST_TOOLS)
     run_tests(session, "packages", "examples")
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """The Ascend backend's calls against the real torch_npu wheel, on stubs of CANN: needs no NPU."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        session.skip(f"the stubs of CANN are for Linux on x86_64, this is {sys.platform} on {platform.machine()}")
+    install(session, "-e", "packages/flashi2v-npu-ops[npu]", *TEST_TOOLS[:2], "numpy", "pyyaml")
+    session.run(
+        *("python", "-m", "pytest", "packages/flashi2v-npu-ops/tests/conformance", *session.posargs),
+        # Without CANN, torch cannot load torch_npu by itself; the tests decide who does.
+        env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+    )
+
+
+@nox.session(venv_backend="none")
+def npu(session: nox.Session) -> None:
+    """The operators on a real NPU, in the environment that is active: run this first on an Ascend machine."""
+    on_accelerator(session, "npu")
+
+
+@nox.session(venv_backend="none")
+def cuda(session: nox.Session) -> None:
+    """The operators on a real GPU, in the environment that is active."""
+    on_accelerator(session, "cuda")
+
+
+def on_accelerator(session: nox.Session, device: str) -> None:
+    """Ask the doctor, then hold every backend of the device to its reference."""
+    session.run("flashi2v-npu-ops", "doctor", "--device", device)
+    tests = "packages/flashi2v-npu-ops/tests"
+    session.run(
+        *("python", "-m", "pytest", tests, f"--ignore={tests}/conformance", *session.posargs),
+        env={"FLASHI2V_TEST_DEVICE": device},
+    )
 
 
 @nox.session
