@@ -69,18 +69,22 @@ def differentiable(device: torch.device, dtype: torch.dtype, tokens: int) -> dic
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the median of several blocks of calls."""
-    # Timer synchronises CUDA devices itself; an NPU is waited for by reading one number back.
+    # Timer waits for CUDA devices itself.
     statement = "call()" if device.type != "npu" else "call(); torch.npu.synchronize()"
     timer = Timer(statement, globals={"call": call, "torch": torch}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=1.0).median
 
 
 def compare(label: str, operator: str, call: Callable[[str], object], device: torch.device) -> None:
-    reference = seconds(partial(call, "reference"), device)
+    try:
+        reference = seconds(partial(call, "reference"), device)
+    except torch.OutOfMemoryError:
+        print(f"{label:<28} {'reference':<10} out of memory")
+        reference = float("nan")
     for backend in backends(operator):
         try:
             call(backend)
-        except UnsupportedError:
+        except (UnsupportedError, torch.OutOfMemoryError):
             continue
         own = reference if backend == "reference" else seconds(partial(call, backend), device)
         print(f"{label:<28} {backend:<10} {own * 1e3:9.3f} ms  {reference / own:6.2f}x reference")

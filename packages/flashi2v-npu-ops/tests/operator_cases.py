@@ -16,6 +16,13 @@ from flashi2v_npu_ops import (
     split_frequencies,
 )
 
+# What two ways of computing one thing may differ by, by the dtype of the activations.
+TOLERANCE = {
+    torch.float32: {"atol": 2e-5, "rtol": 1e-4},
+    torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2},
+    torch.float16: {"atol": 3e-3, "rtol": 3e-3},
+}
+
 
 class OperatorCase(NamedTuple):
     """A call by backend name, and the tensors whose gradients count."""
@@ -69,6 +76,7 @@ def operator_cases(dtype: torch.dtype, device: str = "cpu") -> dict[str, Operato
         "cross attention": OperatorCase("attention", lambda b: attention(q, k, v, scale=0.3, backend=b), (q, k, v)),
         "masked attention": OperatorCase("attention", lambda b: attention(q, k, v, mask=mask, backend=b), (q, k, v)),
         "2-d mask": OperatorCase("attention", lambda b: attention(q, k, v, mask=mask[1, 0], backend=b), (q, k, v)),
+        "1-d mask": OperatorCase("attention", lambda b: attention(q, k, v, mask=mask[1, 0, 0], backend=b), (q, k, v)),
         "key mask per head": OperatorCase(
             "attention", lambda b: attention(q, k, v, mask=mask[1, :, :3, None], backend=b), (q, k, v)
         ),

@@ -1,14 +1,16 @@
 """`flashi2v-npu-ops doctor`, on this machine and on surveys of others."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from flashi2v_npu_ops import doctor, registry
+from flashi2v_npu_ops import cuda, doctor, registry
 
 SOUND = doctor.Survey(
     torch="2.13.0+cpu",
@@ -19,7 +21,7 @@ SOUND = doctor.Survey(
     cann_sourced=True,
     driver="25.2.0",
     npu_nodes=8,
-    nvidia_driver=False,
+    nvidia_driver=None,
     cuda_fault="PyTorch sees no CUDA device",
     autoload=True,
 )
@@ -35,8 +37,12 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def faults(found: doctor.Survey, asked: str = "cpu") -> list[tuple[str, str]]:
-    return [(finding.what, finding.mend) for finding in doctor.diagnose(found, asked) if finding.is_fault]
+def npu_faults(found: doctor.Survey) -> list[tuple[str, str]]:
+    """What a person who wants an NPU is told, but for what this machine's own devices add."""
+    findings = doctor.diagnose(found, "npu")
+    return [
+        (finding.what, finding.mend) for finding in findings if finding.is_fault and "device 'npu'" not in finding.what
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
@@ -53,7 +59,7 @@ def test_a_device_or_backend_asked_for_that_cannot_work_exits_1():
     absent = run("doctor", "--device", "cuda")
     assert absent.returncode == 1
     assert "FAULT  device 'cuda': PyTorch sees no CUDA device" in absent.stdout
-    named = run("doctor", FLASHI2V_OPS_BACKEND="attention=ascend")
+    named = run("doctor", "--device", "cpu", FLASHI2V_OPS_BACKEND="attention=ascend")
     assert named.returncode == 1
     assert "FAULT  attention: backend 'ascend' cannot serve this call" in named.stdout
     assert "FLASHI2V_OPS_BACKEND" in named.stdout
@@ -107,7 +113,7 @@ def test_set_env_that_was_not_sourced_is_mended_by_its_own_path(tmp_path):
     home.mkdir(parents=True)
     (home.parent / "set_env.sh").touch()
     found = replace(SOUND, torch_npu_fault=UNLOADABLE, cann_home=home, cann_sourced=False)
-    assert faults(found) == [
+    assert npu_faults(found) == [
         (UNLOADABLE, f"source {home.parent}/set_env.sh"),
         (
             "a plain `import torch` fails here, as torch loads torch_npu by itself (this package does not)",
@@ -115,19 +121,19 @@ def test_set_env_that_was_not_sourced_is_mended_by_its_own_path(tmp_path):
         ),
     ]
     (home.parent / "set_env.sh").unlink()
-    assert faults(replace(found, autoload=False)) == [(UNLOADABLE, f"source {home}/set_env.sh")]
+    assert npu_faults(replace(found, autoload=False)) == [(UNLOADABLE, f"source {home}/set_env.sh")]
 
 
 def test_a_container_without_the_devices_is_told_to_pass_them(tmp_path):
     found = replace(SOUND, torch_npu_fault="torch_npu sees no NPU", cann_home=tmp_path, npu_nodes=0)
-    ((_, mend),) = faults(found)
+    ((_, mend),) = npu_faults(found)
     assert "/dev/davinci*" in mend
 
 
 def test_ascend_software_without_torch_npu_names_the_version_to_install(tmp_path):
-    ((what, mend),) = faults(replace(SOUND, torch_npu=None, cann_home=tmp_path))
+    ((what, mend),) = npu_faults(replace(SOUND, torch_npu=None, cann_home=tmp_path))
     assert "torch_npu is not installed" in what
-    assert mend.endswith("torch_npu==2.13.*")
+    assert mend.endswith("'torch_npu==2.13.*'")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +156,18 @@ def test_versions_that_do_not_match_are_named(torch_npu, cann, is_fault, words):
         assert findings[0].is_fault is is_fault
 
 
+def test_who_asks_for_the_cpu_is_told_of_an_unusable_npu_without_a_fault():
+    findings = doctor.diagnose(replace(SOUND, torch_npu_fault=UNLOADABLE, cann_sourced=False), "cpu")
+    assert [finding.is_fault for finding in findings] == [False, False]
+    assert findings[0].what == UNLOADABLE
+
+
+def test_the_page_for_ascend_machines_lists_the_versions_that_the_doctor_knows():
+    page = (Path(__file__).parent.parent / "docs/ascend.md").read_text()
+    rows = re.findall(r"^ *\| (\d+\.\d+)\.\w+ \| ([\d., a-z]+) \|$", page, flags=re.MULTILINE)
+    assert {cann: tuple(releases.split(", ")) for cann, releases in rows} == doctor._RELEASED_WITH
+
+
 def test_cuda_and_npu_together_are_a_note():
     (finding,) = doctor.diagnose(replace(SOUND, cuda_fault=None), "cpu")
     assert "auto picks the NPU" in finding.what
@@ -158,13 +176,14 @@ def test_cuda_and_npu_together_are_a_note():
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
 def test_a_cpu_build_of_torch_beside_an_nvidia_driver_is_pointed_out():
-    (finding,) = doctor.diagnose(replace(SOUND, nvidia_driver=True), "cpu")
+    (finding,) = doctor.diagnose(replace(SOUND, nvidia_driver="NVIDIA UNIX x86_64 Kernel Module  550.54"), "cpu")
     assert "built without CUDA" in finding.what
     assert not finding.is_fault
 
 
 def test_reasons_against_a_faster_backend_stand_beside_the_operator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(cuda, "flash_attn_fault", lambda: "flash-attn is not installed")
     lines, findings = doctor.operator_table("cuda")
     assert findings == []
     (attention,) = (line for line in lines if line.startswith("attention "))

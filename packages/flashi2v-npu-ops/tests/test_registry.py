@@ -22,7 +22,7 @@ from flashi2v_npu_ops import (
 )
 from flashi2v_npu_ops.device import collective_backend, peak_memory, resolve_device
 
-HOPPER_CASE = ("cuda", torch.bfloat16, 128, True, False)
+HOPPER_CASE = ("cuda", torch.bfloat16, True, 128, True, False)
 
 
 @pytest.fixture(autouse=True)
@@ -62,14 +62,19 @@ def test_a_backend_asked_for_by_name_serves_the_call_or_raises():
         attention(x, x, x, backend="ascend")
     with pytest.raises(UnsupportedError, match="choose one of auto, ascend, torch, reference"):
         gelu_tanh(x, backend="cudnn")
-    with pytest.raises(UnsupportedError, match="unknown operator"):
-        backends("softmax")
+    for unknown in (
+        lambda: backends("softmax"),
+        lambda: set_backend("softmax", "auto"),
+        lambda: explain("softmax", ()),
+    ):
+        with pytest.raises(UnsupportedError, match="unknown operator"):
+            unknown()
 
 
 def test_auto_says_once_why_it_passes_over_a_backend_of_the_device(caplog, monkeypatch):
     monkeypatch.setattr(registry, "_MADE_FOR", {"ascend": "npu"})  # this CPU stands in for a CUDA device
     x = torch.ones(1, 2, 1, 8)
-    with caplog.at_level(logging.INFO, "flashi2v_npu_ops"):
+    with caplog.at_level(logging.WARNING, "flashi2v_npu_ops"):
         for _ in range(3):
             attention(x, x, x)
     assert [record.getMessage() for record in caplog.records] == [
@@ -78,7 +83,7 @@ def test_auto_says_once_why_it_passes_over_a_backend_of_the_device(caplog, monke
 
 
 def test_backends_of_other_devices_are_not_worth_a_word(caplog):
-    with caplog.at_level(logging.INFO, "flashi2v_npu_ops"):
+    with caplog.at_level(logging.WARNING, "flashi2v_npu_ops"):
         normalise()
     assert not caplog.records
     assert explain("rms_norm", ("cpu", torch.float32, torch.float32)) == registry.Choice("torch", {})
@@ -107,6 +112,20 @@ def test_use_backend_holds_within_its_context_and_nests(served):
         pass
 
 
+def test_explain_follows_use_backend():
+    case = ("cpu", torch.float32, torch.float32)
+    with use_backend("rms_norm", "reference"):
+        assert explain("rms_norm", case).backend == "reference"
+    assert explain("rms_norm", case).backend == "torch"
+
+
+def test_a_compiled_call_that_cannot_be_served_says_why():
+    x = torch.ones(1, 2, 1, 8)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="runs on npu devices"):
+        torch.compile(lambda x: attention(x, x, x, backend="ascend"), backend="eager")(x)
+
+
 def test_a_compiled_call_follows_use_backend(served):
     torch._dynamo.reset()
     compiled = torch.compile(normalise, fullgraph=True, backend="eager")
@@ -125,6 +144,7 @@ def test_a_compiled_call_follows_use_backend(served):
         ("attention=reference", "torch"),
         ("cuda", "torch"),  # rms_norm has no such backend
         ("reference,auto", "torch"),
+        ("reference,rms_norm=auto", "torch"),
         ("", "torch"),
     ],
 )
@@ -156,9 +176,6 @@ def test_an_environment_that_cannot_be_honoured_is_an_error(setting, words, monk
         normalise()
 
 
-# ---- CUDA, whose hardware is not here: the choice, and the arguments that flash-attn is given ----------------------
-
-
 @pytest.mark.parametrize(
     ("capability", "flash_attn", "case", "words"),
     [
@@ -166,18 +183,18 @@ def test_an_environment_that_cannot_be_honoured_is_an_error(setting, words, monk
         ((9, 0), False, HOPPER_CASE, None),
         ((8, 0), False, HOPPER_CASE, "flash-attn is not installed"),
         ((7, 5), True, HOPPER_CASE, "needs compute capability 8.0, this GPU has 7.5"),
-        ((9, 0), True, ("cuda", torch.float32, 128, True, False), "fp16 and bf16"),
-        ((9, 0), True, ("cuda", torch.bfloat16, 128, True, True), "mask"),
-        ((9, 0), True, ("cuda", torch.bfloat16, 256, True, False), None),
-        ((9, 0), False, ("cuda", torch.bfloat16, 256, True, False), "up to 128"),
-        ((9, 0), False, ("cuda", torch.bfloat16, 128, False, False), "divisible by 8"),
-        ((9, 0), True, ("cuda", torch.bfloat16, None, True, False), "up to 256"),
+        ((9, 0), True, ("cuda", torch.float32, True, 128, True, False), "fp16 and bf16"),
+        ((9, 0), True, ("cuda", torch.bfloat16, True, 128, True, True), "mask"),
+        ((9, 0), True, ("cuda", torch.bfloat16, True, 256, True, False), None),
+        ((9, 0), False, ("cuda", torch.bfloat16, True, 256, True, False), "up to 128"),
+        ((9, 0), False, ("cuda", torch.bfloat16, True, 128, False, False), "divisible by 8"),
+        ((9, 0), True, ("cuda", torch.bfloat16, True, None, True, False), "up to 256"),
     ],
 )
 def test_cuda_attention_is_chosen_by_capability_dtype_and_head_size(monkeypatch, capability, flash_attn, case, words):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "_flash_attn_installed", lambda: flash_attn)
+    monkeypatch.setattr(cuda, "flash_attn_fault", lambda: None if flash_attn else "flash-attn is not installed")
     choice = explain("attention", case)
     if words is None:
         assert choice == registry.Choice("cuda", {})
@@ -192,13 +209,10 @@ def test_flash_attn_is_given_its_own_layout_and_the_scale(monkeypatch):
         return torch.einsum("bkst,btkd->bskd", weights, v)
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
-    monkeypatch.setattr(cuda, "_flash_attn_installed", lambda: True)
+    monkeypatch.setattr(cuda, "flash_attn_fault", lambda: None)
     q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 4, 3, 8)
     ours = registry._implementations["attention"]["cuda"].call(q, k, k, None, 0.2)
     torch.testing.assert_close(ours, attention(q, k, k, scale=0.2, backend="reference"))
-
-
-# ---- devices -------------------------------------------------------------------------------------------------------
 
 
 def test_devices_are_resolved_by_name():
@@ -207,6 +221,8 @@ def test_devices_are_resolved_by_name():
     assert peak_memory(torch.device("cpu")) > 2**20
     with pytest.raises(UnsupportedError, match="auto, npu, cuda, cpu"):
         resolve_device("tpu")
+    with pytest.raises(UnsupportedError, match="must be a number"):
+        resolve_device("cpu:foo")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, register
 
 
 def gelu_tanh(x: Tensor, backend: str = "auto") -> Tensor:
@@ -24,6 +24,7 @@ def gelu_tanh(x: Tensor, backend: str = "auto") -> Tensor:
 
     Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
     """
+    check_floating("gelu_tanh", x)
     return dispatch("gelu_tanh", backend, (x.device.type, x.dtype), x)
 
 

@@ -28,8 +28,9 @@ def missing() -> str | None:
     autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
     try:
         import torch_npu
-    except (ImportError, OSError, RuntimeError) as error:  # the loader's words for a CANN library that is not there
-        return f"torch_npu does not load ({error}): install CANN and source its set_env.sh in this shell"
+    except Exception as error:  # anything: it patches torch, and one that does not fit fails in ways of its own
+        reason = f"{type(error).__name__}: {error}"
+        return f"torch_npu does not load ({reason}): install CANN and source its set_env.sh in this shell"
     finally:  # torch_npu switches this off, and leaves it so where its import fails
         if autoload is None:
             os.environ.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
@@ -44,12 +45,11 @@ def _dtype_obstacle(device: str, dtype: torch.dtype, *facts: object) -> str | No
     return None if dtype in _DTYPES else f"Ascend kernels take fp32, bf16 and fp16, got {dtype}"
 
 
-# ---- attention -----------------------------------------------------------------------------------------------------
-
-
 def _attention_obstacle(
-    device: str, dtype: torch.dtype, head_size: int | None, aligned: bool, masked: bool
+    device: str, dtype: torch.dtype, few_heads: bool, head_size: int | None, aligned: bool, masked: bool
 ) -> str | None:
+    if not few_heads:
+        return "npu_fusion_attention takes up to 256 heads"
     if head_size is None:
         return "npu_fusion_attention takes head sizes up to 768"
     return _dtype_obstacle(device, dtype)
@@ -62,7 +62,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     if mask is not None:
         # Here True means masked OUT. The kernel says nothing of a query that attends to nothing, so let such a query
         # attend to all and set its result to zero afterwards, which also stops its gradients.
-        mask = mask[(None,) * (4 - mask.ndim)]
         dead = ~mask.any(-1, keepdim=True)  # (B, K, N, 1) or broadcast to it
         masked_out = ~(mask | dead)
         per_sample, per_head = (batch, num_heads) if mask.shape[1] > 1 else (mask.shape[0], 1)
@@ -80,9 +79,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
         sparse_mode=0,
     )[0]
     return out if dead is None else out.masked_fill(dead.transpose(1, 2), 0.0)
-
-
-# ---- norms and activations -----------------------------------------------------------------------------------------
 
 
 @register("rms_norm", "ascend", obstacle=_dtype_obstacle)
@@ -106,9 +102,6 @@ register("layer_norm_modulate", "ascend", obstacle=_dtype_obstacle)(folded_modul
 register("gated_residual", "ascend", obstacle=_dtype_obstacle)(fused_residual)
 
 
-# ---- rotary embedding ----------------------------------------------------------------------------------------------
-
-
 def _rope_obstacle(device: str, dtype: torch.dtype, few_rows: bool, narrow: bool) -> str | None:
     if not few_rows:
         return "npu_rotary_mul with interleaved pairs takes fewer than 1000 batch * heads"
@@ -124,8 +117,6 @@ def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned: Tensor = torch.ops.npu.npu_rotary_mul(x.float(), cos, sin, rotary_mode="interleave")
     return turned.to(x.dtype)
 
-
-# ---- Fourier filter and optimizer ----------------------------------------------------------------------------------
 
 # FFT kernels are missing or slow on some chips and CANN versions; matrix products are what the hardware is best at.
 register("split_frequencies", "ascend", obstacle=_dtype_obstacle)(splitter("dft", REAL_DFT))

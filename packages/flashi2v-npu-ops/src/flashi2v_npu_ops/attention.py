@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, register
 
 
 def attention(
@@ -39,6 +39,7 @@ def attention(
 
     Source: Vaswani et al., arXiv 1706.03762, section 3.2.1.
     """
+    check_floating("attention", query)
     if query.ndim != 4 or key.shape != value.shape or key.ndim != 4:
         raise ValueError(
             "attention takes query (B, N, K, d) and key and value (B, M, K, d), "
@@ -54,18 +55,24 @@ def attention(
         full = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
         if mask.ndim > 4 or any(ours not in (1, theirs) for ours, theirs in zip(mask.shape[::-1], full[::-1])):
             raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to (B, K, N, M) = {full}")
+        mask = mask[(None,) * (4 - mask.ndim)]  # of four dimensions, as kernels want it
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    case = (query.device.type, query.dtype, *_head_size_class(query.shape[-1]), mask is not None)
+    case = (query.device.type, query.dtype, *_head_class(query.shape[2], query.shape[3]), mask is not None)
     return dispatch("attention", backend, case, query, key, value, mask, scale)
 
 
-def _head_size_class(head_size: int) -> tuple[int | None, bool]:
-    """Return the least of the kernels' limits that holds the head size (None: above all), and if it is 8-aligned."""
+def _head_class(num_heads: int, head_size: int) -> tuple[bool, int | None, bool]:
+    """Return what kernels ask of heads.
+
+    That is whether there are at most 256, the least of the kernels' limits that holds their size (None: above all), and
+    whether the size is divisible by 8. Branches, not numbers: see `registry`.
+    """
+    few = True if num_heads <= 256 else False  # noqa: SIM210
     limit = None
     for bound in (768, 256, 128):
         if head_size <= bound:
             limit = bound
-    return limit, True if head_size % 8 == 0 else False  # noqa: SIM210 (a branch makes it a constant when compiled)
+    return few, limit, True if head_size % 8 == 0 else False  # noqa: SIM210
 
 
 @register("attention", "reference")

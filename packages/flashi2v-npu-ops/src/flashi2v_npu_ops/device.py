@@ -1,6 +1,5 @@
 """Which accelerator there is, and what it needs: asked here and nowhere else."""
 
-import resource
 import sys
 
 import torch
@@ -35,13 +34,13 @@ def resolve_device(name: str = "auto", *, index: int | None = None) -> torch.dev
     if name == "auto":
         name = next(kind for kind in _COLLECTIVES if missing(kind) is None)
     kind, _, number = name.partition(":")
+    if number and not number.isdecimal():
+        raise UnsupportedError(f"device {name!r}: what follows the colon must be a number")
     reason = missing(kind)
     if reason is not None:
         raise UnsupportedError(f"device {name!r}: {reason}")
     if kind == "cpu":
         return torch.device("cpu")
-    if number and not number.isdecimal():
-        raise UnsupportedError(f"device {name!r}: what follows the colon must be a number")
     position = int(number) if number else index or 0
     count = getattr(torch, kind).device_count()
     if position >= count:
@@ -72,5 +71,7 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes held so far: allocated on an accelerator, resident in this process on the CPU."""
     if device.type != "cpu":
         return int(getattr(torch, device.type).max_memory_allocated(device))
+    import resource  # where there is one: not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

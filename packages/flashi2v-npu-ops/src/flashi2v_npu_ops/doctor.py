@@ -31,7 +31,7 @@ _COMPATIBLE = ("8.5", "9.0", "9.1", "9.2")
 
 # Facts of a usual call of each operator, after device and dtype; see the operator for their meaning.
 _USUAL_FACTS: dict[str, Case] = {
-    "attention": (128, True, False),
+    "attention": (True, 128, True, False),
     "rms_norm": (torch.float32,),
     "apply_rope": (True, True),
 }
@@ -51,7 +51,7 @@ class Survey:
         cann_sourced: the environment of CANN's set_env.sh is there.
         driver: version of the Ascend driver.
         npu_nodes: device nodes of NPUs.
-        nvidia_driver: an NVIDIA driver is loaded.
+        nvidia_driver: what the NVIDIA driver that is loaded says of itself.
         cuda_fault: why PyTorch cannot use a CUDA device.
         autoload: torch loads extensions such as torch_npu by itself when it is imported.
     """
@@ -64,7 +64,7 @@ class Survey:
     cann_sourced: bool
     driver: str | None
     npu_nodes: int
-    nvidia_driver: bool
+    nvidia_driver: str | None
     cuda_fault: str | None
     autoload: bool
 
@@ -90,7 +90,7 @@ def survey(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) 
         cann_sourced="ASCEND_HOME_PATH" in environment,
         driver=_field(root / "usr/local/Ascend/driver/version.info", "version"),
         npu_nodes=len(list((root / "dev").glob("davinci[0-9]*"))),
-        nvidia_driver=(root / "proc/driver/nvidia/version").is_file(),
+        nvidia_driver=_first_line(root / "proc/driver/nvidia/version"),
         cuda_fault=device.missing("cuda"),
         autoload=environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1",
     )
@@ -116,6 +116,13 @@ def _cann_version(home: Path) -> str | None:
     return next((version for note in notes if (version := _field(note, "version"))), None)
 
 
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").partition("\n")[0].removeprefix("NVRM version:").strip()
+    except OSError:
+        return None
+
+
 def _field(path: Path, name: str) -> str | None:
     """Return the value of a line `name=value`, whatever its case."""
     try:
@@ -128,15 +135,17 @@ def _field(path: Path, name: str) -> str | None:
 
 def diagnose(found: Survey, asked: str = "auto") -> list[Finding]:
     """Return what is wrong or worth knowing on a machine where the device `asked` is wanted."""
-    return [*_npu_findings(found), *_version_findings(found), *_other_findings(found, asked)]
+    return [*_npu_findings(found, asked), *_version_findings(found), *_other_findings(found, asked)]
 
 
-def _npu_findings(found: Survey) -> Iterator[Finding]:
+def _npu_findings(found: Survey, asked: str) -> Iterator[Finding]:
+    is_fault = asked in ("auto", "npu")  # who asks for another device can do without
     if found.torch_npu is None:
         if found.npu_nodes or found.cann_home:
             yield Finding(
                 "this machine has Ascend software or NPUs, but torch_npu is not installed",
-                f"pip install 'flashi2v-npu-ops[npu]' torch_npu=={_minor(found.torch)}.*",
+                f"pip install 'flashi2v-npu-ops[npu]' 'torch_npu=={_minor(found.torch)}.*'",
+                is_fault,
             )
         return
     if found.torch_npu_fault is None:
@@ -149,11 +158,12 @@ def _npu_findings(found: Survey) -> Iterator[Finding]:
         mend = "check `npu-smi info`; in a container, pass /dev/davinci* and mount /usr/local/Ascend/driver"
     else:
         mend = "check `npu-smi info`, and that CANN's version fits torch_npu's (below)"
-    yield Finding(found.torch_npu_fault, mend)
+    yield Finding(found.torch_npu_fault, mend, is_fault)
     if found.autoload and (found.cann_home is None or not found.cann_sourced):
         yield Finding(
             "a plain `import torch` fails here, as torch loads torch_npu by itself (this package does not)",
             "export TORCH_DEVICE_BACKEND_AUTOLOAD=0, until the above is mended",
+            is_fault,
         )
 
 
@@ -168,7 +178,7 @@ def _version_findings(found: Survey) -> Iterator[Finding]:
     if _minor(found.torch) != _minor(found.torch_npu):
         yield Finding(
             f"torch {found.torch} and torch_npu {found.torch_npu} do not match: each torch_npu fits one torch",
-            f"pip install torch_npu=={_minor(found.torch)}.*",
+            f"pip install 'torch_npu=={_minor(found.torch)}.*'",
         )
     released_with = next((cann for cann, releases in _RELEASED_WITH.items() if found.torch_npu in releases), None)
     if found.cann is None or released_with is None or _minor(found.cann) == released_with:
@@ -183,7 +193,7 @@ def _version_findings(found: Survey) -> Iterator[Finding]:
 
 
 def _other_findings(found: Survey, asked: str) -> Iterator[Finding]:
-    if found.nvidia_driver and torch.version.cuda is None:
+    if found.nvidia_driver is not None and torch.version.cuda is None:
         yield Finding(
             f"there is an NVIDIA driver, but torch {found.torch} is built without CUDA",
             "install a CUDA build of torch: https://pytorch.org/get-started/locally",
@@ -242,6 +252,11 @@ def report(asked: str = "auto") -> int:
     print(f"torch_npu         {found.torch_npu or 'not installed'}")
     print(f"CANN              {cann}{'' if found.cann_sourced or not found.cann_home else ' (set_env.sh not sourced)'}")
     print(f"Ascend driver     {found.driver or 'not found'}, {found.npu_nodes} NPU device nodes")
+    print(f"NVIDIA driver     {found.nvidia_driver or 'not found'}")
+    print(
+        f"torch's CUDA      {torch.version.cuda or 'built without'}, cuDNN {torch.backends.cudnn.version() or 'none'}"
+    )
+    print(f"flash-attn        {_version('flash-attn') or 'not installed'}")
     print()
     for kind in ("npu", "cuda", "cpu"):
         print(f"device {kind:<10} {device.missing(kind) or 'available: ' + device.name(kind)}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, register
 
 _MAGNITUDE_EPS = 1e-12  # keeps the root differentiable at zero
 _NUM_TABLES = 32  # sizes and devices whose tables are kept
@@ -30,11 +30,12 @@ def split_frequencies(
     The bins of the centred spectrum are ordered by their distance to the centre bin (H // 2, W // 2); magnitudes,
     averaged over channels, are cumulated in that order; the cut-off is the radius of the bin where the sum reaches
     `ratio` of the whole. Where the centre bin alone holds that share (flat images, ratio 0) the cut-off is 0 and the
-    high-pass is the whole image, mean included.
+    high-pass is the whole image, mean included. Where the sum reaches `ratio` among bins that hold nothing but rounding
+    errors, backends may differ in the bin; for latents that are not finite nothing is said.
 
     Args:
         latent: (B, C, H, W), any floating dtype; computed in fp32 or better.
-        ratio: in [0, 1], one number or (B,).
+        ratio: in [0, 1], one number or (B,); as its values are looked at, a tensor is best left on the CPU.
         magnitude: return the high-pass as sqrt(re^2 + im^2 + 1e-12) instead of its real part.
         backend: "auto" or one of `backends("split_frequencies")`.
 
@@ -48,8 +49,9 @@ def split_frequencies(
 
     Source: FlashI2V, arXiv 2509.25187, Fourier guidance.
     """
-    if latent.ndim != 4:
-        raise ValueError(f"latent must be (B, C, H, W), got {tuple(latent.shape)}")
+    check_floating("split_frequencies", latent)
+    if latent.ndim != 4 or latent.numel() == 0:
+        raise ValueError(f"latent must be (B, C, H, W), none of them 0, got {tuple(latent.shape)}")
     exact = torch.promote_types(latent.dtype, torch.float32)
     shares = _checked_ratio(ratio, latent, exact)
     case = (latent.device.type, exact)
@@ -68,7 +70,7 @@ def _checked_ratio(ratio: float | Tensor, latent: Tensor, dtype: torch.dtype) ->
         return latent.new_full((batch,), ratio, dtype=dtype)
     if ratio.ndim > 1 or (ratio.ndim == 1 and ratio.shape[0] != batch):
         raise ValueError(f"ratio must be one number or (B,) = ({batch},), got {tuple(ratio.shape)}")
-    return _check_values(ratio).to(latent.device, dtype).expand(batch)
+    return _check_values(ratio.detach()).to(latent.device, dtype).expand(batch)
 
 
 @torch.library.custom_op("flashi2v::check_ratio", mutates_args=())
@@ -103,9 +105,6 @@ def _reference(latent: Tensor, ratio: Tensor, magnitude: bool) -> tuple[Tensor, 
 
 def _magnitude(x: Tensor) -> Tensor:
     return (x.real.square() + x.imag.square() + _MAGNITUDE_EPS).sqrt()
-
-
-# ---- half spectra --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -157,15 +156,18 @@ def splitter(name: str, transform: RealTransform) -> Callable[..., tuple[Tensor,
         keep = latent.new_empty((batch, 1, height, width // 2 + 1), dtype=torch.bool)
         return torch.empty_like(latent, memory_format=torch.contiguous_format), keep, latent.new_empty(batch)
 
-    def keep_mask(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
-        ctx.save_for_backward(inputs[1] if isinstance(output, Tensor) else output[1])
+    def keep_given(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    def keep_found(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[1])
 
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
         return apply(grad, keep), None
 
-    apply.register_autograd(backward, setup_context=keep_mask)
-    find_and_apply.register_autograd(backward, setup_context=keep_mask)
+    apply.register_autograd(backward, setup_context=keep_given)
+    find_and_apply.register_autograd(backward, setup_context=keep_found)
 
     def split(latent: Tensor, ratio: Tensor, magnitude: bool) -> tuple[Tensor, Tensor, Tensor]:
         # Where nothing is traced, faked or differentiated, the operator's wrapping would be a tenth of the time.
@@ -216,9 +218,6 @@ def _column_multiplicity(width: int, dtype: torch.dtype) -> Tensor:
     return torch.where((columns == 0) | (2 * columns == width), 1, 2).to(dtype)
 
 
-# ---- by PyTorch's FFT ----------------------------------------------------------------------------------------------
-
-
 def _fft_power(spectrum: Tensor) -> Tensor:
     parts = torch.view_as_real(spectrum)  # (B, C, H, R, 2)
     real, imaginary = torch.addcmul(parts.new_full((), _MAGNITUDE_EPS / 2), parts, parts).unbind(-1)
@@ -229,10 +228,13 @@ def _fft_inverse(spectrum: Tensor, width: int) -> Tensor:
     return torch.fft.irfft2(spectrum, s=(spectrum.shape[-2], width))
 
 
-register("split_frequencies", "torch")(splitter("fft", RealTransform(torch.fft.rfft2, _fft_power, _fft_inverse)))
+def _fft_obstacle(device: str, *facts: object) -> str | None:
+    return "some NPUs have no FFT, and complex numbers are slow on all" if device == "npu" else None
 
 
-# ---- by real matrices ----------------------------------------------------------------------------------------------
+register("split_frequencies", "torch", obstacle=_fft_obstacle)(
+    splitter("fft", RealTransform(torch.fft.rfft2, _fft_power, _fft_inverse))
+)
 
 
 @dataclass(frozen=True)

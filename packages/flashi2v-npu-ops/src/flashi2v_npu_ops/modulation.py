@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, register
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -29,6 +29,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, bac
 
     Source: Peebles and Xie, arXiv 2212.09748, section 3.2 (adaLN).
     """
+    check_floating("layer_norm_modulate", x)
     if shift.shape != scale.shape or not _broadcasts(shift, x):
         raise ValueError(
             f"x must be (B, N, D) and shift and scale alike broadcast to it, as (B, 1, D) does; "
@@ -55,6 +56,7 @@ def gated_residual(x: Tensor, update: Tensor, gate: Tensor, backend: str = "auto
 
     Source: Peebles and Xie, arXiv 2212.09748, section 3.2 (adaLN-Zero).
     """
+    check_floating("gated_residual", x)
     if x.shape != update.shape or not _broadcasts(gate, x):
         raise ValueError(
             f"x and update must both be (B, N, D) and gate broadcast to it, as (B, 1, D) does; "

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, register
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -25,6 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Te
 
     Source: Zhang and Sennrich, arXiv 1910.07467, equation 4.
     """
+    check_floating("rms_norm", x)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} does not match the last dimension of {tuple(x.shape)}")
     return dispatch("rms_norm", backend, (x.device.type, x.dtype, weight.dtype), x, weight, eps)

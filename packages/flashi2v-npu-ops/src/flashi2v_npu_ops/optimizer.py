@@ -10,7 +10,7 @@ from flashi2v_npu_ops.registry import dispatch, register
 
 
 def fused_adamw(
-    params: Iterable[Tensor] | Iterable[dict[str, Any]],
+    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
     *,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -21,7 +21,8 @@ def fused_adamw(
     """Return an AdamW optimizer whose step is one kernel per parameter, where the device has such a kernel.
 
     Args:
-        params: parameters, or groups of them, as `torch.optim` takes them; all on one type of device.
+        params: parameters, or groups of them, as `torch.optim` takes them; all on one type of device. The optimizer's
+            state has their dtype.
         lr: learning rate.
         betas: decay of the moving averages of gradient and squared gradient.
         eps: added to the root of the second.
@@ -34,13 +35,19 @@ def fused_adamw(
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
     """
-    groups: list[Any] = list(params)
-    tensors = [tensor for group in groups for tensor in (group["params"] if isinstance(group, dict) else [group])]
+    groups = [{**group, "params": _listed(group["params"])} if isinstance(group, dict) else group for group in params]
+    members = [member for group in groups for member in (group["params"] if isinstance(group, dict) else [group])]
+    tensors = [member[1] if isinstance(member, tuple) else member for member in members]  # named or not
     devices = sorted({tensor.device.type for tensor in tensors})
     if len(devices) != 1:
         raise ValueError(f"fused_adamw takes parameters on one type of device, got {', '.join(devices) or 'none'}")
     floating = all(tensor.is_floating_point() for tensor in tensors)
     return dispatch("fused_adamw", backend, (devices[0], floating), groups, lr, betas, eps, weight_decay)
+
+
+def _listed(params: Any) -> list[Any]:
+    """Hold on to parameters that may come from a generator."""
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
 @register("fused_adamw", "reference")

@@ -91,16 +91,18 @@ def set_backend(operator: str, backend: str) -> None:
     Raises:
         UnsupportedError: the operator or its backend is unknown.
     """
+    _check(operator, backend)
     if backend == "auto":
         _overrides.pop(operator, None)
-        return
-    _check(operator, backend)
-    _overrides[operator] = backend
+    else:
+        _overrides[operator] = backend
 
 
 @contextlib.contextmanager
 def use_backend(operator: str, backend: str) -> Iterator[None]:
-    """Within the context, make `backend` the one that "auto" stands for (in the whole process, all threads).
+    """Within the context, make `backend` the one that "auto" stands for.
+
+    This holds in all threads, so contexts for one operator must not overlap in several of them.
 
     Raises:
         UnsupportedError: the operator or its backend is unknown.
@@ -113,13 +115,13 @@ def use_backend(operator: str, backend: str) -> Iterator[None]:
         set_backend(operator, before)
 
 
-def obstacle(operator: str, backend: str, case: Case) -> str | None:
-    """Return why a backend cannot serve a case, or None.
+def check_floating(operator: str, x: torch.Tensor) -> None:
+    """Raise a ValueError unless `x`, the operator's main argument, holds floating-point numbers."""
+    if not x.is_floating_point():
+        raise ValueError(f"{operator} takes floating-point tensors, got {x.dtype}")
 
-    Raises:
-        UnsupportedError: the operator or its backend is unknown.
-    """
-    _check(operator, backend)
+
+def _obstacle(operator: str, backend: str, case: Case) -> str | None:
     made_for = _MADE_FOR.get(backend)
     if made_for not in (None, case[0]):
         return f"it runs on {made_for} devices, the tensors are on {case[0]}"
@@ -129,23 +131,25 @@ def obstacle(operator: str, backend: str, case: Case) -> str | None:
 def explain(operator: str, case: Case, backend: str = "auto") -> Choice:
     """Return the backend that serves a case, and why not a faster one.
 
-    The environment variable FLASHI2V_OPS_BACKEND decides what "auto" means: a backend for all operators that have it,
-    or `operator=backend` pairs, or both, with commas between.
+    What "auto" means is decided by `set_backend` and `use_backend`, then by the environment variable
+    FLASHI2V_OPS_BACKEND: a backend for all operators that have it, or `operator=backend` pairs, or both, with commas
+    between.
 
     Raises:
         UnsupportedError: a backend was named, by argument or variable, that is unknown or cannot serve the case.
     """
     if backend == "auto":
-        backend = _environment().get(operator, "auto")
+        backend = _overrides.get(operator) or _environment().get(operator, "auto")
+    _check(operator, backend)
     if backend != "auto":
-        reason = obstacle(operator, backend, case)
+        reason = _obstacle(operator, backend, case)
         if reason is not None:
             raise UnsupportedError(f"{operator}: backend {backend!r} cannot serve this call: {reason}")
         return Choice(backend, {})
     passed_over: dict[str, str] = {}
     for name in backends(operator):
         if _MADE_FOR.get(name) in (None, case[0]):
-            reason = obstacle(operator, name, case)
+            reason = _obstacle(operator, name, case)
             if reason is None:
                 return Choice(name, passed_over)
             passed_over[name] = reason
@@ -160,7 +164,12 @@ def dispatch(operator: str, backend: str, case: Case, *args: Any) -> Any:
     """
     if backend == "auto":
         backend = _overrides.get(operator, "auto")
-    return _implementations[operator][_choose(operator, backend, case)].call(*args)
+    call = _implementations[operator][_choose(operator, backend, case)].call
+    if torch.is_autocast_enabled(case[0]):
+        # The contracts say in which precision an operator computes, and it would not be the one of autocast.
+        with torch.autocast(case[0], enabled=False):
+            return call(*args)
+    return call(*args)
 
 
 @torch.compiler.assume_constant_result
@@ -178,7 +187,7 @@ def _choose_once(operator: str, backend: str, case: Case) -> str:
 
 @lru_cache(maxsize=1024)
 def _report_once(operator: str, backend: str, reason: str) -> None:
-    logger.info("%s: passing over backend %s: %s", operator, backend, reason)
+    logger.warning("%s: passing over backend %s: %s", operator, backend, reason)
 
 
 @lru_cache(maxsize=1)
@@ -203,5 +212,5 @@ def _environment() -> dict[str, str]:
 
 def _check(operator: str, backend: str) -> None:
     known = backends(operator)
-    if backend not in known:
+    if backend not in ("auto", *known):
         raise UnsupportedError(f"{operator} has no backend {backend!r}: choose one of auto, {', '.join(known)}")

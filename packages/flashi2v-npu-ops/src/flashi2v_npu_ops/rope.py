@@ -6,7 +6,7 @@ B batch, N tokens, K heads, d head size.
 import torch
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, register
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Tensor:
@@ -27,12 +27,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Te
 
     Source: Su et al., arXiv 2104.09864, equation 34.
     """
+    check_floating("apply_rope", x)
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"x must be (B, N, K, d) with even d, got {tuple(x.shape)}")
     table = (x.shape[1], x.shape[-1] // 2)
     if cos.shape != table or sin.shape != table:
         raise ValueError(f"cos and sin must be (N, d / 2) = {table}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
-    # Comparisons, not numbers: see `registry`.
+    # Branches, not numbers: see `registry`.
     few_rows = True if x.shape[0] * x.shape[2] < 1000 else False  # noqa: SIM210
     narrow = True if x.shape[3] < 896 else False  # noqa: SIM210
     return dispatch("apply_rope", backend, (x.device.type, x.dtype, few_rows, narrow), x, cos, sin)
@@ -47,7 +48,11 @@ def _reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-@register("apply_rope", "torch")
+def _complex_obstacle(device: str, *facts: object) -> str | None:
+    return "complex numbers are slow on NPUs" if device == "npu" else None
+
+
+@register("apply_rope", "torch", obstacle=_complex_obstacle)
 def _complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # a compiler fuses the real arithmetic into one kernel, and has no complex ones
         return _reference(x, cos, sin)

@@ -52,7 +52,7 @@ def results(stubbed):
 
 
 def calls(results):
-    return {name: result for name, result in results.items() if isinstance(result, dict) and "calls" in result}
+    return {name: result for name, result in results.items() if isinstance(result, dict) and "operator" in result}
 
 
 def test_schemas_are_those_that_the_emulations_are_held_to(results):
@@ -64,7 +64,7 @@ def test_schemas_are_those_that_the_emulations_are_held_to(results):
 
 
 def test_every_operator_reaches_its_kernels_and_no_others(results):
-    assert len(calls(results)) == 3 * 14
+    assert {result["operator"] for result in calls(results).values()} == KERNELS.keys()
     for name, result in calls(results).items():
         assert [call[0] for call in result["calls"]] == KERNELS[result["operator"]], name
 
@@ -82,7 +82,12 @@ def test_outputs_and_gradients_have_the_shapes_and_dtypes_of_the_contract(result
 
 
 def test_attention_passes_layout_scale_and_an_inverted_mask_of_an_allowed_shape(results):
-    shapes = {"masked attention": [2, 1, 7, 5], "2-d mask": [1, 1, 7, 5], "key mask per head": [2, 3, 7, 5]}
+    shapes = {
+        "masked attention": [2, 1, 7, 5],
+        "2-d mask": [1, 1, 7, 5],
+        "1-d mask": [1, 1, 7, 5],
+        "key mask per head": [2, 3, 7, 5],
+    }
     for name, result in calls(results).items():
         if result["operator"] == "attention":
             ((_, given), _) = result["calls"]
@@ -110,7 +115,10 @@ def test_the_inside_of_the_split_stays_on_the_npu_in_fp32(results):
 
 
 def test_the_optimizer_is_the_fused_one_and_auto_picks_ascend(results):
-    assert results["optimizer"] == {"fused": True, "state": {"shape": [4, 3], "dtype": "float32", "on": "npu"}}
+    assert results["optimizer"] == {
+        "calls": ["_fused_adamw_"],
+        "state": {"shape": [4, 3], "dtype": "float32", "on": "npu"},
+    }
     assert results["auto"] == "ascend"
 
 
@@ -118,8 +126,6 @@ def test_what_the_real_schema_refuses_is_refused(results):
     assert "eps" in results["failures"]["unknown argument"]
     assert set(results["failures"]) == {"unknown argument", "mixed devices"}
 
-
-# ---- the package on such machines ----------------------------------------------------------------------------------
 
 IMPORT = "import sys, flashi2v_npu_ops, torch; sys.exit('torch_npu' in sys.modules)"
 
