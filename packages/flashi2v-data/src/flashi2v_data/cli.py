@@ -100,7 +100,7 @@ def inspect_command(
     plots
         Write histograms into this directory.
     open_videos
-        Open every video and report those that cannot be read.
+        Open every video and report those that cannot be read, or are not what their records say.
     jobs
         Processes that open videos; by default one for every processor.
     probe_timeout

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import DecodeError
+from flashi2v_data.frames import FPS_TOLERANCE
 from flashi2v_data.prober import Prober, Probing
 from flashi2v_data.records import Record, printable
 from flashi2v_data.store import LmdbStore
@@ -49,12 +50,13 @@ class Inspection:
     caption_words: collections.Counter[int] = field(default_factory=collections.Counter)
     missing: Faults = field(default_factory=Faults)
     unreadable: Faults = field(default_factory=Faults)
+    contradicting: Faults = field(default_factory=Faults)
 
 
 def inspect_store(store: LmdbStore, *, limit: int | None = None, prober: Prober | None = None) -> Inspection:
-    """Look at the first `limit` records (default: all); a prober opens every video too."""
+    """Look at the first `limit` records (default: all); a prober opens every video and compares it with its record."""
     found = Inspection()
-    opening: collections.deque[Probing] = collections.deque()
+    opening: collections.deque[tuple[Record, Probing]] = collections.deque()
     num_records = len(store) if limit is None else min(limit, len(store))
     for index in tqdm(range(num_records), desc="inspect", unit="clip", disable=None):
         record = store[index]
@@ -70,20 +72,25 @@ def inspect_store(store: LmdbStore, *, limit: int | None = None, prober: Prober 
         if not os.path.isfile(record["path"]):
             found.missing.add(printable(record["path"]))
         elif prober is not None:
-            opening.append(prober.submit(record["path"]))
+            opening.append((record, prober.submit(record["path"])))
             if len(opening) > _AHEAD:
-                _close(opening.popleft(), prober, found)
+                _compare(*opening.popleft(), prober, found)
     while opening:
         assert prober is not None
-        _close(opening.popleft(), prober, found)
+        _compare(*opening.popleft(), prober, found)
     return found
 
 
-def _close(probing: Probing, prober: Prober, found: Inspection) -> None:
+def _compare(record: Record, probing: Probing, prober: Prober, found: Inspection) -> None:
     try:
-        prober.result(probing)
+        info = prober.result(probing)
     except DecodeError as error:
         found.unreadable.add(f"{printable(error.path)}: {error.reason}")
+        return
+    end = record["start_frame_idx"] + record["num_frames"]
+    size = {"height": info.height, "width": info.width}
+    if record.get("resolution", size) != size or abs(record["fps"] - info.fps) > FPS_TOLERANCE or end > info.num_frames:
+        found.contradicting.add(f"{printable(record['path'])}: the video is {info}; the record says otherwise")
 
 
 def describe_store(store: LmdbStore, found: Inspection) -> str:
@@ -109,7 +116,8 @@ def _lines(store: LmdbStore, found: Inspection) -> Iterator[str]:
     yield from _histogram("words", _ranges(found.caption_words), found.caption_words.total())
     for record in found.examples:
         yield f"example    {printable(record['path'])}: {record['cap']}"
-    for name, videos in (("missing", found.missing), ("unreadable", found.unreadable)):
+    faults = (("missing", found.missing), ("unreadable", found.unreadable), ("wrong", found.contradicting))
+    for name, videos in faults:
         if videos.count or name == "missing":
             yield f"{name:10} {videos.count:,} videos"
         yield from (f"{'':10} {video}" for video in videos.examples)

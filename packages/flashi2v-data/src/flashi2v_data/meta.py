@@ -1,8 +1,8 @@
 """Meta JSON of any size: entries in pieces, in constant memory.
 
-A file is cut into pieces of whole entries, which may be parsed anywhere (in another process, say). Where to cut an array
-is a guess: behind a comma between braces. It is right if the piece parses, for what precedes it was whole; if it does
-not (the comma was inside a string or a nested list), `MetaParser` goes through the entries one by one.
+A file is cut into pieces of whole entries, which may be parsed anywhere (in another process, say). Where to cut an
+array is a guess: behind a comma between braces. It is right if the piece parses, for what precedes it was whole; if it
+does not (the comma was inside a string or a nested list), `MetaParser` goes through the entries one by one.
 """
 
 import gzip
@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
 import zstandard
@@ -22,6 +22,7 @@ from flashi2v_data.records import Annotation
 
 # What is parsed of one piece should stay in the processor's cache, and be worth sending to another process.
 PIECE_BYTES = 256 << 10
+_COMPRESSED_BYTES = 16 << 10
 # An unclosed bracket would otherwise swallow the file.
 MAX_ENTRY_BYTES = 64 << 20
 
@@ -78,37 +79,58 @@ def read_pieces(annotation: Annotation) -> Iterator[Piece]:
     Raises:
         InputError: the file is empty, or its compression is damaged.
     """
-    try:
-        with open(annotation.meta, "rb") as file, _decompressed(file) as stream:
-            yield from _cut(annotation, stream, file)
-    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise InputError(f"{annotation.meta}: cannot be decompressed, is it whole? {error}") from None
+    with open(annotation.meta, "rb") as file:
+        try:
+            yield from _cut(annotation, file)
+        except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise InputError(f"{annotation.meta}: cannot be decompressed, is it whole? {error}") from None
 
 
-def _decompressed(file: BinaryIO) -> BinaryIO:
-    magic = file.read(4)
-    file.seek(0)
-    if magic.startswith(b"\x1f\x8b"):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Yield what a file holds, decompressed."""
+    compression = _compression(file)
+    if compression == "zstd":
+        yield from _zstd_blocks(file)
+    else:
+        stream = gzip.GzipFile(fileobj=file) if compression == "gzip" else file
+        while block := stream.read(PIECE_BYTES):
+            yield block
+
+
+def _compression(file: BinaryIO) -> Literal["zstd", "gzip"] | None:
+    magic = os.pread(file.fileno(), 4, 0)
     if magic == zstandard.FRAME_HEADER:
-        reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=False)
-        return cast(BinaryIO, reader)
-    return file
+        return "zstd"
+    return "gzip" if magic.startswith(b"\x1f\x8b") else None
 
 
-def _cut(annotation: Annotation, stream: BinaryIO, file: BinaryIO) -> Iterator[Piece]:
+def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
+    # Not the library's own stream reader, which takes a file that was cut short for one that ends there.
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    while data := file.read(_COMPRESSED_BYTES):
+        while data:
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            if block := frame.decompress(data):
+                yield block
+            data = frame.unused_data
+    if not frame.eof:
+        raise EOFError("a frame has no end")
+
+
+def _cut(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
+    blocks = _blocks(file)
     text = b""
     while not text:
-        block = stream.read(PIECE_BYTES)
-        if not block:
+        block = next(blocks, None)
+        if block is None:
             raise InputError(f"{annotation.meta}: is empty; write a JSON array of entries")
         text = block.removeprefix(b"\xef\xbb\xbf").lstrip()
     is_lines = not text.startswith(b"[")
     if not is_lines:
         text = text[1:]
-    # The text lies in the file as it is, unless it was decompressed.
-    offset = file.tell() - len(text) if stream is file else None
-    while block := stream.read(PIECE_BYTES):
+    offset = None if _compression(file) else file.tell() - len(text)
+    for block in blocks:
         text += block
         end = text.rfind(b"\n") + 1 if is_lines else _end_of_entries(text)
         if end:

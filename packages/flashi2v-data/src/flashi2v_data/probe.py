@@ -44,6 +44,9 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
             height, width = frame.height, frame.width
             if frame.rotation % 180:
                 height, width = width, height
+            # Where a file has an index (mp4), that tells whether its end was cut off.
+            if any(entry.pos + entry.size > container.size for entry in stream.index_entries):
+                raise DecodeError(name, "is cut short")
             num_frames = stream.frames
             if not num_frames:
                 container.seek(0, stream=stream)

@@ -130,8 +130,8 @@ def _plot(report: FilterReport, config: FilterConfig, path: Path) -> None:
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     counts, near = figure.subplots(1, 2)
-    bars = {"kept": report.kept, **{reason: count for reason, count in report.dropped.items() if count}}
-    counts.barh([*bars][::-1], [*bars.values()][::-1])
+    bars = [("kept", report.kept), *((reason, count) for reason, count in report.dropped.items() if count)]
+    counts.barh([name for name, _ in bars[::-1]], [count for _, count in bars[::-1]])
     counts.set(xlabel="clips", title=f"{report.total:,} clips")
     for setting in dict.fromkeys(miss.setting for miss in sorted(report.misses)):
         steps = sorted(
