@@ -1,4 +1,5 @@
 import builtins
+import contextlib
 import copyreg
 import os
 import pickle
@@ -60,28 +61,27 @@ class _Call:
 
 def _malicious(flag):
     command = f"touch {flag}"
-    yield "os.system", pickle.dumps(_Call(os.system, command))
-    yield "eval", pickle.dumps(_Call(builtins.eval, f"open({str(flag)!r}, 'w')"))
-    yield "nested", pickle.dumps({**RECORD, "cap": ["a", {"b": _Call(os.system, command)}]})
+    yield pickle.dumps(_Call(os.system, command))
+    yield pickle.dumps(_Call(builtins.eval, f"open({str(flag)!r}, 'w')"))
+    yield pickle.dumps({**RECORD, "cap": ["a", {"b": _Call(os.system, command)}]})
     for protocol in range(6):
-        yield f"protocol {protocol}", pickle.dumps(_Call(os.system, command), protocol)
-    yield "INST", b"(S'" + command.encode() + b"'\nios\nsystem\n."
-    yield "OBJ", b"(cos\nsystem\nS'" + command.encode() + b"'\no."
-    yield "BUILD", b"\x80\x02ccollections\nOrderedDict\n)\x81}b."
-    yield "persistent id", b"\x80\x04\x8c\x01aQ."
-    yield "extension", b"\x80\x02\x82\xf0."
-    yield "buffer", b"\x80\x05\x97."
-    yield "global alone", b"\x80\x04\x8c\x02os\x8c\x06system\x93."
+        yield pickle.dumps(_Call(os.system, command), protocol)
+    yield b"(S'" + command.encode() + b"'\nios\nsystem\n."
+    yield b"(cos\nsystem\nS'" + command.encode() + b"'\no."
+    yield b"\x80\x02ccollections\nOrderedDict\n)\x81}b."
+    yield b"\x80\x04\x8c\x01aQ."
+    yield b"\x80\x02\x82\xf0."
+    yield b"\x80\x05\x97."
+    yield b"\x80\x04\x8c\x02os\x8c\x06system\x93."
 
 
 def test_pickles_that_would_run_code_are_refused_and_run_nothing(tmp_path):
     copyreg.add_extension("os", "system", 0xF0)
     flag = tmp_path / "ran"
     try:
-        for name, data in _malicious(flag):
+        for data in _malicious(flag):
             with pytest.raises(PickleRefused, match="might run code"):
                 load_value(data)
-                pytest.fail(name)
             with pytest.raises(PickleRefused, match="might run code"):
                 load_value(zstandard.compress(data))
     finally:
@@ -105,10 +105,8 @@ def test_pickles_that_would_run_code_are_refused_and_run_nothing(tmp_path):
 )
 def test_what_a_pickle_claims_is_not_allocated(data):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
+    with contextlib.suppress(PickleRefused):
         load_value(data)
-    except PickleRefused:
-        pass
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
@@ -117,10 +115,8 @@ def test_any_bytes_are_read_or_refused(noise, at, byte):
     data = bytearray(pickle.dumps(RECORD))
     data[at % len(data)] = byte
     for changed in (noise, bytes(data), bytes(data[:at])):
-        try:
+        with contextlib.suppress(PickleRefused):
             load_value(changed)
-        except PickleRefused:
-            pass
 
 
 def _public_store(path, values, subdir=True, **more):

@@ -111,7 +111,10 @@ def test_a_compressed_file_that_was_cut_short_says_so(tmp_path, compress):
 def test_bytes_that_are_not_utf8_become_the_path_that_opens_the_file(tmp_path):
     path = tmp_path / "meta.jsonl"
     path.write_bytes(b'{"path": "caf\xe9.mp4"}\n{"path": "\\udce9.mp4"}\n')
-    assert [entry["path"] for entry in read_entries(Annotation("/v", str(path)))] == ["/v/caf\udce9.mp4", "/v/\udce9.mp4"]
+    assert [entry["path"] for entry in read_entries(Annotation("/v", str(path)))] == [
+        "/v/caf\udce9.mp4",
+        "/v/\udce9.mp4",
+    ]
 
 
 def test_an_entry_without_an_end_is_not_read_to_the_end_of_the_file(tmp_path, monkeypatch):
@@ -148,7 +151,9 @@ def test_memory_does_not_grow_with_the_meta_json(tmp_path):
     assert size_kib > 50_000
     # A process of its own: peak memory never falls again.
     program = (
-        "import resource, sys; from flashi2v_data.meta import read_entries; from flashi2v_data.records import Annotation\n"
+        "import resource, sys\n"
+        "from flashi2v_data.meta import read_entries\n"
+        "from flashi2v_data.records import Annotation\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); count = sum(1 for _ in read_entries(Annotation('', sys.argv[1])))\n"
         "print(count, peak() - before)"

@@ -9,7 +9,7 @@ import pytest
 
 from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.probe import VideoInfo, probe
-from flashi2v_data.probe_cache import Probed, ProbeCache
+from flashi2v_data.probe_cache import ProbeCache, Probed
 from flashi2v_data.prober import Prober
 from flashi2v_data.video import write_video
 

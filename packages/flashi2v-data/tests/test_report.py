@@ -22,9 +22,7 @@ def test_near_misses_are_told_in_sentences():
     report = FilterReport()
     report.count(10, [HD] * 3120 + [Drop("too_fast", Miss("min_motion_value", -0.1, ""))] * 2)
     text = report.describe(CONFIG)
-    assert (
-        "3120 clips of 1280x720 miss min_hxw by 2.5 % after cropping to 480:832; 898560 would keep them" in text
-    )
+    assert "3120 clips of 1280x720 miss min_hxw by 2.5 % after cropping to 480:832; 898560 would keep them" in text
     assert "2 clips miss min_motion_value by 0.1; -0.1 would keep them" in text
 
 

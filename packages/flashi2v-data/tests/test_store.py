@@ -201,9 +201,8 @@ def test_a_store_of_another_schema_asks_for_an_update(tmp_path):
 
 def test_an_unfinished_part_is_continued_for_the_same_purpose_alone(tmp_path):
     with StoreWriter(tmp_path / "part", {"limit": 1}) as writer:
-        writer.append([b"\x01", b"\x02"], "after two")
-        writer.commit()
-        writer.append([b"\x09"], "lost")
+        writer.append([b"\x01", b"\x02"] * 5000, lambda: "after 10,000")
+        writer.append([b"\x09"], lambda: "lost")
         with pytest.raises(InputError, match="is being written by another process"):
             StoreWriter(tmp_path / "part", {"limit": 1}, resume=True)
     with pytest.raises(InputError, match="continue it by --resume, or remove it"):
@@ -211,7 +210,7 @@ def test_an_unfinished_part_is_continued_for_the_same_purpose_alone(tmp_path):
     with pytest.raises(InputError, match="was begun with another limit"):
         StoreWriter(tmp_path / "part", {"limit": 2}, resume=True)
     with StoreWriter(tmp_path / "part", {"limit": 1}, resume=True) as writer:
-        assert (writer.state, writer.count) == ("after two", 2)
-        writer.append([b"\x03"], "after three")
+        assert (writer.state, writer.count) == ("after 10,000", 10_000)
+        writer.append([b"\x03"])
         writer.finish(tmp_path / "a.lmdb", None, {})
-    assert list(open_store(tmp_path / "a.lmdb")) == [1, 2, 3]
+    assert list(open_store(tmp_path / "a.lmdb")) == [1, 2] * 5000 + [3]

@@ -1,5 +1,6 @@
 """The command `flashi2v-data filter`: files in, a store and its report out."""
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -50,7 +51,7 @@ def filter_files(
         report = FilterReport.from_json(begun["report"])
         try:
             for outcome in _outcomes(config, annotations, report, jobs, probe_timeout, begun["place"]):
-                writer.append(outcome.kept, {"place": outcome.place, "report": report.to_json()})
+                writer.append(outcome.kept, functools.partial(_state, outcome.place, report))
         except InputError:
             writer.discard()  # once the input is mended, this part fits no more
             raise
@@ -58,6 +59,10 @@ def filter_files(
         writer.finish(path, config.compression, config.model_dump(), report=report.to_json())
     write_report(report, config, directory, plots)
     return path, report
+
+
+def _state(place: int, report: FilterReport) -> dict[str, Any]:
+    return {"place": place, "report": report.to_json()}
 
 
 def count_files(config: FilterConfig, *, jobs: int, probe_timeout: float) -> FilterReport:

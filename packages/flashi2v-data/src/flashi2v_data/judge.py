@@ -111,9 +111,9 @@ class Judge:
                 return drop
         elif not is_complete(entry):
             return None
-        drop = first_drop(*self._parts(entry))
-        if drop is not None:
-            return drop
+        size, length, motion = self._parts(entry)
+        if size is not None or length is not None or motion is not None:
+            return first_drop(size, length, motion)
         entry["num_frames"] = int(entry["num_frames"])
         cut = entry.get("cut")
         entry["start_frame_idx"] = int(cut[0]) if cut else 0
@@ -127,15 +127,14 @@ class Judge:
             resolution, motion, cut = entry.resolution, entry.motion, entry.cut
             size = judge_size(resolution.height, resolution.width)
             length = judge_length(entry.fps, entry.num_frames)
-            if size is None and length is None and (motion is UNSET or judge_motion(motion) is None):
+            moved = None if motion is UNSET else judge_motion(motion)
+            if size is None and length is None and moved is None:
                 if not entry.path.startswith("/"):
                     entry.path = prefix + entry.path
                 entry.start_frame_idx = 0 if cut is UNSET else cut[0]
                 kept.append(entry)
             else:
-                drop = first_drop(size, length, judge_motion(motion))
-                assert drop is not None
-                drops.append(drop)
+                drops.append(first_drop(size, length, moved))
         return kept, drops
 
     def _parts(self, entry: dict[str, Any]) -> Iterator[Drop | None]:

@@ -204,7 +204,7 @@ LENGTH_RULES: tuple[Rule[Length], ...] = (
         # As in the reference, a product: the quotient may round to the other side of the limit.
         lambda length, limits: length.num_frames <= limits.too_long_factor * _sample_span(length, limits),
         num_samples_long,
-        _up(2),
+        _up(1),
     ),
     Rule("fps_too_low", "train_fps", lambda length, limits: interval(length, limits) >= 1, _fps, _down(2)),
     Rule(
@@ -267,12 +267,20 @@ def _apply(rules: tuple[Rule[Part], ...], part: Part, limits: Limits, clips: str
     return None
 
 
-def first_drop(*drops: Drop | None) -> Drop | None:
-    """Return the drop of the first rule; where there is another, no single setting is the cause."""
-    present = [drop for drop in drops if drop is not None]
-    if len(present) > 1:
-        return Drop(min((drop.reason for drop in present), key=ORDER.__getitem__))
-    return present[0] if present else None
+def first_drop(size: Drop | None, length: Drop | None, motion: Drop | None) -> Drop:
+    """Return the drop, of those present, of the first rule; where there is another, no single setting is the cause."""
+    if length is None and motion is None and size is not None:
+        return size
+    if size is None and motion is None and length is not None:
+        return length
+    reasons = [drop.reason for drop in (size, length, motion) if drop is not None]
+    if len(reasons) > 1:
+        return _WITHOUT_MISS[min(reasons, key=ORDER.__getitem__)]
+    assert motion is not None
+    return motion
+
+
+_WITHOUT_MISS = {reason: Drop(reason) for reason in REASONS}
 
 
 def is_number(value: Any) -> TypeGuard[float]:

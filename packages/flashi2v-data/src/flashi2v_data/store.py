@@ -130,11 +130,12 @@ class LmdbStore:
             IndexError: there is no such record.
             InputError: its value is damaged, or a pickle that might run code.
         """
-        if not 0 <= index < len(self):
+        ends = self._ends
+        if not 0 <= index < ends[-1]:
             raise IndexError(f"record {index} of {len(self)}")
-        part = bisect.bisect_right(self._ends, index)
-        number = index - self._ends[part - 1] if part else index
-        with self._environments()[part].begin(buffers=True) as transaction:
+        part = bisect.bisect_right(ends, index)
+        number = index - ends[part - 1] if part else index
+        with self._environments()[part].begin() as transaction:
             value = transaction.get(key_of(number))
             if value is None:
                 raise InputError(f"{self.paths[part]}: record {number} is missing")
@@ -206,9 +207,9 @@ def _count_records(path: Path, transaction: lmdb.Transaction) -> int:
     return int(key) + 1
 
 
-def _legacy_record(value: memoryview) -> Any:
+def _legacy_record(value: bytes) -> Any:
     """Read a record of the public code, which leaves out what it takes for granted."""
-    record = load_value(bytes(value))
+    record = load_value(value)
     if not isinstance(record, dict) or not isinstance(record.get("path"), str) or "num_frames" not in record:
         raise ValueError("is no clip with path, cap and num_frames")
     record.setdefault("fps", 24.0)  # as the public filter assumes

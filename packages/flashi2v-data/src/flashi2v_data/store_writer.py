@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ _FIRST_MAP_SIZE = 64 << 20
 _BATCH = 8192
 
 
-def key_of(index: int) -> bytes:
-    """Return the key of a record: of fixed width, as LMDB orders keys by their bytes."""
-    return b"%012d" % index
+# The key of a record: of fixed width, as LMDB orders keys by their bytes.
+key_of: Callable[[int], bytes] = b"%012d".__mod__
 
 
 class StoreWriter:
@@ -38,7 +37,7 @@ class StoreWriter:
         resume: continue the part that is there.
 
     Attributes:
-        state: what was handed to `append` last, before the process that wrote the part ended.
+        state: what `append` was given last before something reached the disk.
         count: records handed in.
 
     Raises:
@@ -68,6 +67,7 @@ class StoreWriter:
         with self._environment.begin() as transaction:
             value = transaction.get(_STATE)
         if value is None:
+            self.commit()  # so that even an empty part says what it is for
             return
         saved = msgspec.msgpack.decode(value)
         if saved["purpose"] != self._purpose:
@@ -83,20 +83,20 @@ class StoreWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def append(self, values: Sequence[bytes | memoryview], state: Any = None) -> None:
-        """Add values; `state` is what to go on from if these are the last that reach the disk.
+    def append(self, values: Sequence[bytes | memoryview], state: Callable[[], Any] = lambda: None) -> None:
+        """Add values; `state` gives what to go on from if these are the last that reach the disk.
 
         Raises:
             StorageError: the disk is full.
         """
         self._waiting += values
         self.count += len(values)
-        self.state = state
         if len(self._waiting) >= _BATCH:
+            self.state = state()
             self.commit()
 
     def commit(self) -> None:
-        """Write what waits.
+        """Write what waits, and the state.
 
         Raises:
             StorageError: the disk is full.

@@ -57,8 +57,8 @@ class ValueCodec:
         try:
             record = self._decode(decompress(value) if self._compression else value)
         except (msgspec.DecodeError, zstandard.ZstdError) as error:
-            raise ValueError(str(error)) from None
-        if isinstance(record, dict) and isinstance(record.get("path"), bytes):
+            raise ValueError(f"is damaged: {error}") from None
+        if type(record) is dict and type(record.get("path")) is bytes:
             record["path"] = os.fsdecode(record["path"])
         return record
 
