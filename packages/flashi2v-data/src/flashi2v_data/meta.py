@@ -205,7 +205,7 @@ def parse_whole(piece: Piece) -> list[Any] | None:
 
 
 def _bracketed(piece: Piece) -> bytes:
-    return b"[" + piece.text if piece.is_last else b"[%b]" % memoryview(piece.text)[:-1]
+    return b"[" + piece.text if piece.is_last else b"".join((b"[", memoryview(piece.text)[:-1], b"]"))
 
 
 def _join(entries: list[Any], root: str) -> None:
