@@ -176,8 +176,9 @@ def test_a_cache_is_only_read_where_nothing_may_be_written(tmp_path, video):
 
 def test_what_is_no_cache_says_so(tmp_path):
     (tmp_path / "data.mdb").write_bytes(b"x" * 10_000)
+    prober = Prober(1, cache=tmp_path)
     with pytest.raises(InputError, match="is no probe cache, remove it"):
-        Prober(1, cache=tmp_path)
+        prober.submit("a.mp4")
 
 
 def test_a_cache_grows(tmp_path):

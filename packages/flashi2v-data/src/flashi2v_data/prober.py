@@ -30,12 +30,19 @@ class Prober:
     ) -> None:
         if readonly and cache is not None and not (cache / "data.mdb").exists():
             cache = None
-        self._cache = None if cache is None or readonly else ProbeCache(cache)
+        self._written = None if readonly else cache
+        self._cache: ProbeCache | None = None
         self._pool = WorkerPool(ProbeFile(cache), jobs, timeout=timeout, on_result=self._keep)
         self._recent: OrderedDict[str, Probing] = OrderedDict()
 
     def submit(self, path: str) -> Probing:
-        """Start to probe a video, or join a probing that was started lately."""
+        """Start to probe a video, or join a probing that was started lately.
+
+        Raises:
+            InputError: the cache is none.
+        """
+        if self._cache is None and self._written is not None:
+            self._cache = ProbeCache(self._written)
         probing = self._recent.get(path)
         if probing is None:
             probing = self._recent[path] = self._pool.submit(path)

@@ -135,14 +135,14 @@ class LmdbStore:
             raise IndexError(f"record {index} of {len(self)}")
         part = bisect.bisect_right(ends, index)
         number = index - ends[part - 1] if part else index
-        with self._environments()[part].begin() as transaction:
-            value = transaction.get(key_of(number))
-            if value is None:
-                raise InputError(f"{self.paths[part]}: record {number} is missing")
-            try:
-                record: Record = self._read[part](value)
-            except ValueError as error:
-                raise InputError(f"{self.paths[part]}: record {number} {error}") from None
+        # The value is a copy, and the transaction ends with this line.
+        value = self._environments()[part].begin().get(key_of(number))
+        if value is None:
+            raise InputError(f"{self.paths[part]}: record {number} is missing")
+        try:
+            record: Record = self._read[part](value)
+        except ValueError as error:
+            raise InputError(f"{self.paths[part]}: record {number} {error}") from None
         return record
 
     def __iter__(self) -> Iterator[Record]:
