@@ -6,7 +6,8 @@ import pytest
 
 from flashi2v_data.config import DataConfig, FilterConfig
 from flashi2v_data.filter import filter_records
-from flashi2v_data.records import Annotation, read_entries
+from flashi2v_data.meta import read_entries
+from flashi2v_data.records import Annotation
 from flashi2v_data.shapes import write_shapes
 from flashi2v_data.store import write_store
 

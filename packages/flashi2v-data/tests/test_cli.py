@@ -1,14 +1,13 @@
 import json
-import os
-import signal
+import pickle
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import lmdb
 import pytest
 
-from flashi2v_data.store import open_store
+from flashi2v_data.store import open_store, write_store
 
 FILTER = """\
 ann_txt_path: shapes/videos.txt # as the reference's file
@@ -51,6 +50,7 @@ def place(tmp_path_factory) -> Path:
 def test_filter_writes_the_store_and_its_reports(place):
     assert sorted(path.name for path in (place / "lmdb").iterdir()) == [
         "filtered_samples_5.lmdb",
+        "probe_cache",
         "report.json",
         "report.txt",
     ]
@@ -70,43 +70,16 @@ def test_filter_never_mixes_two_results_in_one_folder(place):
     assert again.stderr.startswith("flashi2v-data: save_path holds lmdb/filtered_samples_5.lmdb already")
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_an_interrupted_filter_leaves_nothing_and_says_one_line(place, tmp_path, jobs):
-    entry = {"path": str(place / "shapes/videos/000000.mp4"), "cap": "a cap"}
-    (tmp_path / "meta.json").write_text("\n".join([json.dumps(entry)] * 50_000))
-    (tmp_path / "videos.txt").write_text(f"/,{tmp_path}/meta.json\n")
-    (tmp_path / "filter.yaml").write_text(FILTER.replace("shapes/videos.txt", "videos.txt"))
-    command = [sys.executable, "-m", "flashi2v_data.cli", "filter", "--filter_config", "filter.yaml", "--jobs", jobs]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # Background jobs of a shell, as a CI may be, ignore interrupts and hand that down.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    # A first batch of records is in the store, so the worker processes are at work.
-    while not any(path.stat().st_size > 50_000 for path in tmp_path.glob("lmdb/.store.*/store.lmdb/data.mdb")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.5)  # both of them
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "flashi2v-data: interrupted\n")
-    assert list((tmp_path / "lmdb").iterdir()) == []
-
-
 def test_inspect_counts_and_shows(place):
     result = _run(place, "inspect", "lmdb", "--open-videos")
     assert (result.returncode, result.stderr) == (0, "")
     for expected in (
         "records    5\n",
         "setting    train_fps: 16.0\n",
-        "resolution 32x48 (5)\n",
-        "fps        16.0 (5)\n",
-        "frames     7 to 7\n",
+        "filtered   5 of 7 clips were kept\n",
+        "resolution        32x48          5  ########################################\n",
+        "fps                16.0          5  ###",
+        "frames                7          5  ###",
         "missing    1 videos\n",
         "missing.mp4\n",
     ):
@@ -122,15 +95,40 @@ def test_inspect_reports_videos_that_cannot_be_opened(place):
         opened, looked = _run(place, "inspect", "lmdb", "--open-videos"), _run(place, "inspect", "lmdb")
     finally:
         path.write_bytes(whole)
-    assert "unreadable 1 videos\n           cannot read video" in opened.stdout
+    assert f"unreadable 1 videos\n           {path}: Invalid data" in opened.stdout
     assert "unreadable" not in looked.stdout
+
+
+def test_inspect_reports_videos_that_are_not_what_their_records_say(place, tmp_path):
+    record = {**open_store(place / "lmdb")[0], "num_frames": 8, "start_frame_idx": 0}
+    write_store(tmp_path / "a.lmdb", [record, {**record, "num_frames": 7, "fps": 24}, {**record, "num_frames": 7}], {})
+    result = _run(place, "inspect", str(tmp_path / "a.lmdb"), "--open-videos")
+    assert result.returncode == 0
+    assert f"wrong      2 videos\n           {record['path']}: the video is 48x32, 16 fps, 7 frames" in result.stdout
+
+
+def test_inspect_reads_stores_of_the_public_code(place, tmp_path):
+    with lmdb.open(str(tmp_path / "a.lmdb")) as environment, environment.begin(write=True) as transaction:
+        for number in range(30):
+            record = {"path": f"/{number}.mp4", "cap": "a b", "num_frames": 40 + number}
+            transaction.put(b"%012d" % number, pickle.dumps(record))
+    result = _run(place, "inspect", str(tmp_path / "a.lmdb"))
+    assert (result.returncode, result.stderr) == (0, "")
+    for expected in (
+        "records    30\n",
+        "setting    none: written by the public code\n",
+        "resolution     not said         30  ###",
+        "frames            40-43          4  ###",
+        "missing    30 videos\n           /0.mp4\n",
+    ):
+        assert expected in result.stdout
 
 
 def test_inspect_stops_at_its_limit_and_plots(place):
     result = _run(place, "inspect", "lmdb/filtered_samples_5.lmdb", "--limit", "2", "--plots", "plots")
     assert result.returncode == 0
     assert "records    5, looked at the first 2\n" in result.stdout
-    assert "resolution 32x48 (2)\n" in result.stdout
+    assert "resolution        32x48          2  ###" in result.stdout
     names = {path.name for path in (place / "plots").iterdir()}
     assert names == {"fps.png", "num_frames.png", "resolution.png", "caption_words.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (place / "plots").iterdir())
@@ -154,6 +152,8 @@ def test_plots_without_matplotlib_say_how_to_install_it(place):
         (["filter", "--filter_config", "shapes/videos.txt"], "shapes/videos.txt: must hold settings"),
         (["inspect", "nowhere"], "nowhere: no such LMDB"),
         (["inspect", "shapes"], "shapes: neither an LMDB nor a folder"),
+        (["filter", "--filter_config", "filter.yaml", "--explain", "no.mp4"], "no entry has the path no.mp4"),
+        (["filter", "--filter_config", "filter.yaml", "--probe-timeout", "0"], "--probe-timeout"),
         (["shapes", "shapes"], "exists: name a new directory"),
         (["shapes", "new", "--size", "64"], "--size: expected HEIGHTxWIDTH"),
         (["shapes", "new", "--sise", "64x64"], "Unknown option"),

@@ -2,15 +2,24 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flashi2v_data.config import FilterConfig
-from flashi2v_data.errors import DecodeError
-from flashi2v_data.filter import FilterReport, filter_records, judge_entry
+from flashi2v_data.filter import FileFilter, filter_records
+from flashi2v_data.frames import frame_indices, frame_interval
+from flashi2v_data.judge import Judge
+from flashi2v_data.limits import Drop, Length, Limits, Miss, num_frames_available
+from flashi2v_data.meta import read_entries
 from flashi2v_data.probe import VideoInfo
-from flashi2v_data.records import Annotation, read_entries
+from flashi2v_data.prober import Prober
+from flashi2v_data.records import Annotation
+from flashi2v_data.report import FilterReport
+from flashi2v_data.values import ValueCodec
 
 CASES = json.loads(Path(__file__).with_name("filter_cases.json").read_text())
 CONFIG = FilterConfig(ann_txt_path="videos.txt", save_path="lmdb", **CASES["config"])
+INFO = VideoInfo(1080, 1920, 24.0, 120)
 GOOD = {
     "path": "good.mp4",
     "cap": "a cap",
@@ -20,23 +29,19 @@ GOOD = {
 }
 
 
-def _no_video(path: str) -> VideoInfo:
-    raise DecodeError(path, "no such file")
-
-
-def _video(_path: str) -> VideoInfo:
-    return VideoInfo(1080, 1920, 24.0, 120)
+def judge(entry, info=None, config=CONFIG):
+    return Judge(config)(entry, info)
 
 
 @pytest.mark.parametrize("entry", CASES["entries"], ids=lambda entry: Path(entry["path"]).stem)
 def test_every_entry_is_kept_or_dropped_as_by_the_reference(entry):
-    outcome = judge_entry(entry, CONFIG, _video)
+    outcome = judge(dict(entry), INFO if "fps" not in entry else None)
     expected = CASES["why"][Path(entry["path"]).stem]
-    assert (outcome if isinstance(outcome, str) else "keep") == expected
+    assert (outcome.reason if isinstance(outcome, Drop) else "keep") == expected
 
 
 def test_a_kept_record_is_complete_and_keeps_further_keys():
-    record = judge_entry({**GOOD, "cut": [10, 130], "crop": [0, 100, 0, 100]}, CONFIG, _no_video)
+    record = judge({**GOOD, "cut": [10, 130], "crop": [0, 100, 0, 100]})
     assert record == {**GOOD, "cut": [10, 130], "crop": [0, 100, 0, 100], "start_frame_idx": 10}
 
 
@@ -61,24 +66,40 @@ def test_a_kept_record_is_complete_and_keeps_further_keys():
         ({"cap": []}, "no_cap"),
         ({"cap": ["a", 1]}, "no_cap"),
         ({"path": None}, "invalid_entry"),
-        ({"id": 1 << 70}, "invalid_entry"),
-        ({"cap": "\ud800"}, "invalid_entry"),
+        ({"fps": 10**400}, "no_fps"),
+        ({"fps": 1e-300}, "no_fps"),
+        ({"fps": [24]}, "no_fps"),
+        ({"motion": {}}, "invalid_motion"),
+        ({"motion": True}, "invalid_motion"),
+        ({"resolution": {"height": 10**200, "width": 10**200}}, "no_resolution"),
+        ({"resolution": {"height": True, "width": True}}, "no_resolution"),
+        ({"crop": None}, "invalid_crop"),
+        ({"crop": [0, 10, 5, 5]}, "invalid_crop"),
+        ({"crop": [0, 10]}, "invalid_crop"),
+        ({"crop": [0, 10, 0, "10"]}, "invalid_crop"),
     ],
 )
 def test_unusable_values_are_counted_reasons(change, reason):
-    assert judge_entry({**GOOD, **change}, CONFIG, _no_video) == reason
+    assert judge({**GOOD, **change}) == Drop(reason)
 
 
 @pytest.mark.parametrize("entry", [None, 5, "a.mp4", [], {}, {"cap": "no path"}])
 def test_an_entry_that_is_no_record_is_counted(entry):
-    assert judge_entry(entry, CONFIG, _no_video) == "invalid_entry"
+    assert judge(entry) == Drop("invalid_entry")
+
+
+@pytest.mark.parametrize("change", [{"id": 1 << 70}, {"cap": "\ud800"}, {"cap": ["a", "\udcff"]}, {"\ud800": 1}])
+def test_what_cannot_be_stored_is_counted(change):
+    report = FilterReport()
+    assert list(filter_records([{**GOOD, **change}], CONFIG, report)) == []
+    assert report.dropped["invalid_entry"] == report.total == 1
 
 
 @pytest.mark.parametrize("key", ["resolution", "fps", "num_frames"])
 def test_what_an_entry_leaves_out_is_read_from_the_video(key):
     entry = {name: value for name, value in GOOD.items() if name != key}
-    assert judge_entry(entry, CONFIG, _video) == {**GOOD, "start_frame_idx": 0}
-    assert judge_entry(entry, CONFIG, _no_video) == "unreadable"
+    assert judge(dict(entry)) is None
+    assert judge(entry, INFO) == {**GOOD, "start_frame_idx": 0}
 
 
 @pytest.mark.parametrize(
@@ -86,9 +107,9 @@ def test_what_an_entry_leaves_out_is_read_from_the_video(key):
 )
 def test_without_num_frames_the_clip_is_its_cut_within_the_video(cut, num_frames):
     entry = {name: value for name, value in GOOD.items() if name != "num_frames"}
-    outcome = judge_entry({**entry, "cut": cut}, CONFIG, _video)
+    outcome = judge({**entry, "cut": cut}, INFO)
     if num_frames is None:
-        assert outcome == "invalid_cut"
+        assert outcome == Drop("invalid_cut")
     else:
         assert (outcome["start_frame_idx"], outcome["num_frames"]) == (cut[0], num_frames)
 
@@ -96,14 +117,53 @@ def test_without_num_frames_the_clip_is_its_cut_within_the_video(cut, num_frames
 @pytest.mark.parametrize(("num_frames", "outcome"), [(96, "too_short"), (97, "keep"), (490, "keep"), (491, "too_long")])
 def test_sample_stride_replaces_the_frame_rate(num_frames, outcome):
     config = CONFIG.model_copy(update={"train_fps": None, "sample_stride": 2})
-    result = judge_entry({**GOOD, "fps": 5, "num_frames": num_frames}, config, _no_video)
-    assert (result if isinstance(result, str) else "keep") == outcome
+    result = judge({**GOOD, "fps": 5, "num_frames": num_frames}, None, config)
+    assert (result.reason if isinstance(result, Drop) else "keep") == outcome
 
 
 def test_a_picture_of_exactly_the_sample_size_has_exactly_its_pixels():
     config = CONFIG.model_copy(update={"min_hxw": 480 * 832})
-    assert not isinstance(judge_entry({**GOOD, "resolution": {"height": 480, "width": 832}}, config), str)
-    assert judge_entry({**GOOD, "resolution": {"height": 479, "width": 832}}, config) == "res_too_small"
+    assert not isinstance(judge({**GOOD, "resolution": {"height": 480, "width": 832}}, None, config), Drop)
+    assert judge({**GOOD, "resolution": {"height": 479, "width": 832}}, None, config).reason == "res_too_small"
+
+
+@given(
+    start=st.integers(0, 1000),
+    num_frames=st.integers(1, 3000),
+    fps=st.sampled_from([8, 15, 15.95, 16, 23.976, 24, 25, 29.97, 30, 50, 59.94, 60, 120]),
+    rate=st.sampled_from([(16.0, None), (24.0, None), (8.0, None), (None, 1), (None, 3)]),
+)
+def test_the_number_of_frames_is_that_of_the_frames_that_training_reads(start, num_frames, fps, rate):
+    limits = Limits(480, 832, 49, 1, *rate, 1.2, 0.4, 5, 1, 0)
+    indices = frame_indices(start, num_frames, frame_interval(fps, *rate))
+    assert num_frames_available(Length(fps, num_frames), limits) == len(indices)
+
+
+@pytest.mark.parametrize(
+    ("change", "miss"),
+    [
+        ({"resolution": {"height": 720, "width": 1280}}, Miss("min_hxw", 898560, "1280x720")),
+        ({"resolution": {"height": 1201, "width": 1000}}, None),  # too small besides
+        ({"resolution": {"height": 2402, "width": 2000}}, Miss("max_h_div_w_ratio", 1.201, "2000x2402")),
+        ({"resolution": {"height": 1000, "width": 3000}}, Miss("min_h_div_w_ratio", 0.3333, "3000x1000")),
+        ({"num_frames": 370}, Miss("too_long_factor", 5.1, "")),
+        ({"num_frames": 70}, Miss("sample_num_frames", 45, "")),
+        ({"num_frames": 1}, Miss("sample_num_frames", 1, "")),
+        ({"fps": 12, "num_frames": 60}, Miss("train_fps", 12, "")),
+        ({"fps": 12, "num_frames": 40}, None),  # too short even at 12 fps
+        ({"motion": -0.1}, Miss("min_motion_value", -0.1, "")),
+        ({"motion": 1.01}, Miss("max_motion_value", 1.01, "")),
+        ({"motion": 1.01, "num_frames": 70}, None),
+        ({"fps": None}, None),
+    ],
+)
+def test_a_near_miss_names_the_one_setting_that_would_keep_the_clip(change, miss):
+    drop = judge({**GOOD, **change})
+    assert drop.miss == miss
+    if miss is not None:
+        value = int(miss.value) if isinstance(getattr(CONFIG, miss.setting), int) else miss.value
+        mended = CONFIG.model_copy(update={miss.setting: value})
+        assert not isinstance(judge({**GOOD, **change}, None, mended), Drop)
 
 
 def test_the_report_counts_every_entry_once():
@@ -116,7 +176,7 @@ def test_the_report_counts_every_entry_once():
         "fps_too_low": 2,
         "invalid_entry": 1,
     }
-    assert "fps_too_low                2  fps below train_fps" in str(report)
+    assert "fps_too_low                2  fps below train_fps" in report.describe(CONFIG)
 
 
 def test_processes_give_the_same_records_in_the_same_order(shapes, filter_config):
@@ -126,8 +186,9 @@ def test_processes_give_the_same_records_in_the_same_order(shapes, filter_config
     bare = [{"path": entry["path"], "cap": str(number)} for number, entry in enumerate(entries * 25)]
     bare[5]["path"] = str(shapes / "videos.txt")
     alone, shared = FilterReport(), FilterReport()
-    expected = list(filter_records(bare, config, alone))
-    assert list(filter_records(bare, config, shared, jobs=2)) == expected
+    expected = list(filter_records([dict(entry) for entry in bare], config, alone))
+    again = [{"path": entry["path"], "cap": entry["cap"]} for entry in bare]
+    assert list(filter_records(again, config, shared, jobs=2)) == expected
     assert alone == shared
     assert alone.dropped["unreadable"] == 1
     assert [record["resolution"] for record in expected[:1]] == [{"height": 32, "width": 48}]
@@ -145,3 +206,39 @@ def test_entries_are_taken_as_they_are_needed(filter_config):
 
     next(filter_records(entries(), filter_config(sample_num_frames=49)))
     assert len(taken) < 1000
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("kind", ["plain", "further keys", "lines", "nested lists"])
+def test_files_give_the_same_in_processes_as_entry_by_entry(tmp_path, monkeypatch, kind, compression):
+    monkeypatch.setattr("flashi2v_data.meta.PIECE_BYTES", 2000)
+    entries = [
+        {**GOOD, "path": f"{number}.mp4", "num_frames": 60 + number, "motion": number / 50, "cut": [number, 999]}
+        for number in range(100)
+    ]
+    if kind == "further keys":
+        entries = [
+            {**entry, "crop": [0, 9, 0, 9], "id": n, "fps": None if n == 7 else 24} for n, entry in enumerate(entries)
+        ]
+    if kind == "nested lists":
+        entries = [{**entry, "shots": [{"at": 1}, {"at": 2}]} for entry in entries]
+    path = tmp_path / "meta.json"
+    path.write_text("\n".join(map(json.dumps, entries)) if kind == "lines" else json.dumps(entries, indent=1))
+    annotations = [Annotation("/videos", str(path))] * 2
+    config = CONFIG.model_copy(update={"compression": compression})
+
+    alone, report = FilterReport(), FilterReport()
+    expected = list(filter_records((e for a in annotations for e in read_entries(a)), config, alone))
+    prober = Prober(1)
+    files = FileFilter(annotations, config, prober, jobs=2)
+    outcomes = list(files.outcomes())
+    files.close()
+    prober.close()
+    codec = ValueCodec(compression)
+    for outcome in outcomes:
+        report.add(outcome.report, config)
+    assert [codec.unpack(value) for outcome in outcomes for value in outcome.kept] == expected
+    assert report == alone
+    assert 0 < report.kept < report.total == 200
+    assert [outcome.place for outcome in outcomes] == list(range(1, len(outcomes) + 1))
+    assert len(outcomes) > 10

@@ -7,7 +7,8 @@ import pytest
 
 from flashi2v_data.decode import read_frames
 from flashi2v_data.errors import InputError
-from flashi2v_data.records import Annotation, read_annotations, read_entries
+from flashi2v_data.meta import read_entries
+from flashi2v_data.records import Annotation, read_annotations
 from flashi2v_data.shapes import (
     BACKGROUNDS,
     COLOURS,

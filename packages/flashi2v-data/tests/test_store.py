@@ -1,6 +1,8 @@
 import multiprocessing
 import operator
+import os
 import pickle
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
@@ -9,6 +11,8 @@ import pytest
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.store import open_store, write_store
+from flashi2v_data.store_writer import StoreWriter
+from flashi2v_data.values import ValueCodec
 
 
 def _records(num: int, name: str = "v") -> list[dict]:
@@ -91,7 +95,7 @@ def test_what_is_no_store_says_so(tmp_path):
         open_store(tmp_path)
     with lmdb.open(str(tmp_path / "foreign.lmdb")) as environment, environment.begin(write=True) as transaction:
         transaction.put(b"0", b"x")
-    with pytest.raises(InputError, match="without the header"):
+    with pytest.raises(InputError, match="an LMDB without records"):
         open_store(tmp_path / "foreign.lmdb")
     (tmp_path / "text.lmdb").write_text("hello")
     with pytest.raises(InputError, match="cannot be opened as LMDB"):
@@ -128,3 +132,85 @@ def test_a_pickled_store_is_small_and_opens_again(tmp_path):
     data = pickle.dumps(store)
     assert len(data) < 2000
     assert pickle.loads(data)[999]["path"] == "v999.mp4"
+
+
+def _open_elsewhere(path) -> str:
+    try:
+        return open_store(path)[0]["path"]
+    except InputError as error:
+        return str(error)
+
+
+def test_a_store_that_is_deleted_is_read_on_by_who_has_it_and_missed_by_others(tmp_path):
+    path = write_store(tmp_path / "a.lmdb", _records(2500), {})
+    store = open_store(path)
+    assert store[0]["path"] == "v0.mp4"
+    shutil.rmtree(path)
+    assert store[2499]["path"] == "v2499.mp4"
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert "no such LMDB" in pool.submit(_open_elsewhere, path).result()
+        with pytest.raises(InputError, match="cannot be opened as LMDB"):
+            pool.submit(operator.getitem, store, 0).result()
+
+
+def test_a_copy_that_was_cut_short_is_refused_rather_than_read_beyond_its_end(tmp_path):
+    path = write_store(tmp_path / "a.lmdb", _records(2500), {})
+    file = path / "data.mdb"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(InputError, match="copy it again"):
+        open_store(path)
+
+
+def test_compressed_values_come_back_and_are_smaller(tmp_path):
+    records = [{**record, "cap": "a dog runs over the grass " * 40} for record in _records(300)]
+    codec = ValueCodec("zstd")
+    with StoreWriter(tmp_path / "part") as writer:
+        writer.append([codec.pack(record) for record in records])
+        writer.finish(tmp_path / "small.lmdb", "zstd", {})
+    large = write_store(tmp_path / "large.lmdb", records, {})
+    assert list(open_store(tmp_path / "small.lmdb")) == records
+    assert (tmp_path / "small.lmdb/data.mdb").stat().st_size < (large / "data.mdb").stat().st_size / 3
+
+
+def test_a_path_that_is_not_utf8_and_a_long_caption_come_back(tmp_path):
+    record = {**_records(1)[0], "path": os.fsdecode(b"/caf\xe9.mp4"), "cap": "x" * 100_000}
+    assert open_store(write_store(tmp_path / "a.lmdb", [record], {}))[0] == record
+
+
+def test_what_cannot_be_stored_is_refused(tmp_path):
+    with pytest.raises(InputError, match="record 1 holds a value that cannot be stored"):
+        write_store(tmp_path / "a.lmdb", [_records(1)[0], {**_records(1)[0], "id": 1 << 70}], {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_value_names_its_record(tmp_path):
+    with StoreWriter(tmp_path / "part") as writer:
+        writer.append([b"\xc1"])
+        writer.finish(tmp_path / "a.lmdb", None, {})
+    with pytest.raises(InputError, match=r"a\.lmdb: record 0 "):
+        open_store(tmp_path / "a.lmdb")[0]
+
+
+def test_a_store_of_another_schema_asks_for_an_update(tmp_path):
+    path = write_store(tmp_path / "a.lmdb", _records(1), {})
+    with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"header", b"\x81\xa6schema\x63")
+    with pytest.raises(InputError, match="has schema 99, this version reads 1: update flashi2v-data"):
+        open_store(path)
+
+
+def test_an_unfinished_part_is_continued_for_the_same_purpose_alone(tmp_path):
+    with StoreWriter(tmp_path / "part", {"limit": 1}) as writer:
+        writer.append([b"\x01", b"\x02"] * 5000, lambda: "after 10,000")
+        writer.append([b"\x09"], lambda: "lost")
+        with pytest.raises(InputError, match="is being written by another process"):
+            StoreWriter(tmp_path / "part", {"limit": 1}, resume=True)
+    with pytest.raises(InputError, match="continue it by --resume, or remove it"):
+        StoreWriter(tmp_path / "part", {"limit": 1})
+    with pytest.raises(InputError, match="was begun with another limit"):
+        StoreWriter(tmp_path / "part", {"limit": 2}, resume=True)
+    with StoreWriter(tmp_path / "part", {"limit": 1}, resume=True) as writer:
+        assert (writer.state, writer.count) == ("after 10,000", 10_000)
+        writer.append([b"\x03"])
+        writer.finish(tmp_path / "a.lmdb", None, {})
+    assert list(open_store(tmp_path / "a.lmdb")) == [1, 2] * 5000 + [3]

@@ -7,10 +7,11 @@ if TYPE_CHECKING:
     from flashi2v_data.config import DataConfig, FilterConfig, load_config
     from flashi2v_data.dataset import FlashI2VDataset
     from flashi2v_data.decode import read_frames
-    from flashi2v_data.errors import DecodeError, InputError
-    from flashi2v_data.filter import FilterReport, filter_records
+    from flashi2v_data.errors import DecodeError, InputError, StorageError
+    from flashi2v_data.filter import filter_records
     from flashi2v_data.loader import StatefulLoader, build_dataloader
     from flashi2v_data.randomness import generator
+    from flashi2v_data.report import FilterReport
     from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
     from flashi2v_data.shapes import write_shapes
     from flashi2v_data.store import LmdbStore, open_store, write_store
@@ -23,10 +24,11 @@ _HOMES = {
     "config": ("DataConfig", "FilterConfig", "load_config"),
     "dataset": ("FlashI2VDataset",),
     "decode": ("read_frames",),
-    "errors": ("DecodeError", "InputError"),
-    "filter": ("FilterReport", "filter_records"),
+    "errors": ("DecodeError", "InputError", "StorageError"),
+    "filter": ("filter_records",),
     "loader": ("StatefulLoader", "build_dataloader"),
     "randomness": ("generator",),
+    "report": ("FilterReport",),
     "sampler": ("SampleKey", "StatefulDistributedSampler"),
     "shapes": ("write_shapes",),
     "store": ("LmdbStore", "open_store", "write_store"),
@@ -45,6 +47,7 @@ __all__ = [
     "SampleKey",
     "StatefulDistributedSampler",
     "StatefulLoader",
+    "StorageError",
     "__version__",
     "build_dataloader",
     "build_transform",

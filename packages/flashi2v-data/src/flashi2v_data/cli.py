@@ -1,23 +1,20 @@
 """The command line `flashi2v-data`."""
 
-import dataclasses
-import json
+import os
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import cyclopts
 from cyclopts import App, Parameter
-from tqdm import tqdm
 
 from flashi2v_data import __version__
-from flashi2v_data.atomic import atomic_file
 from flashi2v_data.config import FilterConfig, load_config
 from flashi2v_data.console import run
 from flashi2v_data.errors import InputError
-from flashi2v_data.filter import FilterReport, filter_records
-from flashi2v_data.records import read_annotations, read_entries
-from flashi2v_data.store import open_store, write_store
+from flashi2v_data.prober import PROBE_TIMEOUT_SECONDS
+from flashi2v_data.report import check_plots
 
 app = App(name="flashi2v-data", help="Video data for training FlashI2V.", version=__version__, help_format="plaintext")
 
@@ -30,11 +27,20 @@ def main() -> NoReturn:
 
 
 @app.command(name="filter")
-def filter_command(*, filter_config: Annotated[Path, Parameter(name="--filter_config")], jobs: Positive = 1) -> None:
+def filter_command(
+    *,
+    filter_config: Annotated[Path, Parameter(name="--filter_config")],
+    jobs: Positive | None = None,
+    probe_timeout: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = PROBE_TIMEOUT_SECONDS,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    explain: str | None = None,
+    plots: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
     """Filter meta JSON into an LMDB.
 
     Writes <save_path>/filtered_samples_<kept>.lmdb and, beside it, report.txt and report.json with a count for every
-    reason why clips were dropped.
+    reason why clips were dropped, and how near they were.
 
     Example: flashi2v-data filter --filter_config filter_config.yaml --jobs 8
 
@@ -43,26 +49,31 @@ def filter_command(*, filter_config: Annotated[Path, Parameter(name="--filter_co
     filter_config
         YAML with ann_txt_path, save_path and the limits.
     jobs
-        Processes that read what entries leave out from the videos.
+        Processes that judge entries, and read what they leave out from the videos; by default one for every processor.
+    probe_timeout
+        Seconds after which a video that does not answer is given up.
+    resume
+        Continue what a run left that was ended.
+    dry_run
+        Write nothing but the report, to the terminal.
+    explain
+        Tell the fate of the video of this path, rule by rule, and write nothing.
+    plots
+        Draw the report as report.png too.
     """
-    config = load_config(filter_config, FilterConfig)
-    annotations = read_annotations(config.ann_txt_path)
-    directory = Path(config.save_path)
-    earlier = sorted(directory.glob("filtered_samples_*.lmdb"))
-    if earlier:
-        # Training may name the folder, and would then see the clips of both.
-        raise InputError(f"save_path holds {earlier[0]} already: remove it, or choose another save_path")
+    from flashi2v_data.filtering import count_files, explain_path, filter_files
 
-    report = FilterReport()
-    entries = (entry for annotation in annotations for entry in read_entries(annotation))
-    with tqdm(entries, desc="filter", unit="clip", disable=None) as progress:
-        records = filter_records(progress, config, report, jobs=jobs)
-        path = write_store(directory / "filtered_samples_{count}.lmdb", records, config.model_dump())
-    with atomic_file(directory / "report.json") as file:
-        file.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-    with atomic_file(directory / "report.txt") as file:
-        file.write_text(f"{report}\n")
-    print(f"{report}\nwritten to {path}")
+    config = load_config(filter_config, FilterConfig)
+    if explain is not None:
+        for lines in explain_path(config, explain, probe_timeout=probe_timeout):
+            print("\n".join(lines))
+        return
+    jobs = jobs or _num_processors()
+    if dry_run:
+        print(count_files(config, jobs=jobs, probe_timeout=probe_timeout).describe(config))
+        return
+    path, report = filter_files(config, jobs=jobs, probe_timeout=probe_timeout, resume=resume, plots=plots)
+    print(f"{report.describe(config)}\nwritten to {path}")
 
 
 @app.command(name="inspect")
@@ -73,6 +84,8 @@ def inspect_command(
     limit: Positive | None = None,
     plots: Path | None = None,
     open_videos: Annotated[bool, Parameter(negative="")] = False,
+    jobs: Positive | None = None,
+    probe_timeout: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = PROBE_TIMEOUT_SECONDS,
 ) -> None:
     """Show what an LMDB, or a folder of them, holds, and which videos are missing.
 
@@ -81,23 +94,35 @@ def inspect_command(
     Parameters
     ----------
     path
-        An LMDB written by `flashi2v-data filter`, or a folder of them.
+        An LMDB written by `flashi2v-data filter` or by the public code, or a folder of them.
     limit
         Look at so many records only.
     plots
         Write histograms into this directory.
     open_videos
-        Open every video and report those that cannot be read.
+        Open every video and report those that cannot be read, or are not what their records say.
+    jobs
+        Processes that open videos; by default one for every processor.
+    probe_timeout
+        Seconds after which a video that does not answer is given up.
     """
     from flashi2v_data.inspection import describe_store, inspect_store, plot_store
+    from flashi2v_data.prober import Prober
+    from flashi2v_data.store import open_store
 
+    if plots is not None:
+        check_plots()
     store = open_store(path)
-    found = inspect_store(store, limit=limit, open_videos=open_videos)
-    # Before any text: a missing matplotlib should not hide below a page of it.
+    with closing(Prober(jobs or _num_processors(), probe_timeout)) as prober:
+        found = inspect_store(store, limit=limit, prober=prober if open_videos else None)
     charts = [] if plots is None else plot_store(found, plots)
     print(describe_store(store, found))
     for chart in charts:
         print(f"plot       {chart}")
+
+
+def _num_processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @app.command(name="shapes")

@@ -180,6 +180,10 @@ class FilterConfig(Settings):
     too_long_factor: PositiveFloat = 5.0
     max_motion_value: float = 1.0
     min_motion_value: float = 0.0
+    compression: Literal["zstd"] | None = Field(None, description="Compress every value of the LMDB.")
+    probe_cache_path: str | None = Field(
+        None, description="Directory that keeps what videos said, for further filters; default <save_path>/probe_cache."
+    )
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "FilterConfig":

@@ -9,7 +9,7 @@ import pydantic
 from tqdm import tqdm
 
 from flashi2v_data.config import fault_lines
-from flashi2v_data.errors import InputError
+from flashi2v_data.errors import InputError, StorageError
 
 
 class _Handler(logging.Handler):
@@ -33,7 +33,8 @@ def configure_logging(level: int = logging.INFO) -> None:
 def run(app: cyclopts.App, *, errors: tuple[type[Exception], ...] = (InputError,)) -> NoReturn:
     """Run a command line and exit: 0 on success, 2 with one line on stderr for wrong usage or `errors`.
 
-    An interrupt exits 130; any other exception propagates, so Python prints its traceback and exits 1.
+    A StorageError exits 1 with one line, an interrupt 130; any other exception propagates, so Python prints its
+    traceback and exits 1.
     """
     configure_logging()
     app.suppress_keyboard_interrupt = False  # cyclopts would exit without a word
@@ -43,6 +44,8 @@ def run(app: cyclopts.App, *, errors: tuple[type[Exception], ...] = (InputError,
         _fail(app, _usage_fault(error), 2)
     except errors as error:
         _fail(app, str(error), 2)
+    except StorageError as error:
+        _fail(app, str(error), 1)
     except KeyboardInterrupt:
         _fail(app, "interrupted", 130)
     sys.exit(0)

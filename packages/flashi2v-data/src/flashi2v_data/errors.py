@@ -5,6 +5,10 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message is one line that names it and says what to change."""
 
 
+class StorageError(RuntimeError):
+    """Something could not be written (a full disk, say); the message is one line that says what to do."""
+
+
 class DecodeError(RuntimeError):
     """A video file that cannot be read, or not far enough."""
 

@@ -1,4 +1,10 @@
-"""Records in LMDB: read from disk one by one, so that neither a large set nor many workers fill the memory."""
+"""Records in LMDB: read from disk one by one, so that neither a large set nor many workers fill the memory.
+
+A store of this package holds under the key `header` a msgpack map: `schema` (1), `count`, `compression` (null or
+"zstd"), `config` (what it was made with) and, where a filter wrote it, `report`. Records have keys of 12 digits, from
+000000000000 on; each is a msgpack map, compressed by itself. Stores of the public code have such keys too, pickled
+values and no header.
+"""
 
 import bisect
 import itertools
@@ -10,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
-import msgpack
+import msgspec
 
 from flashi2v_data.errors import InputError
+from flashi2v_data.legacy import load_value
 from flashi2v_data.records import Record
-
-SCHEMA = 1
-_HEADER = b"header"
-_FIRST_MAP_SIZE = 64 << 20
-_BATCH = 1000
+from flashi2v_data.store_writer import HEADER, SCHEMA, StoreWriter, key_of
+from flashi2v_data.values import ValueCodec
 
 
 def write_store(path: str | os.PathLike[str], records: Iterable[Record], config: Mapping[str, Any]) -> Path:
@@ -33,59 +37,23 @@ def write_store(path: str | os.PathLike[str], records: Iterable[Record], config:
         The path written.
 
     Raises:
-        InputError: something of that name is there already.
+        InputError: something of that name is there already, or a record cannot be stored.
+        StorageError: the disk is full.
     """
-    path = Path(path)
+    path, codec = Path(path), ValueCodec()
     if path.exists():
         raise InputError(f"{path} exists: remove it, or choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".store.", dir=path.parent) as holder:
-        temporary = Path(holder) / "store.lmdb"
-        count = _write(temporary, records, config)
-        final = path.with_name(path.name.replace("{count}", str(count)))
-        if final.exists():
-            raise InputError(f"{final} exists: remove it, or choose another place")
-        os.rename(temporary, final)
+        with StoreWriter(Path(holder) / "store") as writer:
+            for number, record in enumerate(records):
+                value = codec.pack(record)
+                if value is None:
+                    raise InputError(f"record {number} holds a value that cannot be stored: {record!r:.200}")
+                writer.append([value])
+            final = path.with_name(path.name.replace("{count}", str(writer.count)))
+            writer.finish(final, None, config)
         return final
-
-
-def is_storable(record: Mapping[str, Any]) -> bool:
-    """Tell whether a record's values can be written."""
-    try:
-        msgpack.packb(record)
-    except (OverflowError, TypeError, ValueError):
-        return False
-    return True
-
-
-def _write(path: Path, records: Iterable[Record], config: Mapping[str, Any]) -> int:
-    count = 0
-    items = iter(records)
-    # Without sync after every batch: nothing may be read before the rename, and a last sync precedes it.
-    with lmdb.open(str(path), map_size=_FIRST_MAP_SIZE, sync=False) as environment:
-        while batch := [msgpack.packb(record) for record in itertools.islice(items, _BATCH)]:
-            _put(environment, [(_key(count + offset), value) for offset, value in enumerate(batch)])
-            count += len(batch)
-        header = {"schema": SCHEMA, "count": count, "config": dict(config)}
-        _put(environment, [(_HEADER, msgpack.packb(header))])
-        environment.sync(True)
-    return count
-
-
-def _key(index: int) -> bytes:
-    return b"%012d" % index  # fixed width: LMDB orders keys as bytes
-
-
-def _put(environment: lmdb.Environment, items: list[tuple[bytes, bytes]]) -> None:
-    while True:
-        try:
-            with environment.begin(write=True) as transaction:
-                for key, value in items:
-                    transaction.put(key, value)
-            return
-        except lmdb.MapFullError:
-            # The failed transaction left nothing behind.
-            environment.set_mapsize(2 * environment.info()["map_size"])
 
 
 # LMDB forbids opening a file twice in a process, and a forked child counts as having opened what its parent had.
@@ -109,8 +77,18 @@ def _environment(path: str) -> lmdb.Environment:
             environment = lmdb.open(path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False)
         except lmdb.Error as error:
             raise InputError(f"{path}: cannot be opened as LMDB: {str(error).removeprefix(f'{path}: ')}") from None
+        _check_size(path, environment)
         _environments[path] = environment
     return environment
+
+
+def _check_size(path: str, environment: lmdb.Environment) -> None:
+    """Refuse a file that was not copied to its end: reading beyond would kill the process."""
+    file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
+    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if os.path.getsize(file) < needed:
+        environment.close()
+        raise InputError(f"{file}: has {os.path.getsize(file)} bytes of {needed}: copy it again")
 
 
 class LmdbStore:
@@ -120,7 +98,9 @@ class LmdbStore:
 
     Attributes:
         paths: the LMDBs.
-        config: what the first was made with (for a filtered store the filter's settings).
+        config: what the first was made with (for a filtered store the filter's settings); empty for one of the public
+            code.
+        reports: what the filter counted, for each LMDB that says so.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -128,24 +108,41 @@ class LmdbStore:
         self._open: tuple[int, list[lmdb.Environment]] | None = None
         headers = [_read_header(path, environment) for path, environment in zip(self.paths, self._environments())]
         self.config: dict[str, Any] = headers[0]["config"]
+        self.reports: list[dict[str, Any]] = [header["report"] for header in headers if "report" in header]
         for path, header in zip(self.paths, headers):
             # Where they lie may differ; the clips in them must be alike.
             if _limits(header) != _limits(headers[0]):
                 raise InputError(f"{path} was filtered with other settings than {self.paths[0]}: filter them alike")
         self._ends = list(itertools.accumulate(header["count"] for header in headers))
+        self._read = [
+            _legacy_record if header["schema"] is None else ValueCodec(header["compression"]).unpack
+            for header in headers
+        ]
 
     def __len__(self) -> int:
         """Return the number of records."""
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        """Return record number `index`."""
-        if not 0 <= index < len(self):
+        """Return record number `index`.
+
+        Raises:
+            IndexError: there is no such record.
+            InputError: its value is damaged, or a pickle that might run code.
+        """
+        ends = self._ends
+        if not 0 <= index < ends[-1]:
             raise IndexError(f"record {index} of {len(self)}")
-        part = bisect.bisect_right(self._ends, index)
-        begin = self._ends[part - 1] if part else 0
-        with self._environments()[part].begin(buffers=True) as transaction:
-            record: Record = msgpack.unpackb(transaction.get(_key(index - begin)))
+        part = bisect.bisect_right(ends, index)
+        number = index - ends[part - 1] if part else index
+        # The value is a copy, and the transaction ends with this line.
+        value = self._environments()[part].begin().get(key_of(number))
+        if value is None:
+            raise InputError(f"{self.paths[part]}: record {number} is missing")
+        try:
+            record: Record = self._read[part](value)
+        except ValueError as error:
+            raise InputError(f"{self.paths[part]}: record {number} {error}") from None
         return record
 
     def __iter__(self) -> Iterator[Record]:
@@ -164,7 +161,7 @@ class LmdbStore:
 
 
 def open_store(path: str | os.PathLike[str]) -> LmdbStore:
-    """Open an LMDB of `flashi2v-data filter`, or a folder of them.
+    """Open an LMDB of `flashi2v-data filter` or of the public code, or a folder of them.
 
     Raises:
         InputError: there is none, or it is of another kind.
@@ -185,14 +182,41 @@ def _parts(path: Path) -> list[Path]:
 
 def _read_header(path: Path, environment: lmdb.Environment) -> dict[str, Any]:
     with environment.begin() as transaction:
-        value = transaction.get(_HEADER)
-    if value is None:
-        raise InputError(f"{path}: an LMDB without the header of flashi2v-data; write it with `flashi2v-data filter`")
-    header: dict[str, Any] = msgpack.unpackb(value)
-    if header["schema"] != SCHEMA:
-        raise InputError(f"{path}: has schema {header['schema']}, this version reads {SCHEMA}: update flashi2v-data")
+        value = transaction.get(HEADER)
+        if value is None:
+            return {"schema": None, "count": _count_records(path, transaction), "compression": None, "config": {}}
+    try:
+        header = msgspec.msgpack.decode(value, type=dict[str, Any])
+    except msgspec.DecodeError:
+        header = {}
+    if header.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path}: has schema {header.get('schema')}, this version reads {SCHEMA}: update flashi2v-data"
+        )
     return header
 
 
+def _count_records(path: Path, transaction: lmdb.Transaction) -> int:
+    """Count the records of a public store, beside which other keys (a length, say) may stand."""
+    with transaction.cursor() as cursor:
+        # The last key that begins with a digit.
+        found = cursor.prev() if cursor.set_range(b":") else cursor.last()
+        key = bytes(cursor.key()) if found else b""
+    if len(key) != 12 or not key.isdigit() or transaction.get(key_of(0)) is None:
+        raise InputError(f"{path}: an LMDB without records; write one with `flashi2v-data filter`")
+    return int(key) + 1
+
+
+def _legacy_record(value: bytes) -> Any:
+    """Read a record of the public code, which leaves out what it takes for granted."""
+    record = load_value(value)
+    if not isinstance(record, dict) or not isinstance(record.get("path"), str) or "num_frames" not in record:
+        raise ValueError("is no clip with path, cap and num_frames")
+    record.setdefault("fps", 24.0)  # as the public filter assumes
+    record.setdefault("start_frame_idx", 0)
+    return record
+
+
 def _limits(header: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in header["config"].items() if not key.endswith("_path")}
+    others = ("compression",)
+    return {key: value for key, value in header["config"].items() if not key.endswith("_path") and key not in others}

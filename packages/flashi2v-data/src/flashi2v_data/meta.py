@@ -1,0 +1,309 @@
+"""Meta JSON of any size: entries in pieces, in constant memory.
+
+A file is cut into pieces of whole entries, which may be parsed anywhere (in another process, say). Where to cut an
+array is a guess: behind a comma between braces. It is right if the piece parses, for what precedes it was whole; if it
+does not (the comma was inside a string or a nested list), `MetaParser` goes through the entries one by one.
+"""
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, BinaryIO, Literal
+
+import msgspec
+import zstandard
+
+from flashi2v_data.errors import InputError
+from flashi2v_data.records import Annotation
+
+# What is parsed of one piece should stay in the processor's cache, and be worth sending to another process.
+PIECE_BYTES = 256 << 10
+_COMPRESSED_BYTES = 16 << 10
+# An unclosed bracket would otherwise swallow the file.
+MAX_ENTRY_BYTES = 64 << 20
+
+_lenient = json.JSONDecoder()  # reads what msgspec refuses: NaN, whole numbers beyond 64 bits, lone surrogates
+_space = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass
+class Piece:
+    """Consecutive bytes of a meta JSON, behind the opening bracket of an array."""
+
+    annotation: Annotation
+    text: bytes
+    is_lines: bool  # JSON Lines, else part of an array
+    is_last: bool
+    end: int  # how far the file has been read, in bytes as they lie on the disk
+    offset: int | None  # where the text begins in the file; None in a compressed one
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process as a place in the file, where possible: reading costs less than a pipe."""
+        place = (self.annotation, self.is_lines, self.is_last, self.end)
+        if self.offset is None:
+            return _piece, (*place, None, self.text)
+        return _piece, (*place, self.offset, len(self.text))
+
+
+def _piece(
+    annotation: Annotation, is_lines: bool, is_last: bool, end: int, offset: int | None, text: bytes | int
+) -> Piece:
+    if isinstance(text, int):
+        assert offset is not None
+        with open(annotation.meta, "rb", buffering=0) as file:
+            text = os.pread(file.fileno(), text, offset)
+    return Piece(annotation, text, is_lines, is_last, end, offset)
+
+
+def read_entries(annotation: Annotation) -> Iterator[Any]:
+    """Yield the entries of a meta JSON, their paths joined to the root; memory use does not grow with the file.
+
+    The file is one JSON array, or JSON lines, plain or compressed by gzip or zstd. Entries are whatever the file holds:
+    checking them is the filter's job.
+
+    Raises:
+        InputError: the file is not valid JSON.
+    """
+    parser = MetaParser(annotation)
+    for piece in read_pieces(annotation):
+        yield from parser.parse(piece)
+
+
+def read_pieces(annotation: Annotation) -> Iterator[Piece]:
+    """Cut a meta JSON into pieces.
+
+    Raises:
+        InputError: the file is empty, or its compression is damaged.
+    """
+    with open(annotation.meta, "rb") as file:
+        try:
+            yield from _cut(annotation, file)
+        except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise InputError(f"{annotation.meta}: cannot be decompressed, is it whole? {error}") from None
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Yield what a file holds, decompressed."""
+    compression = _compression(file)
+    if compression == "zstd":
+        yield from _zstd_blocks(file)
+    else:
+        stream = gzip.GzipFile(fileobj=file) if compression == "gzip" else file
+        while block := stream.read(PIECE_BYTES):
+            yield block
+
+
+def _compression(file: BinaryIO) -> Literal["zstd", "gzip"] | None:
+    magic = os.pread(file.fileno(), 4, 0)
+    if magic == zstandard.FRAME_HEADER:
+        return "zstd"
+    return "gzip" if magic.startswith(b"\x1f\x8b") else None
+
+
+def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
+    # Not the library's own stream reader, which takes a file that was cut short for one that ends there.
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    while data := file.read(_COMPRESSED_BYTES):
+        while data:
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            if block := frame.decompress(data):
+                yield block
+            data = frame.unused_data
+    if not frame.eof:
+        raise EOFError("a frame has no end")
+
+
+def _cut(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
+    blocks = _blocks(file)
+    text = b""
+    while not text:
+        block = next(blocks, None)
+        if block is None:
+            raise InputError(f"{annotation.meta}: is empty; write a JSON array of entries")
+        text = block.removeprefix(b"\xef\xbb\xbf").lstrip()
+    is_lines = not text.startswith(b"[")
+    if not is_lines:
+        text = text[1:]
+    offset = None if _compression(file) else file.tell() - len(text)
+    for block in blocks:
+        text += block
+        end = text.rfind(b"\n") + 1 if is_lines else _end_of_entries(text)
+        if end:
+            yield Piece(annotation, text[:end], is_lines, False, file.tell(), offset)
+            text = text[end:]
+            offset = None if offset is None else offset + end
+        elif len(text) > MAX_ENTRY_BYTES:
+            raise InputError(
+                f"{annotation.meta}: holds an entry of more than {MAX_ENTRY_BYTES >> 20} MiB, or is no meta JSON"
+            )
+    yield Piece(annotation, text, is_lines, True, file.tell(), offset)
+
+
+def _end_of_entries(text: bytes) -> int:
+    """Return where to cut: behind the last comma that has a closing brace before and an opening one after it."""
+    brace = text.rfind(b"{")
+    while brace > 0:
+        # Only spaces may stand around the comma; so many are enough for any indentation.
+        before = text[max(0, brace - 256) : brace].rstrip()
+        if before.endswith(b",") and before[:-1].rstrip().endswith(b"}"):
+            return text.rindex(b",", 0, brace) + 1
+        brace = text.rfind(b"{", 0, brace)
+    return 0
+
+
+class PlainResolution(msgspec.Struct, forbid_unknown_fields=True):
+    """`resolution` of a plain entry."""
+
+    height: int | float
+    width: int | float
+
+
+_Index = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class PlainEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """A complete entry of the documented keys alone, all of the right type: it is read and judged fastest."""
+
+    path: str
+    cap: str | Annotated[list[str], msgspec.Meta(min_length=1)]
+    resolution: PlainResolution
+    fps: int | float
+    num_frames: int
+    cut: Annotated[list[_Index], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
+    motion: int | float | msgspec.UnsetType = msgspec.UNSET
+    start_frame_idx: int = 0
+
+
+_decoder = msgspec.json.Decoder()
+_plain_decoder = msgspec.json.Decoder(PlainEntry)
+_plain_array_decoder = msgspec.json.Decoder(list[PlainEntry])
+
+
+def parse_plain(piece: Piece) -> list[PlainEntry] | None:
+    """Return the entries of a piece if it was cut well and all are plain, else None; paths are not yet joined."""
+    try:
+        if piece.is_lines:
+            return _plain_decoder.decode_lines(piece.text)
+        return _plain_array_decoder.decode(_bracketed(piece))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def parse_whole(piece: Piece) -> list[Any] | None:
+    """Return the entries of a piece if it was cut well and is strict JSON, else None: `MetaParser` then reads it."""
+    try:
+        entries = _decoder.decode_lines(piece.text) if piece.is_lines else _decoder.decode(_bracketed(piece))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    _join(entries, piece.annotation.root)
+    return entries
+
+
+def _bracketed(piece: Piece) -> bytes:
+    return b"[" + piece.text if piece.is_last else b"".join((b"[", memoryview(piece.text)[:-1], b"]"))
+
+
+def _join(entries: list[Any], root: str) -> None:
+    prefix = os.path.join(root, "")
+    for entry in entries:
+        if isinstance(entry, dict):
+            path = entry.get("path")
+            if isinstance(path, str) and not path.startswith("/"):
+                entry["path"] = prefix + path
+
+
+class MetaParser:
+    """Reads the pieces of one meta JSON in their order.
+
+    Attributes:
+        is_between_entries: nothing is left over from the pieces so far.
+    """
+
+    def __init__(self, annotation: Annotation) -> None:
+        self._meta = annotation.meta
+        self._number = 0  # of entries, or of lines
+        self._rest = b""
+
+    @property
+    def is_between_entries(self) -> bool:
+        return not self._rest
+
+    def passed(self, piece: Piece, num_entries: int) -> None:
+        """Note that a piece was parsed elsewhere, by `parse_whole`."""
+        self._number += piece.text.count(b"\n") if piece.is_lines else num_entries
+
+    def parse(self, piece: Piece) -> list[Any]:
+        """Return the entries that end in this piece.
+
+        Raises:
+            InputError: the file is not valid JSON.
+        """
+        entries = parse_whole(piece) if self.is_between_entries else None
+        if entries is not None:
+            self.passed(piece, len(entries))
+            return entries
+        entries = self._parse_lines(piece) if piece.is_lines else self._parse_array(piece)
+        _join(entries, piece.annotation.root)
+        return entries
+
+    def _parse_lines(self, piece: Piece) -> list[Any]:
+        entries = []
+        for line in piece.text.splitlines():
+            self._number += 1
+            text = line.decode("utf-8", "surrogateescape").strip()
+            if text:
+                try:
+                    entries.append(_lenient.decode(text))
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise InputError(f"{self._meta}, line {self._number}: not valid JSON: {_reason(error)}") from None
+        return entries
+
+    def _parse_array(self, piece: Piece) -> list[Any]:
+        text = (self._rest + piece.text).decode("utf-8", "surrogateescape").rstrip()
+        closing = len(text) - 1 if piece.is_last and text.endswith("]") else len(text)
+        entries: list[Any] = []
+        begin = _skip_space(text, 0)
+        try:
+            while begin < closing or (begin == closing and self._number):
+                entry, end = _lenient.raw_decode(text, begin)
+                end = _skip_space(text, end)
+                if end != closing and text[end : end + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
+                entries.append(entry)
+                self._number += 1
+                begin = _skip_space(text, end + 1)
+                if begin >= len(text):
+                    break
+            if piece.is_last and closing == len(text):
+                raise json.JSONDecodeError("Expecting ']'", text, len(text))
+        except (json.JSONDecodeError, RecursionError) as error:
+            if piece.is_last or not _is_cut_off(error, text) or len(text) - begin > MAX_ENTRY_BYTES:
+                raise InputError(
+                    f"{self._meta}: not valid JSON after entry {self._number} (comments are not allowed): "
+                    f"{_reason(error)}"
+                ) from None
+        self._rest = text[begin:].encode("utf-8", "surrogateescape")
+        return entries
+
+
+def _skip_space(text: str, begin: int) -> int:
+    match = _space.match(text, begin)
+    assert match is not None
+    return match.end()
+
+
+def _reason(error: json.JSONDecodeError | RecursionError) -> str:
+    # The position that a JSONDecodeError adds counts from the piece's begin.
+    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+
+
+def _is_cut_off(error: json.JSONDecodeError | RecursionError, text: str) -> bool:
+    """Tell whether more text could mend a fault: it lies at the end, or a string's end is missing."""
+    return isinstance(error, json.JSONDecodeError) and (
+        error.pos >= len(text.rstrip()) - len("-Infinity") or error.msg.startswith("Unterminated string")
+    )
