@@ -58,6 +58,7 @@ def read_frames(
     backend: Backend = "auto",
     *,
     convert: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Read frames by their place in the order of display; places may repeat and come in any order.
 
@@ -71,6 +72,7 @@ def read_frames(
         backend: see `resolve_backend`.
         convert: applied to each frame, (H, W, 3) uint8, as soon as it is decoded: cropping or resizing here keeps a
             clip at full size out of memory.
+        out: where to put the result; the default makes a new array.
 
     Returns:
         (T, H, W, 3), uint8 RGB, T = len(indices); stacked results of `convert` where that is given.
@@ -108,7 +110,7 @@ def read_frames(
     else:
         frames = pyav.read(name, wanted, each)
     place_of = {index: number for number, index in enumerate(wanted)}
-    return np.stack([frames[place_of[index]] for index in places])
+    return np.stack([frames[place_of[index]] for index in places], out=out)
 
 
 def _check_file(path: str) -> None:

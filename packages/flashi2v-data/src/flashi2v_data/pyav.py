@@ -21,10 +21,17 @@ Convert = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 
 class _Key(NamedTuple):
-    """A frame that can be decoded without others: its timestamp in the file, and the frames shown before it."""
+    """A frame that can be decoded without others.
+
+    Attributes:
+        time: its timestamp in the file (of decoding).
+        place: how many frames are stored before it, which is its place among those shown, or just before.
+        last_time: timestamp of the last frame before the next key frame.
+    """
 
     time: int
-    index: int
+    place: int
+    last_time: int
 
 
 def read(path: str, indices: Sequence[int], convert: Convert) -> list[NDArray[np.uint8]]:
@@ -77,7 +84,7 @@ class _Video:
         self._container, self._stream = open_video(path)
         self._untouched = True
         self._keys, self._num_frames, self._has_times = self._scan()
-        self._before = {key.time: key.index for key in self._keys}
+        self._before = {key.time: key.place for key in self._keys}
         self._frames = self._from_start()
         self._next = 0
 
@@ -88,8 +95,8 @@ class _Video:
         """Return a frame, decoding no more than needed where `index` ascends from call to call."""
         if index >= self._num_frames:
             raise DecodeError(self.path, f"has {self._num_frames} frames, frame {index} was asked for")
-        last = bisect.bisect_right(self._keys, index, key=lambda key: key.index) - 1
-        if last < 0 or self._keys[last].index < self._next + _WORTH_A_JUMP:
+        last = bisect.bisect_right(self._keys, index, key=lambda key: key.place) - 1
+        if last < 0 or self._keys[last].place < self._next + _WORTH_A_JUMP:
             frame = self._advance(index)
             if frame is not None:
                 return frame
@@ -122,7 +129,8 @@ class _Video:
 
     def _from_key(self, key: _Key) -> Iterator[tuple[int, Any]]:
         self._untouched = False
-        self._container.seek(key.time, stream=self._stream)
+        # To its own time is not enough: seeking goes by the time when it is shown, which may be later.
+        self._container.seek(key.last_time, stream=self._stream)
         yield from self._decode(None)
 
     def _decode(self, first: int | None) -> Iterator[tuple[int, Any]]:
@@ -158,11 +166,16 @@ class _Video:
             self._untouched = False
             packets = [packet for packet in self._container.demux(self._stream) if packet.size]
             entries = [(packet.dts, packet.is_keyframe, packet.is_discard) for packet in packets]
-            has_times = all(packet.pts is not None for packet in packets)
-        keys: list[_Key] = []
-        num_frames = 0
-        for time, is_key, is_discarded in entries:
-            if is_key and time is not None and has_times:
-                keys.append(_Key(time, num_frames))
+            has_times = all(packet.pts is not None and packet.dts is not None for packet in packets)
+        starts: list[tuple[Any, int]] = []  # time and place of the key frames
+        last_times: list[Any] = []  # of the frames before them
+        num_frames, time = 0, None
+        for next_time, is_key, is_discarded in entries:
+            if is_key:
+                last_times.append(time)
+                starts.append((next_time, num_frames))
             num_frames += not is_discarded
+            time = next_time
+        last_times = [*last_times[1:], time]
+        keys = [_Key(*start, last) for start, last in zip(starts, last_times)] if has_times else []
         return keys, num_frames, has_times
