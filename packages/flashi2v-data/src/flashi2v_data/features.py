@@ -15,6 +15,7 @@ from typing import Any
 
 import lmdb
 import msgpack
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -151,12 +152,19 @@ class FeatureStore:
             self.made_by = made_by = _check_header(store, header, made_by)
 
     def get(self, key: bytes) -> dict[str, Tensor] | None:
-        """Return the tensors of a key, or None where there are none."""
+        """Return the tensors of a key, or None where there are none.
+
+        Raises:
+            InputError: they are damaged.
+        """
         for path in self.paths:
             with _environment(path).begin() as transaction:
                 value = transaction.get(key)
             if value is not None:
-                return safetensors.torch.load(value)
+                try:
+                    return safetensors.torch.load(value)
+                except safetensors.SafetensorError as error:
+                    raise InputError(f"{path}: holds damaged features, encode again: {error}") from None
         return None
 
 

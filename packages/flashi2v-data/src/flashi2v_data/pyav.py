@@ -7,7 +7,8 @@ list leaves out are not counted. Pictures are turned as the file's display matri
 import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +21,19 @@ _WORTH_A_JUMP = 4
 Convert = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 
-class _Key(NamedTuple):
+@dataclass
+class _Key:
     """A frame that can be decoded without others.
 
     Attributes:
-        time: its timestamp in the file (of decoding).
+        time: the timestamp that its packet bears.
         place: how many frames are stored before it, which is its place among those shown, or just before.
-        last_time: timestamp of the last frame before the next key frame.
+        target: the timestamp to seek.
     """
 
     time: int
     place: int
-    last_time: int
+    target: int
 
 
 def read(path: str, indices: Sequence[int], convert: Convert) -> list[NDArray[np.uint8]]:
@@ -129,8 +131,7 @@ class _Video:
 
     def _from_key(self, key: _Key) -> Iterator[tuple[int, Any]]:
         self._untouched = False
-        # To its own time is not enough: seeking goes by the time when it is shown, which may be later.
-        self._container.seek(key.last_time, stream=self._stream)
+        self._container.seek(key.target, stream=self._stream)
         yield from self._decode(None)
 
     def _decode(self, first: int | None) -> Iterator[tuple[int, Any]]:
@@ -143,7 +144,7 @@ class _Video:
         count = 0
         for packet in self._container.demux(self._stream):
             if first is None:
-                first = self._before.get(packet.dts)
+                first = self._before.get(getattr(packet, self._stamp))
                 if first is None:
                     continue
             if packet.pts is not None and not packet.is_discard:
@@ -158,24 +159,24 @@ class _Video:
     def _scan(self) -> tuple[list[_Key], int, bool]:
         """Find the key frames, count the frames, and tell whether packets say when they are shown."""
         index = self._stream.index_entries
-        has_times = True
         if self._container.format.name.startswith("mov") and len(index) == self._stream.frames:
             # The index of an mp4 lists all frames: nothing else needs to be read, however long the video.
+            self._stamp = "dts"
             entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in index]
         else:
+            self._stamp = "pts"
             self._untouched = False
             packets = [packet for packet in self._container.demux(self._stream) if packet.size]
-            entries = [(packet.dts, packet.is_keyframe, packet.is_discard) for packet in packets]
-            has_times = all(packet.pts is not None and packet.dts is not None for packet in packets)
-        starts: list[tuple[Any, int]] = []  # time and place of the key frames
-        last_times: list[Any] = []  # of the frames before them
-        num_frames, time = 0, None
-        for next_time, is_key, is_discarded in entries:
+            entries = [(packet.pts, packet.is_keyframe, packet.is_discard) for packet in packets]
+        keys: list[_Key] = []
+        num_frames = 0
+        for time, is_key, is_discarded in entries:
             if is_key:
-                last_times.append(time)
-                starts.append((next_time, num_frames))
+                keys.append(_Key(time, num_frames, time))
+            elif keys and self._stamp == "dts":
+                # Seeking goes by the time of display, and the one of decoding, being earlier, would lead to the group
+                # before; that of the group's last frame does not.
+                keys[-1].target = time
             num_frames += not is_discarded
-            time = next_time
-        last_times = [*last_times[1:], time]
-        keys = [_Key(*start, last) for start, last in zip(starts, last_times)] if has_times else []
-        return keys, num_frames, has_times
+        has_times = all(time is not None for time, _, _ in entries)
+        return keys if has_times else [], num_frames, has_times
