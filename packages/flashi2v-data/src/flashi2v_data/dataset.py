@@ -218,11 +218,11 @@ class FlashI2VDataset(Dataset[Sample]):
             )
         return indices[begin:end].tolist()
 
-    def _converter(self, record: Record, flip: bool) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
+    def _converter(self, record: Record, flip: bool) -> Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]:
         path, crop, resolution = record["path"], _crop(record), record["resolution"]
         sides = [resolution["height"], resolution["width"]]
 
-        def convert(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        def convert(frame: NDArray[np.uint8], place: NDArray[np.uint8]) -> None:
             height, width, _ = frame.shape
             if any(
                 side < min(recorded, needed) for side, recorded, needed in zip(frame.shape, sides, self.transform.size)
@@ -233,7 +233,7 @@ class FlashI2VDataset(Dataset[Sample]):
                 if not (0 <= left < right <= width and 0 <= top < bottom <= height):
                     raise DecodeError(path, f"is {height}x{width}, its crop [left, right, top, bottom] is {crop}")
                 frame = frame[top:bottom, left:right]
-            return self.transform.picture(frame, flip=flip)
+            self.transform.put_picture(frame, place, flip=flip)
 
         return convert
 

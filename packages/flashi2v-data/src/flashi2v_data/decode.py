@@ -5,7 +5,7 @@ import importlib
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -57,7 +57,7 @@ def read_frames(
     indices: Sequence[int] | NDArray[np.integer],
     backend: Backend = "auto",
     *,
-    convert: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
+    convert: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None] | None = None,
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Read frames by their place in the order of display; places may repeat and come in any order.
@@ -70,47 +70,56 @@ def read_frames(
         path: of a regular file.
         indices: places, from 0 on.
         backend: see `resolve_backend`.
-        convert: applied to each frame, (H, W, 3) uint8, as soon as it is decoded: cropping or resizing here keeps a
-            clip at full size out of memory.
-        out: where to put the result; the default makes a new array.
+        convert: called as `convert(frame, place)` for each frame, (H, W, 3) uint8, as soon as it is decoded; it puts
+            the frame into its place in `out`, cropped, resized, or in another order, so that no clip is ever held at
+            full size. It needs `out`.
+        out: where the result goes, of T places; the default makes a new array.
 
     Returns:
-        (T, H, W, 3), uint8 RGB, T = len(indices); stacked results of `convert` where that is given.
+        (T, H, W, 3), uint8 RGB, T = len(indices); or `out`.
 
     Raises:
         DecodeError: the file is missing, damaged, or has no such frame.
         InputError: the backend is not installed.
     """
     name = os.fspath(path)
-    places = [int(index) for index in indices]
-    if not places:
+    positions: dict[int, list[int]] = {}
+    for position, index in enumerate(indices):
+        positions.setdefault(int(index), []).append(position)
+    if not positions:
         raise InputError(f"{name}: no frame was asked for")
-    if min(places) < 0:
-        raise DecodeError(name, f"there is no frame {min(places)}")
+    wanted = sorted(positions)
+    if wanted[0] < 0:
+        raise DecodeError(name, f"there is no frame {wanted[0]}")
     _check_file(name)
-    decoder = resolve_backend(backend)
-    wanted = sorted(set(places))
-    sizes: set[tuple[int, ...]] = set()
+    size: tuple[int, ...] | None = None
+    for frame, index in zip(_frames(name, wanted, resolve_backend(backend)), wanted):
+        if size is None:
+            size = frame.shape
+            out = np.empty((len(indices), *size), np.uint8) if out is None else out
+        elif frame.shape != size:
+            raise DecodeError(name, f"changes its size from {size[0]}x{size[1]} to {frame.shape[0]}x{frame.shape[1]}")
+        assert out is not None
+        first, *others = positions[index]
+        if convert is None:
+            out[first] = frame
+        else:
+            convert(frame, out[first])
+        for position in others:
+            out[position] = out[first]
+    assert out is not None
+    return out
 
-    def each(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        sizes.add(frame.shape)
-        if len(sizes) > 1:
-            raise DecodeError(name, f"changes its size: {', '.join(f'{size[0]}x{size[1]}' for size in sorted(sizes))}")
-        return frame if convert is None else convert(frame)
 
+def _frames(path: str, indices: list[int], decoder: _Decoder) -> Iterator[NDArray[np.uint8]]:
     if decoder != "pyav":
-        reason = _difference(name, decoder)
+        reason = _difference(path, decoder)
         if reason is not None:
             _note(decoder, reason)
             decoder = "pyav"
     if decoder == "decord":
-        frames = _read_decord(name, wanted, each)
-    elif decoder == "torchcodec":
-        frames = _read_torchcodec(name, wanted, each)
-    else:
-        frames = pyav.read(name, wanted, each)
-    place_of = {index: number for number, index in enumerate(wanted)}
-    return np.stack([frames[place_of[index]] for index in places], out=out)
+        return _read_decord(path, indices)
+    return _read_torchcodec(path, indices) if decoder == "torchcodec" else pyav.read(path, indices)
 
 
 def _check_file(path: str) -> None:
@@ -175,41 +184,39 @@ def _note(decoder: str, reason: str) -> None:
     logger.info("%s differs from the other decoders for %s: such videos are decoded by pyav", decoder, reason)
 
 
-def _read_decord(path: str, indices: list[int], convert: pyav.Convert) -> list[NDArray[np.uint8]]:
+def _read_decord(path: str, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
     import decord
 
-    frames: list[NDArray[np.uint8]] = []
     try:
         # One thread: loader workers provide the parallelism, and decord's own pool costs memory in each of them.
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
         _check_range(path, indices, len(reader))
         for begin in range(0, len(indices), _CHUNK):
-            frames += map(convert, reader.get_batch(indices[begin : begin + _CHUNK]).asnumpy())
+            yield from reader.get_batch(indices[begin : begin + _CHUNK]).asnumpy()
     except DecodeError:
         raise
-    except (RuntimeError, decord.DECORDError) as error:
-        if "DECORDArrayCopyFromTo" in str(error):
-            # decord 0.6 pads the rows of some narrow pictures (of 48 and 72 pixels, say) and cannot copy them.
-            _note("decord", "some narrow pictures")
-            return pyav.read(path, indices, convert)
+    except decord.DECORDError as error:
+        if "DECORDArrayCopyFromTo" not in str(error):
+            raise DecodeError(path, _first_line(error)) from error
+        # decord 0.6 pads the rows of some narrow pictures (of 48 and 72 pixels, say) and fails at the first.
+        _note("decord", "some narrow pictures")
+        yield from pyav.read(path, indices)
+    except RuntimeError as error:
         raise DecodeError(path, _first_line(error)) from error
-    return frames
 
 
-def _read_torchcodec(path: str, indices: list[int], convert: pyav.Convert) -> list[NDArray[np.uint8]]:
+def _read_torchcodec(path: str, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
     from torchcodec.decoders import VideoDecoder
 
-    frames: list[NDArray[np.uint8]] = []
     try:
         reader: Any = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
         _check_range(path, indices, len(reader))
         for begin in range(0, len(indices), _CHUNK):
-            frames += map(convert, reader.get_frames_at(indices[begin : begin + _CHUNK]).data.numpy())
+            yield from reader.get_frames_at(indices[begin : begin + _CHUNK]).data.numpy()
     except DecodeError:
         raise
     except (RuntimeError, ValueError, IndexError) as error:
         raise DecodeError(path, _first_line(error)) from error
-    return frames
 
 
 def _first_line(error: Exception) -> str:

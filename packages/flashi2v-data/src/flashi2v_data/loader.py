@@ -267,6 +267,8 @@ class _Read:
         self.dataset = dataset
 
     def __call__(self, task: _Task, memory: Memory) -> Sample | DecodeError:
+        # Each worker works on one thread; more of them, not more threads, make use of a machine.
+        torch.set_num_threads(1)
         try:
             return self.dataset.read(task.key, task.record, memory.reshape(self.dataset.pictures_shape))
         except DecodeError as error:

@@ -5,7 +5,7 @@ list leaves out are not counted. Pictures are turned as the file's display matri
 """
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,6 @@ from flashi2v_data.errors import DecodeError
 
 # Frames that a jump must spare: starting a decoder anew costs about as much as decoding a few.
 _WORTH_A_JUMP = 4
-
-Convert = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 
 @dataclass
@@ -36,8 +34,8 @@ class _Key:
     target: int
 
 
-def read(path: str, indices: Sequence[int], convert: Convert) -> list[NDArray[np.uint8]]:
-    """Decode frames in ascending order of `indices`, and convert each at once: no clip is held at full size.
+def read(path: str, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+    """Yield frames, (H, W, 3) uint8, for ascending indices.
 
     Raises:
         DecodeError: the file is damaged or has no such frame.
@@ -46,7 +44,8 @@ def read(path: str, indices: Sequence[int], convert: Convert) -> list[NDArray[np
 
     try:
         with closing(_Video(path)) as video:
-            return [convert(_picture(video.frame(index))) for index in indices]
+            for index in indices:
+                yield _picture(video.frame(index))
     except (av.FFmpegError, OSError) as error:
         raise DecodeError(path, error.strerror or str(error)) from error
 

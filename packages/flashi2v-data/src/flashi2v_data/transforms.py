@@ -90,13 +90,16 @@ class VideoTransform:
 
     def __call__(self, frames: NDArray[np.uint8], *, flip: bool = False) -> Tensor:
         """(T, H, W, 3) uint8 to (3, T, h, w) float32."""
-        return self.finish(torch.from_numpy(np.stack([self.picture(frame, flip=flip) for frame in frames])))
+        pictures = np.empty((len(frames), 3, *self.size), np.uint8)
+        for frame, picture in zip(frames, pictures):
+            self.put_picture(frame, picture, flip=flip)
+        return self.finish(torch.from_numpy(pictures))
 
-    def picture(self, frame: NDArray[np.uint8], *, flip: bool = False) -> NDArray[np.uint8]:
+    def put_picture(self, frame: NDArray[np.uint8], out: NDArray[np.uint8], *, flip: bool = False) -> None:
         """Bring one frame to the sample's size: (H, W, 3) to (3, h, w), both uint8."""
         resize = self._resize
         picture = _crop_resize(frame, self.size, resize.interpolation_mode, resize.antialias, resize.align_corners)
-        return (picture.flip(-1) if flip else picture).contiguous().numpy()
+        torch.from_numpy(out).copy_(picture.flip(-1) if flip else picture)
 
     def finish(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
         """Normalise: (T, 3, h, w) uint8 to (3, T, h, w) float32, on the device where the pictures are."""
