@@ -8,6 +8,7 @@ import torch
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.features import FeatureStore, FeatureWriter, text_key, video_key
+from flashi2v_data.store import write_store
 
 MADE_BY = {"vae": "wan2.1", "size": (5, 32, 48), "dtype": "bf16"}
 TENSORS = {
@@ -109,11 +110,11 @@ def test_keys_tell_clips_apart():
     assert text_key("a dog").hex() == "e13a047d939bcab26aaaeb1bfd616a00"
 
 
-def test_what_is_no_store_is_refused(tmp_path, store_path):
+def test_what_is_no_store_is_refused(tmp_path):
     with pytest.raises(InputError, match="no store of features; write one with flashi2v-encode"):
         FeatureStore(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"holds no features of schema 1"):
-        FeatureStore(store_path)  # of records
+        FeatureStore(write_store(tmp_path / "records.lmdb", [], {}))
 
 
 def test_a_pickle_in_a_store_is_not_executed(tmp_path):
