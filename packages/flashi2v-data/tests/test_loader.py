@@ -77,6 +77,13 @@ def test_a_resumed_loader_continues_where_batches_were_delivered(batches, data_c
     assert _equal(expected[3], next(iter(resumed)))
 
 
+def test_an_accelerator_is_sent_pictures_and_gets_the_video(data_config):
+    # A stand-in for hardware that runs the same operations on shapes alone.
+    loader = build_dataloader(data_config(), seed=3, batch_size=4, device=torch.device("meta"))
+    video = next(iter(loader))["video"]
+    assert (video.shape, video.dtype, video.device.type) == ((4, 3, 5, 32, 48), torch.float32, "meta")
+
+
 def test_ranks_together_see_what_one_would(batches):
     alone = batches(3)
     ranks = [batches(3, batch_size=2, rank=rank, num_replicas=2) for rank in range(2)]

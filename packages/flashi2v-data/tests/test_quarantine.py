@@ -65,6 +65,13 @@ def test_a_list_that_cannot_be_written_is_kept_in_memory_with_one_warning(tmp_pa
     assert caplog.records[0].levelno == logging.WARNING
 
 
+def test_a_line_that_is_being_written_is_left_to_its_writer(tmp_path):
+    Quarantine(tmp_path / "list.jsonl").add(DecodeError("gone.mp4", "is gone"), 0)
+    with open(tmp_path / "list.jsonl", "a") as file:
+        file.write('{"path": "ot')
+    assert len(Quarantine(tmp_path / "list.jsonl")) == 1
+
+
 @pytest.mark.parametrize("text", ["no json\n", '{"path": "a.mp4"}\n', "[]\n"])
 def test_another_file_of_that_name_is_refused(tmp_path, text):
     (tmp_path / "list.jsonl").write_text(text)

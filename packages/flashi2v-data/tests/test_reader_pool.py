@@ -88,13 +88,14 @@ def test_results_come_in_order_however_long_tasks_take(pool):
     assert [found[n][1] for n in range(9) if n % 3] == [[n] * 4 for n in range(9) if n % 3]
 
 
-def test_a_worker_that_is_killed_loses_nothing(pool, tmp_path):
+def test_a_worker_that_is_killed_loses_nothing(pool, tmp_path, caplog):
     marker = tmp_path / "died"
     tasks = [("square", 1), ("die once", marker), ("square", 2), ("square", 3)]
     found = [value for value, _ in _outcomes(pool(), tasks)]
     assert marker.exists()
     assert (found[0], found[2], found[3]) == (1, 4, 9)
     assert isinstance(found[1], int)
+    assert caplog.messages == ["a loader worker has ended (SIGKILL) and is replaced"]
 
 
 def test_a_task_that_kills_every_worker_is_lost_alone(pool):
@@ -183,7 +184,7 @@ def test_an_interrupt_does_not_reach_workers(pool):
 def test_workers_that_cannot_start_are_an_error(pool):
     made = pool(work=Unloadable())
     made.submit(("square", 1))
-    with pytest.raises(RuntimeError, match="3 loader workers ended while starting, exit code 3"):
+    with pytest.raises(RuntimeError, match="3 loader workers in a row ended while starting: exit code 3"):
         made.result()
 
 

@@ -60,3 +60,11 @@ def test_another_normalisation_than_the_vaes_is_refused(job):
     path.write_text(path.read_text().replace('"std": 0.5', '"std": 1.0'))
     with pytest.raises(InputError, match=r"mean 0.5 and std 1.0 cannot be honoured, as the VAE reads \[-1, 1\]"):
         load_config(path, InferenceConfig)
+
+
+def test_images_are_not_mirrored(job):
+    path = job()
+    flip = '{"trans_type": "RandomHorizontalFlipVideo"}, {"trans_type": "ToTensorVideo"}'
+    path.write_text(path.read_text().replace('{"trans_type": "ToTensorVideo"}', flip))
+    with pytest.raises(InputError, match="RandomHorizontalFlipVideo belongs to training: leave it out"):
+        load_config(path, InferenceConfig)

@@ -30,8 +30,8 @@ class Quarantine:
         self._reasons: dict[tuple[str, int | None], str] = {}
         self._writable = True
         try:
-            lines = self.path.read_text(encoding="ascii").splitlines() if self.path.exists() else []
-            for line in lines:
+            text = self.path.read_text(encoding="ascii") if self.path.exists() else ""
+            for line in text.split("\n")[:-1]:  # what another process is just writing has no end yet
                 self._take(json.loads(line))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.path}: is no list of unreadable clips, remove it: {error}") from None

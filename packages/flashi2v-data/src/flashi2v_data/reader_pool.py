@@ -12,6 +12,7 @@ also runs when the pool is collected or the interpreter ends.
 
 import collections
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -27,11 +28,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from flashi2v_data.reader_process import Limits, Memory, map_memory, serve, shared_file
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 # A worker killed by someone else (out of memory, say) is no fault of its task; two of them over one task are.
 _ATTEMPTS = 2
-# Workers that end without having finished a task cannot even start.
+# So many in a row that end before they say anything will not start at all.
 _STILLBORN = 3
 # To import libraries and unpickle the work, on a busy machine with a slow disk.
 _STARTUP_SECONDS = 300.0
@@ -100,9 +103,10 @@ class ReaderPool(Generic[T]):
 
         The memory is valid until the next call of any method. An error of `work` is raised.
         """
-        seat, task = self._order.popleft()
+        seat, task = self._order[0]
         while task.outcome is None:
             self._look_after()
+        self._order.popleft()  # not before: an interrupt may end the wait
         seat.free.append(task.slot)
         kind, value = task.outcome
         if kind == "error":
@@ -201,18 +205,22 @@ class _Seat(Generic[T]):
         if not task.is_wanted:
             self.free.append(task.slot)
         self._started = None
-        self._stillborn = 0
+        self._num_done += 1
 
     def _replace(self) -> None:
         self._stop()
-        self._stillborn += 1
+        self._stillborn = 0 if self._is_up else self._stillborn + 1
+        code = self.process.exitcode or 0
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if self._stillborn >= _STILLBORN:
-            raise RuntimeError(f"{_STILLBORN} loader workers ended while starting, exit code {self.process.exitcode}")
+            raise RuntimeError(f"{_STILLBORN} loader workers in a row ended while starting: {how}")
+        if code == 0:
+            logger.info("a loader worker has reached its limit after %d samples and is replaced", self._num_done)
+        else:
+            logger.warning("a loader worker has ended (%s) and is replaced", how)
         if self._started is not None:
             self._tasks[0].deaths += 1
             if self._tasks[0].deaths >= _ATTEMPTS:
-                code = self.process.exitcode or 0
-                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 self._finish(("lost", Lost(f"ended its reader {_ATTEMPTS} times ({how})")))
         self._start()
         for task in self._tasks:
@@ -221,6 +229,7 @@ class _Seat(Generic[T]):
     def _start(self) -> None:
         self._started = None
         self._is_up = False
+        self._num_done = 0
         self._born = time.monotonic()
         self.pipe, theirs = self._context.Pipe()
         # As a daemon it is ended with the interpreter.

@@ -46,6 +46,7 @@ def shared_file(num_bytes: int) -> int:
 
 
 def map_memory(file: int, depth: int, memory_bytes: int) -> NDArray[np.uint8]:
+    """Return a file's memory as (depth, memory_bytes)."""
     if memory_bytes == 0:
         return np.empty((depth, 0), np.uint8)
     return np.frombuffer(mmap.mmap(file, depth * memory_bytes), np.uint8).reshape(depth, memory_bytes)
