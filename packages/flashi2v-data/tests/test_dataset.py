@@ -157,6 +157,20 @@ def test_another_readable_clip_stands_in_for_an_unreadable_one(dataset, store_pa
     assert len(stood_in) > 2  # not always the neighbour
 
 
+def test_a_clip_that_ends_too_early_is_replaced_where_its_crop_needs_it_whatever_was_met_before(
+    dataset, store_path, tmp_path
+):
+    records = [dict(record) for record in open_store(store_path)]
+    records[0]["num_frames"] = 24  # the file has 13
+    data = dataset(records)
+    replaced = [bool(data[SampleKey(epoch, 0)]["skipped"]) for epoch in range(30)]
+    assert 0 < sum(replaced) < 30
+    for epoch in range(30):
+        fresh = dataset(records, quarantine_path=str(tmp_path / f"{epoch}.jsonl"))
+        assert bool(fresh[SampleKey(epoch, 0)]["skipped"]) == replaced[epoch]
+    assert len(data.quarantine) == 1
+
+
 def test_a_clip_that_is_too_short_is_skipped(dataset, store_path):
     records = [dict(record) for record in open_store(store_path)]
     records[0]["num_frames"] = 4

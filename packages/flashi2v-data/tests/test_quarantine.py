@@ -25,9 +25,19 @@ def test_what_was_listed_is_known_to_the_next_run(tmp_path):
         "path": str(video),
         "start_frame_idx": 5,
         "reason": "is bad",
+        "is_partial": False,
         "size": 3,
         "mtime_ns": os.stat(video).st_mtime_ns,
     }
+
+
+def test_a_clip_of_which_other_frames_may_be_readable_is_listed_once_and_tried_again(tmp_path):
+    quarantine = Quarantine(tmp_path / "list.jsonl")
+    for frame in (7, 9):
+        quarantine.add(DecodeError("a.mp4", f"frame {frame} cannot be decoded", is_partial=True), 0)
+    for known in (quarantine, Quarantine(tmp_path / "list.jsonl")):
+        assert known.reason("a.mp4", 0) is None
+        assert len(known) == 1
 
 
 def test_a_file_that_hangs_a_decoder_is_listed_whole(tmp_path):

@@ -63,8 +63,11 @@ def test_another_normalisation_than_the_vaes_is_refused(job):
 
 
 def test_images_are_not_mirrored(job):
-    path = job()
-    flip = '{"trans_type": "RandomHorizontalFlipVideo"}, {"trans_type": "ToTensorVideo"}'
-    path.write_text(path.read_text().replace('{"trans_type": "ToTensorVideo"}', flip))
+    steps = [
+        {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [32, 48]}},
+        {"trans_type": "RandomHorizontalFlipVideo"},
+        {"trans_type": "ToTensorVideo"},
+        {"trans_type": "norm_fun"},
+    ]
     with pytest.raises(InputError, match="RandomHorizontalFlipVideo belongs to training: leave it out"):
-        load_config(path, InferenceConfig)
+        load_config(job(data_transform={"video": steps}), InferenceConfig)

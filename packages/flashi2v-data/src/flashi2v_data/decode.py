@@ -197,12 +197,12 @@ def _read_decord(path: str, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
         raise
     except decord.DECORDError as error:
         if "DECORDArrayCopyFromTo" not in str(error):
-            raise DecodeError(path, _first_line(error)) from error
+            raise DecodeError(path, _first_line(error), is_partial=True) from error
         # decord 0.6 pads the rows of some narrow pictures (of 48 and 72 pixels, say) and fails at the first.
         _note("decord", "some narrow pictures")
         yield from pyav.read(path, indices)
     except RuntimeError as error:
-        raise DecodeError(path, _first_line(error)) from error
+        raise DecodeError(path, _first_line(error), is_partial=True) from error
 
 
 def _read_torchcodec(path: str, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
@@ -216,7 +216,7 @@ def _read_torchcodec(path: str, indices: list[int]) -> Iterator[NDArray[np.uint8
     except DecodeError:
         raise
     except (RuntimeError, ValueError, IndexError) as error:
-        raise DecodeError(path, _first_line(error)) from error
+        raise DecodeError(path, _first_line(error), is_partial=True) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -225,4 +225,5 @@ def _first_line(error: Exception) -> str:
 
 def _check_range(path: str, indices: list[int], num_frames: int) -> None:
     if indices[-1] >= num_frames:
-        raise DecodeError(path, f"has {num_frames} frames, frame {indices[-1]} was asked for")
+        reason = f"has {num_frames} frames, frame {indices[-1]} was asked for"
+        raise DecodeError(path, reason, is_partial=True)

@@ -6,7 +6,6 @@ list leaves out are not counted. Pictures are turned as the file's display matri
 
 import bisect
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +41,16 @@ def read(path: str, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
     """
     import av
 
+    video: _Video | None = None
     try:
-        with closing(_Video(path)) as video:
-            for index in indices:
-                yield _picture(video.frame(index))
+        video = _Video(path)
+        for index in indices:
+            yield _picture(video.frame(index))
     except (av.FFmpegError, OSError) as error:
-        raise DecodeError(path, error.strerror or str(error)) from error
+        raise DecodeError(path, error.strerror or str(error), is_partial=video is not None) from error
+    finally:
+        if video is not None:
+            video.close()
 
 
 def open_video(path: str) -> tuple[Any, Any]:
@@ -95,7 +98,8 @@ class _Video:
     def frame(self, index: int) -> Any:
         """Return a frame, decoding no more than needed where `index` ascends from call to call."""
         if index >= self._num_frames:
-            raise DecodeError(self.path, f"has {self._num_frames} frames, frame {index} was asked for")
+            reason = f"has {self._num_frames} frames, frame {index} was asked for"
+            raise DecodeError(self.path, reason, is_partial=True)
         last = bisect.bisect_right(self._keys, index, key=lambda key: key.place) - 1
         if last < 0 or self._keys[last].place < self._next + _WORTH_A_JUMP:
             frame = self._advance(index)
@@ -111,7 +115,7 @@ class _Video:
         self._frames = self._from_start()
         frame = self._advance(index)
         if frame is None:
-            raise DecodeError(self.path, f"frame {index} cannot be decoded")
+            raise DecodeError(self.path, f"frame {index} cannot be decoded", is_partial=True)
         return frame
 
     def _advance(self, index: int) -> Any | None:

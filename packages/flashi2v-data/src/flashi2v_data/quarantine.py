@@ -15,8 +15,10 @@ class Quarantine:
     """Unreadable clips, each with its reason, as JSON lines.
 
     A line holds `path`, `start_frame_idx` (null where the whole file is bad: it hung a decoder, or crashed it),
-    `reason`, and the file's `size` and `mtime_ns`. A file that has changed since, or has come to exist, is tried
-    again; so is one whose line is removed. Several processes may append to one list.
+    `reason`, `is_partial`, and the file's `size` and `mtime_ns`. A file that has changed since, or has come to exist,
+    is tried again; so is one whose line is removed, and always one of which other frames may be readable
+    (`is_partial`): whether it can be read then depends on the crop in time alone, not on what a run has met before.
+    Several processes may append to one list.
 
     Args:
         path: of the list; it is written when the first clip is added.
@@ -27,7 +29,7 @@ class Quarantine:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._reasons: dict[tuple[str, int | None], str] = {}
+        self._reasons: dict[tuple[str, int | None], str | None] = {}  # None for a clip that is to be tried again
         self._writable = True
         try:
             text = self.path.read_text(encoding="ascii") if self.path.exists() else ""
@@ -48,8 +50,14 @@ class Quarantine:
         """List a clip, or, with None, a whole file."""
         if (error.path, start_frame_idx) in self._reasons:
             return
-        self._reasons[error.path, start_frame_idx] = error.reason
-        entry = {"path": error.path, "start_frame_idx": start_frame_idx, "reason": error.reason, **_state(error.path)}
+        entry = {
+            "path": error.path,
+            "start_frame_idx": start_frame_idx,
+            "reason": error.reason,
+            "is_partial": error.is_partial,
+            **_state(error.path),
+        }
+        self._take(entry)
         if self._writable:
             try:
                 # ASCII, as a path may hold bytes that are no Unicode; one write, so that lines do not mix.
@@ -62,7 +70,7 @@ class Quarantine:
     def _take(self, entry: dict[str, Any]) -> None:
         path, start = entry["path"], entry["start_frame_idx"]
         if {key: entry[key] for key in ("size", "mtime_ns")} == _state(path):
-            self._reasons[path, start] = str(entry["reason"])
+            self._reasons[path, start] = None if entry["is_partial"] else str(entry["reason"])
 
 
 def _state(path: str) -> dict[str, int | None]:
