@@ -107,13 +107,13 @@ def raw_data_config(store_path: Path, tokenizer_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def data_config(raw_data_config):
-    """DataConfig with some settings of dataset_param changed."""
+def data_config(raw_data_config, tmp_path):
+    """DataConfig with some settings of dataset_param and dataloader_param changed, and a quarantine of its own."""
 
-    def make(num_workers: int = 0, **changes: Any) -> DataConfig:
+    def make(num_workers: int = 0, loader: dict[str, Any] | None = None, **changes: Any) -> DataConfig:
         raw = json.loads(json.dumps(raw_data_config))
-        raw["dataset_param"].update(changes)
-        raw["dataloader_param"]["num_workers"] = num_workers
+        raw["dataset_param"].update({"quarantine_path": str(tmp_path / "quarantine.jsonl")} | changes)
+        raw["dataloader_param"].update({"num_workers": num_workers} | (loader or {}))
         return DataConfig(**raw)
 
     return make

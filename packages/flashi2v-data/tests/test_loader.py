@@ -1,20 +1,38 @@
+import contextlib
+import json
 import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import time
 from itertools import islice
+from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 
+from flashi2v_data.dataset import FlashI2VDataset
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.loader import build_dataloader
+from flashi2v_data.features import FeatureWriter, text_key, video_key
+from flashi2v_data.loader import StatefulLoader, build_dataloader
+from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
 from flashi2v_data.store import open_store, write_store
+from flashi2v_data.tokenizer import TextTokens
 
 
 def _equal(one, other) -> bool:
     assert one.keys() == other.keys()
-    return all(
-        torch.equal(one[key], other[key]) if isinstance(one[key], torch.Tensor) else one[key] == other[key]
-        for key in one
-    )
+    for key, value in one.items():
+        if isinstance(value, dict):
+            assert _equal(value, other[key])
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[key]), key
+        else:
+            assert value == other[key], key
+    return True
 
 
 @pytest.fixture
@@ -57,6 +75,13 @@ def test_a_resumed_loader_continues_where_batches_were_delivered(batches, data_c
     assert resumed.state_dict()["consumed"] == 28
     resumed.load_state_dict(state)
     assert _equal(expected[3], next(iter(resumed)))
+
+
+def test_an_accelerator_is_sent_pictures_and_gets_the_video(data_config):
+    # A stand-in for hardware that runs the same operations on shapes alone.
+    loader = build_dataloader(data_config(), seed=3, batch_size=4, device=torch.device("meta"))
+    video = next(iter(loader))["video"]
+    assert (video.shape, video.dtype, video.device.type) == ((4, 3, 5, 32, 48), torch.float32, "meta")
 
 
 def test_ranks_together_see_what_one_would(batches):
@@ -126,6 +151,246 @@ def test_a_run_without_any_readable_video_stops_with_advice(data_config, store_p
     loader = build_dataloader(data_config(num_workers, metafile_or_dir_path=str(path)), seed=3, batch_size=4)
     # The pattern spans one line: the error comes without a worker's traceback around it.
     with pytest.raises(
-        DecodeError, match=r"^cannot read video .* nor the 11 before it; see `flashi2v-data inspect .*`$"
+        DecodeError,
+        match=r"^cannot read video .* nor 11 others; see .*, and remove .* when they can be read$",
     ):
         next(iter(loader))
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------
+
+
+def _spoil(directory: Path, good: str) -> dict[int, tuple[str, str]]:
+    """Make files that are no clips; return path and reason by the number of the record that is to name them."""
+    data = Path(good).read_bytes()
+    (directory / "truncated.mp4").write_bytes(data[: len(data) // 2])
+    (directory / "empty.mp4").touch()
+    (directory / "text.mp4").write_text("no video\n" * 99)
+    (directory / "folder.mp4").mkdir()
+    os.mkfifo(directory / "pipe.mp4")
+    with av.open(str(directory / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    reasons = {
+        "truncated.mp4": "Invalid data found",
+        "empty.mp4": "Invalid data found",
+        "text.mp4": "Invalid data found",
+        "folder.mp4": "is a directory",
+        "pipe.mp4": "is no regular file",
+        "sound.mp4": "has no video stream",
+    }
+    return {2 * number: (str(directory / name), reason) for number, (name, reason) in enumerate(reasons.items())}
+
+
+@pytest.fixture
+def spoilt(store_path, tmp_path):
+    """A store of 12 records of which the even ones name no clips; also what those are."""
+    store = open_store(store_path)
+    records = [*store]
+    bad = _spoil(tmp_path, records[0]["path"])
+    for number, (path, _) in bad.items():
+        records[number]["path"] = path
+    records[1]["cap"] = "a large circle " * 7000
+    return str(write_store(tmp_path / "spoilt.lmdb", records, store.config)), bad
+
+
+def test_bad_files_cost_their_own_samples_alike_with_any_number_of_workers(spoilt, data_config, tmp_path):
+    path, bad = spoilt
+    batches = {}
+    for num_workers in (0, 1, 2):
+        quarantine = tmp_path / f"{num_workers}.jsonl"
+        config = data_config(num_workers, metafile_or_dir_path=path, quarantine_path=str(quarantine))
+        loader = build_dataloader(config, seed=3, batch_size=4)
+        batches[num_workers] = list(islice(loader, 6))
+        loader.close()
+        listed = {(entry["path"], entry["reason"]) for entry in map(json.loads, quarantine.read_text().splitlines())}
+        assert {path for path, _ in listed} == {path for path, _ in bad.values()}
+        for bad_path, reason in bad.values():
+            assert any(listed_path == bad_path and reason in why for listed_path, why in listed)
+    for number in (1, 2):
+        assert all(_equal(one, other) for one, other in zip(batches[0], batches[number]))
+    # A run that resumes, with the quarantine or without, agrees.
+    for quarantine in (tmp_path / "2.jsonl", tmp_path / "fresh.jsonl"):
+        config = data_config(1, metafile_or_dir_path=path, quarantine_path=str(quarantine))
+        resumed = build_dataloader(config, seed=3, batch_size=4, consumed=8)
+        assert all(_equal(one, other) for one, other in zip(batches[0][2:], resumed))
+        resumed.close()
+
+
+def test_the_quarantine_lies_beside_the_store(spoilt, data_config):
+    path, _ = spoilt
+    next(iter(build_dataloader(data_config(metafile_or_dir_path=path, quarantine_path=None), seed=3, batch_size=4)))
+    assert Path(f"{path}.quarantine.jsonl").exists()
+
+
+class _Trap:
+    """A tokenizer that hangs or dies over one caption, as a decoder may over one file."""
+
+    def __init__(self, caption, trap, marker=None):
+        self.caption, self.trap, self.marker = caption, trap, marker
+
+    def __call__(self, text):
+        if text == self.caption and (self.marker is None or not self.marker.exists()):
+            if self.marker is not None:
+                self.marker.touch()
+            self.trap()
+        return TextTokens(torch.tensor([len(text)] * 8), torch.ones(8, dtype=torch.int64))
+
+
+def _hang():
+    time.sleep(1000)
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def trapped(data_config, store_path):
+    """A loader over the shapes whose record 5 springs a trap."""
+    loaders = []
+
+    def make(num_workers, trap, marker=None, consumed=0, **settings):
+        config = data_config(num_workers, settings, text_drop_ratio=0)
+        store = open_store(store_path)
+        tokenizer = _Trap(store[5]["cap"], trap, marker)
+        dataset = FlashI2VDataset(store, config.dataset_param, seed=3, tokenizer=tokenizer)
+        sampler = StatefulDistributedSampler(12, seed=3, consumed=consumed)
+        loaders.append(StatefulLoader(dataset, sampler, 4, config.dataloader_param))
+        return loaders[-1]
+
+    yield make
+    for loader in loaders:
+        loader.close()
+
+
+def _nothing():
+    pass
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("trap", "reason"), [(_hang, "no answer within 1.5 seconds"), (_die, "ended its reader 2 times")]
+)
+def test_a_clip_that_hangs_or_kills_its_reader_costs_one_sample(
+    trapped, trap, reason, num_workers, tmp_path, store_path
+):
+    expected = list(islice(trapped(0, _nothing), 3))
+    batches = list(islice(trapped(num_workers, trap, decode_timeout_seconds=1.5), 3))
+    path = open_store(store_path)[5]["path"]
+    for one, other in zip(expected, batches):
+        for place, index in enumerate(one["index"].tolist()):
+            assert other["index"][place] == index
+            same = torch.equal(one["video"][place], other["video"][place])
+            assert same == (index != 5)
+    (message,) = {message for batch in batches for message in batch["skipped"]}
+    assert message.startswith(f"cannot read video {path}: {reason}")
+    # The next run does not try it again, and needs no worker to be safe from it.
+    (entry,) = map(json.loads, (tmp_path / "quarantine.jsonl").read_text().splitlines())
+    assert (entry["path"], entry["start_frame_idx"]) == (path, None)
+    assert all(_equal(one, other) for one, other in zip(batches, trapped(0, trap)))
+    assert all(_equal(one, other) for one, other in zip(batches[1:], trapped(0, trap, consumed=4)))
+
+
+def test_a_reader_that_is_killed_once_changes_nothing(trapped, tmp_path):
+    expected = list(islice(trapped(0, _nothing), 3))
+    marker = tmp_path / "died"
+    batches = list(islice(trapped(2, _die, marker), 3))
+    assert marker.exists()
+    assert all(_equal(one, other) for one, other in zip(expected, batches))
+    assert not (tmp_path / "quarantine.jsonl").exists()
+
+
+def test_all_readers_killed_at_any_time_change_nothing(trapped):
+    expected = list(islice(trapped(0, _nothing), 8))
+    loader = trapped(2, _nothing)
+    for number, batch in enumerate(islice(loader, 8)):
+        assert _equal(expected[number], batch)
+        if number % 2:
+            for seat in loader._pool._seats:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(seat.process.pid, signal.SIGKILL)
+
+
+def test_readers_that_retire_change_nothing(trapped):
+    expected = list(islice(trapped(0, _nothing), 4))
+    for limit in ({"worker_max_samples": 1}, {"worker_memory_gib": 0.001}):
+        assert all(_equal(one, other) for one, other in zip(expected, trapped(2, _nothing, **limit)))
+
+
+def test_closing_ends_the_readers_and_iterating_starts_new_ones(trapped):
+    expected = list(islice(trapped(0, _nothing), 2))
+    loader = trapped(2, _nothing)
+    before = set(multiprocessing.active_children())
+    assert _equal(expected[0], next(iter(loader)))
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    loader.close()
+    assert set(multiprocessing.active_children()) <= before
+    assert _equal(expected[1], next(iter(loader)))
+
+
+def test_a_store_that_is_deleted_is_a_clear_error(data_config, store_path, tmp_path):
+    path = tmp_path / "copy.lmdb"
+    shutil.copytree(store_path, path)
+    # Those that have opened it may read on; a new reader cannot.
+    config = data_config(1, {"worker_max_samples": 1}, metafile_or_dir_path=str(path))
+    loader = build_dataloader(config, seed=3, batch_size=4)
+    batches = iter(loader)
+    next(batches)
+    shutil.rmtree(path)
+    with pytest.raises(InputError, match=r"copy\.lmdb"):
+        list(islice(batches, 4))
+    loader.close()
+
+
+# ---- features ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoded(data_config, tmp_path):
+    """Features of all clips and captions, as an encoder would leave them; and the plain dataset."""
+    plain = FlashI2VDataset(
+        open_store(data_config().dataset_param.metafile_or_dir_path), data_config().dataset_param, seed=3
+    )
+    with FeatureWriter(tmp_path / "features.lmdb", {"vae": "mean"}) as writer:
+        writer.put({text_key(""): {"states": torch.zeros(2)}})
+        for index in range(12):
+            sample = plain[SampleKey(0, index)]
+            frames = range(sample["first_frame"], sample["first_frame"] + 5)
+            latents = {"mean": sample["video"].mean(dim=(2, 3)), "std": torch.full((3, 5), float(index))}
+            writer.put({video_key(sample["path"], frames): latents})
+            writer.put({text_key(plain.store[index]["cap"]): {"states": torch.full((2,), float(index))}})
+    return str(tmp_path / "features.lmdb"), plain
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_features_take_the_place_of_the_video(data_config, encoded, num_workers):
+    path, plain = encoded
+    settings = {"features_path": path, "load_video_features": True, "load_text_features": True}
+    config = data_config(num_workers, **settings)
+    loader = build_dataloader(config, seed=3, batch_size=4, made_by={"vae": "mean"})
+    batches = list(islice(loader, 6))  # two epochs: the crop in time of the first is that of the second
+    loader.close()
+    for batch in batches:
+        assert "video" not in batch
+        assert batch["video_features"]["mean"].shape == (4, 3, 5)
+        for place, index in enumerate(batch["index"].tolist()):
+            sample = plain[SampleKey(0, index)]
+            assert batch["first_frame"][place] == sample["first_frame"]
+            assert torch.equal(batch["video_features"]["mean"][place], sample["video"].mean(dim=(2, 3)))
+            expected = float(index) if batch["caption"][place] else 0.0
+            assert batch["text_features"]["states"][place].tolist() == [expected] * 2
+    assert len({caption == "" for batch in batches for caption in batch["caption"]}) == 2
+
+
+def test_features_made_by_something_else_or_missing_are_refused(data_config, encoded):
+    path, _ = encoded
+    config = data_config(features_path=path, load_video_features=True)
+    with pytest.raises(InputError, match="made with vae 'mean', this run has 'max'"):
+        build_dataloader(config, seed=3, batch_size=4, made_by={"vae": "max"})
+    other_crops = build_dataloader(config, seed=4, batch_size=4)
+    with pytest.raises(InputError, match=r"holds no features of .*mp4, frames \d+ to \d+: encode with the same seed"):
+        list(islice(other_crops, 3))

@@ -49,6 +49,28 @@ def test_a_resumed_stream_continues_on_any_number_of_ranks(num_samples, seed, be
     assert list(islice(resumed, 5)) == expected[:5]
 
 
+@given(SIZES, SEEDS, st.lists(st.tuples(RANKS, st.integers(0, 15)), min_size=1, max_size=5))
+def test_no_sample_is_lost_or_repeated_however_often_ranks_change(num_samples, seed, runs):
+    """Every run resumes from the one before with another number of ranks, across ends of epochs."""
+    state = StatefulDistributedSampler(num_samples, seed=seed).state_dict()
+    seen = []
+    for num_replicas, steps in runs:
+        samplers = [
+            StatefulDistributedSampler(num_samples, rank=rank, num_replicas=num_replicas, seed=seed)
+            for rank in range(num_replicas)
+        ]
+        for sampler in samplers:
+            sampler.load_state_dict(state)
+        seen += [key for turn in zip(*(list(islice(sampler, steps)) for sampler in samplers)) for key in turn]
+        assert len({sampler.state_dict()["consumed"] for sampler in samplers}) == 1
+        state = samplers[0].state_dict()
+    assert seen == list(islice(StatefulDistributedSampler(num_samples, seed=seed), len(seen)))
+    assert len(set(seen)) == len(seen)
+    for epoch in range(len(seen) // num_samples):
+        whole = seen[epoch * num_samples : (epoch + 1) * num_samples]
+        assert sorted(key.index for key in whole) == list(range(num_samples))
+
+
 def test_epochs_and_seeds_are_shuffled_differently():
     def order(seed, epoch):
         keys = islice(StatefulDistributedSampler(50, seed=seed, consumed=50 * epoch), 50)

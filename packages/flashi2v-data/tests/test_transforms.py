@@ -62,7 +62,7 @@ def test_settings_of_the_pipeline_reach_the_resize(antialias):
     steps = [{"trans_type": "CenterCropResizeVideo", "param": param}, {"trans_type": "ToTensorVideo"}]
     pipeline = TransformPipeline(video=[*steps, {"trans_type": "norm_fun", "param": {"mean": 0.25, "std": 2.0}}])
     expected = normalise(to_tensor(center_crop_resize(frames, 16, 32, "bicubic", antialias, True)), 0.25, 2.0)
-    assert torch.equal(build_transform(pipeline)(frames), expected)
+    assert torch.allclose(build_transform(pipeline)(frames), expected, atol=1e-6)
     assert not np.array_equal(
         center_crop_resize(frames, 16, 32, "bicubic", antialias, True),
         center_crop_resize(frames, 16, 32, "bicubic", not antialias, True),
@@ -104,3 +104,73 @@ def test_the_range_of_uint8_maps_to_minus_one_to_one():
     assert video.shape == (3, 2, 4, 5)
     assert video[:, 1, 2, 3].tolist() == pytest.approx([1.0, -0.6, -1.0])
     assert (video[:, 0] == -1).all()
+
+
+def _pipeline(*steps):
+    resize = {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [16, 32]}}
+    return TransformPipeline(video=[resize, *steps])
+
+
+def test_each_colour_has_its_mean_and_deviation():
+    norm = {"trans_type": "norm_fun", "param": {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 4.0]}}
+    frames = _frame(54, 96)
+    video = build_transform(_pipeline({"trans_type": "ToTensorVideo"}, norm))(frames)
+    plain = to_tensor(center_crop_resize(frames, 16, 32))
+    for colour, (mean, std) in enumerate(((0.1, 1.0), (0.2, 2.0), (0.3, 4.0))):
+        assert torch.allclose(video[colour], normalise(plain[colour], mean, std), atol=1e-6)
+
+
+def test_names_that_mean_the_same_give_the_same():
+    frames = np.concatenate([_frame(54, 96), _frame(54, 96)[:, ::-1]])
+    plain = build_transform(_pipeline({"trans_type": "ToTensorVideo"}, {"trans_type": "norm_fun"}))
+    other = build_transform(_pipeline({"trans_type": "ToTensorAfterResize"}, {"trans_type": "ae_norm"}))
+    assert torch.equal(plain(frames), other(frames))
+    named = {"transform_size": {"max_height": 16, "max_width": 32}}
+    steps = [{"trans_type": "CenterCropResizeVideo", "param": named}, {"trans_type": "ToTensorVideo"}]
+    named_transform = build_transform(TransformPipeline(video=[*steps, {"trans_type": "norm_fun"}]))
+    assert torch.equal(plain(frames), named_transform(frames))
+
+
+def test_a_mirrored_clip_is_the_clip_mirrored():
+    flip = {"trans_type": "RandomHorizontalFlipVideo", "param": {"p": 0.25}}
+    transform = build_transform(_pipeline(flip, {"trans_type": "ToTensorVideo"}, {"trans_type": "norm_fun"}))
+    assert transform.flip_probability == 0.25
+    assert torch.equal(transform(_frame(54, 96), flip=True), transform(_frame(54, 96)).flip(-1))
+
+
+def test_the_result_may_go_to_memory_that_is_there():
+    transform = build_transform(_pipeline({"trans_type": "ToTensorVideo"}, {"trans_type": "norm_fun"}))
+    pictures = np.empty((3, 3, 16, 32), np.uint8)
+    for picture in pictures:
+        transform.put_picture(_frame(54, 96)[0], picture)
+    out = torch.full((3, 3, 16, 32), float("nan"))
+    assert transform.finish(torch.from_numpy(pictures), out) is out
+    assert torch.equal(out, transform(_frame(54, 96).repeat(3, 0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("LongSideResizeVideo", "different sizes"),
+        ("SpatialStrideCropVideo", "different sizes"),
+        ("MaxHWResizeVideo", "different sizes"),
+        ("ResizeVideo", "distorts"),
+        ("TemporalRandomCrop", "leave it out"),
+        ("AffineVideo", "is a norm_fun with mean -beta / gamma"),
+    ],
+)
+def test_a_transform_without_a_place_here_is_refused_with_the_reason(name, advice):
+    with pytest.raises(ValueError, match=f"{name} .*{advice}"):
+        _pipeline({"trans_type": name, "param": {"size": 3}}, {"trans_type": "ToTensorVideo"})
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_means_for_other_than_three_colours_are_refused(count):
+    with pytest.raises(ValueError, match="mean takes one number, or three"):
+        _pipeline({"trans_type": "ToTensorVideo"}, {"trans_type": "norm_fun", "param": {"mean": [0.5] * count}})
+
+
+def test_two_flips_are_refused():
+    flip = {"trans_type": "RandomHorizontalFlipVideo"}
+    with pytest.raises(ValueError, match="RandomHorizontalFlipVideo may stand among them"):
+        _pipeline(flip, flip, {"trans_type": "ToTensorVideo"}, {"trans_type": "norm_fun"})

@@ -60,3 +60,14 @@ def test_another_normalisation_than_the_vaes_is_refused(job):
     path.write_text(path.read_text().replace('"std": 0.5', '"std": 1.0'))
     with pytest.raises(InputError, match=r"mean 0.5 and std 1.0 cannot be honoured, as the VAE reads \[-1, 1\]"):
         load_config(path, InferenceConfig)
+
+
+def test_images_are_not_mirrored(job):
+    steps = [
+        {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [32, 48]}},
+        {"trans_type": "RandomHorizontalFlipVideo"},
+        {"trans_type": "ToTensorVideo"},
+        {"trans_type": "norm_fun"},
+    ]
+    with pytest.raises(InputError, match="RandomHorizontalFlipVideo belongs to training: leave it out"):
+        load_config(job(data_transform={"video": steps}), InferenceConfig)

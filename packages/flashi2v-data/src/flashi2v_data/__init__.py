@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from flashi2v_data.dataset import FlashI2VDataset
     from flashi2v_data.decode import read_frames
     from flashi2v_data.errors import DecodeError, InputError, StorageError
+    from flashi2v_data.features import FeatureStore, FeatureWriter
     from flashi2v_data.filter import filter_records
     from flashi2v_data.loader import StatefulLoader, build_dataloader
     from flashi2v_data.randomness import generator
@@ -25,6 +26,7 @@ _HOMES = {
     "dataset": ("FlashI2VDataset",),
     "decode": ("read_frames",),
     "errors": ("DecodeError", "InputError", "StorageError"),
+    "features": ("FeatureStore", "FeatureWriter"),
     "filter": ("filter_records",),
     "loader": ("StatefulLoader", "build_dataloader"),
     "randomness": ("generator",),
@@ -39,6 +41,8 @@ _HOMES = {
 __all__ = [
     "DataConfig",
     "DecodeError",
+    "FeatureStore",
+    "FeatureWriter",
     "FilterConfig",
     "FilterReport",
     "FlashI2VDataset",

@@ -1,9 +1,13 @@
 """Samples for training: decoded, cropped in time and space, with a cleaned and tokenised caption."""
 
 import logging
-from typing import TypedDict
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -11,7 +15,9 @@ from flashi2v_data.captions import clean_caption
 from flashi2v_data.config import DatasetParam
 from flashi2v_data.decode import read_frames, resolve_backend
 from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.features import FeatureStore, text_key, video_key
 from flashi2v_data.frames import frame_indices, frame_interval
+from flashi2v_data.quarantine import Quarantine
 from flashi2v_data.randomness import generator
 from flashi2v_data.records import Record
 from flashi2v_data.sampler import SampleKey
@@ -26,7 +32,6 @@ MAX_SKIPPED_IN_A_ROW = 100
 
 
 class _Sample(TypedDict):
-    video: Tensor  # (3, T, H, W) float32 in [-1, 1]
     caption: str  # as tokenised: cleaned, or "" where the text was dropped
     prompt_ids: Tensor  # (L,) int64
     epoch: int
@@ -39,27 +44,38 @@ class _Sample(TypedDict):
 class Sample(_Sample, total=False):
     """One sample. T frames, H W height and width, L tokens."""
 
+    video: Tensor  # (3, T, H, W) float32 in [-1, 1]; without load_video_features
     prompt_mask: Tensor  # (L,) int64, 1 for text; with return_prompt_mask
+    video_features: dict[str, Tensor]  # with load_video_features
+    text_features: dict[str, Tensor]  # with load_text_features
 
 
 class FlashI2VDataset(Dataset[Sample]):
     """The clips of a store as training samples.
 
     A sample depends on `seed` and its key alone, not on worker, rank or what was read before. An unreadable video
-    never stops a run: the next readable clip of the store stands in for it, and the sample says so in `skipped`.
+    never stops a run: another clip stands in for it, chosen by seed and key alone too; the sample says so in
+    `skipped`, and the quarantine lists the clip.
 
     Args:
         store: from `open_store`.
         config: `dataset_param` of data.json.
-        seed: of everything random: crop in time, choice among captions, dropped text.
+        seed: of everything random: crop in time, choice among captions, dropped text, mirroring.
         tokenizer: the default loads `text_tokenizer_path`.
+        made_by: what features must have been made by, where any are loaded; None takes any.
 
     Raises:
-        InputError: the store does not fit the config, or the tokenizer or decoder is missing.
+        InputError: store or features do not fit the config, or the tokenizer or decoder is missing.
     """
 
     def __init__(
-        self, store: LmdbStore, config: DatasetParam, *, seed: int, tokenizer: Tokenizer | None = None
+        self,
+        store: LmdbStore,
+        config: DatasetParam,
+        *,
+        seed: int,
+        tokenizer: Tokenizer | None = None,
+        made_by: Mapping[str, Any] | None = None,
     ) -> None:
         if len(store) == 0:
             raise InputError(f"{store.paths[0]} holds no records: see the report beside it for why all were dropped")
@@ -70,10 +86,20 @@ class FlashI2VDataset(Dataset[Sample]):
         self.transform = build_transform(config.transform_pipeline)
         self.decoder = resolve_backend(config.decoder)
         self.tokenizer = tokenizer or load_tokenizer(config.text_tokenizer_path, config.tokenizer_max_length)
+        self.features = None if config.features_path is None else FeatureStore(config.features_path, made_by)
+        default = f"{config.metafile_or_dir_path.rstrip('/')}.quarantine.jsonl"
+        self.quarantine = Quarantine(config.quarantine_path or default)
 
     def __len__(self) -> int:
         """Return the number of records."""
         return len(self.store)
+
+    @property
+    def pictures_shape(self) -> tuple[int, int, int, int]:
+        """(T, 3, H, W) of the pictures that `read` gives; T is 0 with load_video_features."""
+        config = self.config
+        frames = 0 if config.load_video_features else config.sample_num_frames
+        return frames, 3, config.sample_height, config.sample_width
 
     def __getitem__(self, key: SampleKey | int) -> Sample:
         """Return the sample of a record; a plain index means its first epoch.
@@ -81,64 +107,166 @@ class FlashI2VDataset(Dataset[Sample]):
         Raises:
             DecodeError: more than 100 videos in a row are unreadable.
             IndexError: there is no such record.
+            InputError: features are to be loaded, and are missing.
         """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+        if not isinstance(key, tuple):
+            key = SampleKey(0, key)
+        pictures = np.empty(self.pictures_shape, np.uint8)
+        sample = self.read_some(key, pictures)
+        if len(pictures):
+            sample["video"] = self.transform.finish(torch.from_numpy(pictures))
+        return sample
+
+    def read_some(self, key: SampleKey, pictures: NDArray[np.uint8]) -> Sample:
+        """Read the sample's own record, or the first readable one that may stand in; see `read`."""
         skipped: list[str] = []
-        for offset in range(min(len(self), MAX_SKIPPED_IN_A_ROW + 1)):
-            record = self.store[(index + offset) % len(self)]
+        while True:
+            index = self.choose(key, skipped)
             try:
-                indices = self._indices(record, epoch, index)
-                video = self.transform(read_frames(record["path"], indices, self.decoder))
+                sample = self.read(key, index, pictures)
             except DecodeError as error:
-                skipped.append(str(error))
-                continue
-            return self._sample(record, video, indices[0], epoch, index, skipped)
+                self.skip(index, error, skipped)
+            else:
+                sample["skipped"] = skipped
+                return sample
+
+    def choose(self, key: SampleKey, skipped: list[str]) -> int:
+        """Return the record to read for a sample: its own, or, after `len(skipped)` others, one that stands in.
+
+        Records in quarantine are passed over and their messages added to `skipped`.
+
+        Raises:
+            DecodeError: more than 100 in a row are unreadable.
+            IndexError: there is no such record.
+        """
+        num_records = len(self)
+        if not 0 <= key.index < num_records:
+            raise IndexError(f"sample {key.index} of {num_records}")
+        # A walk through all records whose stride is drawn: neighbours often lie in one broken directory.
+        random = generator(self.seed, "substitute", key.epoch, key.index)
+        stride = 1 + int(torch.randint(num_records, (), generator=random))
+        while math.gcd(stride, num_records) != 1:
+            stride += 1
+        while len(skipped) < min(num_records, MAX_SKIPPED_IN_A_ROW + 1):
+            index = (key.index + len(skipped) * stride) % num_records
+            record = self.store[index]
+            reason = self.quarantine.reason(record["path"], record["start_frame_idx"])
+            if reason is None:
+                return index
+            skipped.append(str(DecodeError(record["path"], reason)))
         raise DecodeError(
-            record["path"],
-            f"nor the {len(skipped) - 1} before it; see `flashi2v-data inspect {self.store.paths[0]} --open-videos`",
+            self.store[key.index]["path"],
+            f"nor {len(skipped) - 1} others; see `flashi2v-data inspect {self.store.paths[0]} --open-videos`, "
+            f"and remove {self.quarantine.path} when they can be read",
         )
 
-    def _indices(self, record: Record, epoch: int, index: int) -> list[int]:
+    def skip(self, index: int, error: DecodeError, skipped: list[str], *, whole_file: bool = False) -> None:
+        """Note that a record, or all records of its file, cannot be read."""
+        self.quarantine.add(error, None if whole_file else self.store[index]["start_frame_idx"])
+        skipped.append(str(error))
+
+    def read(self, key: SampleKey, index: int, pictures: NDArray[np.uint8]) -> Sample:
+        """Read one record for a sample, without its `video`: that is left in `pictures`, not normalised yet.
+
+        Args:
+            key: decides what is random.
+            index: of the record, from `choose`.
+            pictures: (T, 3, H, W), see `pictures_shape`.
+
+        Raises:
+            DecodeError: the video is unreadable, or not what its record says.
+            InputError: features are missing.
+        """
+        record = self.store[index]
+        # Features are encoded once, so their crop in time is the same in every epoch.
+        draw = SampleKey(0, key.index) if self.config.load_video_features else key
+        frames = self._frames(record, draw)
+        flip = self._random("flip", draw) < self.transform.flip_probability
+        caption = self._caption(record, key)
+        tokens = self.tokenizer(caption)
+        sample: Sample = {
+            "caption": caption,
+            "prompt_ids": tokens.ids,
+            "epoch": key.epoch,
+            "index": key.index,
+            "path": record["path"],
+            "first_frame": frames[0],
+            "skipped": [],
+        }
+        if self.config.return_prompt_mask:
+            sample["prompt_mask"] = tokens.mask
+        if self.config.load_text_features:
+            sample["text_features"] = self._load(text_key(caption), f"caption {caption[:60]!r}")
+        if self.config.load_video_features:
+            features = video_key(record["path"], frames, flip=flip, crop=_crop(record))
+            sample["video_features"] = self._load(features, f"{record['path']}, frames {frames[0]} to {frames[-1]}")
+        else:
+            convert = self._converter(record, flip)
+            read_frames(record["path"], frames, self.decoder, convert=convert, out=pictures)
+        return sample
+
+    def _frames(self, record: Record, key: SampleKey) -> list[int]:
         config = self.config
         interval = frame_interval(record["fps"], config.train_fps, config.sample_stride)
         indices = frame_indices(record["start_frame_idx"], record["num_frames"], interval)
-        random = generator(self.seed, "crop", epoch, index)
-        begin, end = temporal_crop(len(indices), config.sample_num_frames, random)
+        begin, end = temporal_crop(
+            len(indices), config.sample_num_frames, generator(self.seed, "crop", key.epoch, key.index)
+        )
         if end - begin < config.sample_num_frames:
             raise DecodeError(
                 record["path"], f"has {end} frames at the training rate, {config.sample_num_frames} are needed"
             )
         return indices[begin:end].tolist()
 
-    def _sample(
-        self, record: Record, video: Tensor, first_frame: int, epoch: int, index: int, skipped: list[str]
-    ) -> Sample:
-        caption = self._caption(record, epoch, index)
-        tokens = self.tokenizer(caption)
-        sample: Sample = {
-            "video": video,
-            "caption": caption,
-            "prompt_ids": tokens.ids,
-            "epoch": epoch,
-            "index": index,
-            "path": record["path"],
-            "first_frame": first_frame,
-            "skipped": skipped,
-        }
-        if self.config.return_prompt_mask:
-            sample["prompt_mask"] = tokens.mask
-        return sample
+    def _converter(self, record: Record, flip: bool) -> Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]:
+        path, crop, resolution = record["path"], _crop(record), record["resolution"]
+        sides = [resolution["height"], resolution["width"]]
 
-    def _caption(self, record: Record, epoch: int, index: int) -> str:
-        if torch.rand((), generator=generator(self.seed, "drop", epoch, index)) < self.config.text_drop_ratio:
+        def convert(frame: NDArray[np.uint8], place: NDArray[np.uint8]) -> None:
+            height, width, _ = frame.shape
+            if any(
+                side < min(recorded, needed) for side, recorded, needed in zip(frame.shape, sides, self.transform.size)
+            ):
+                raise DecodeError(path, f"is {height}x{width}, smaller than the sample and than its record says")
+            if crop is not None:
+                left, right, top, bottom = crop
+                if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+                    raise DecodeError(path, f"is {height}x{width}, its crop [left, right, top, bottom] is {crop}")
+                frame = frame[top:bottom, left:right]
+            self.transform.put_picture(frame, place, flip=flip)
+
+        return convert
+
+    def _caption(self, record: Record, key: SampleKey) -> str:
+        if self._random("drop", key) < self.config.text_drop_ratio:
             return ""
         caption = record["cap"]
         if isinstance(caption, list):
-            random = generator(self.seed, "caption", epoch, index)
+            random = generator(self.seed, "caption", key.epoch, key.index)
             caption = caption[int(torch.randint(len(caption), (), generator=random))]
         return clean_caption(caption) if self.config.clean_captions else caption
+
+    def _random(self, purpose: str, key: SampleKey) -> float:
+        return torch.rand((), generator=generator(self.seed, purpose, key.epoch, key.index)).item()
+
+    def _load(self, key: bytes, what: str) -> dict[str, Tensor]:
+        assert self.features is not None
+        features = self.features.get(key)
+        if features is None:
+            raise InputError(
+                f"{self.config.features_path} holds no features of {what}: encode with the same seed and settings"
+            )
+        return features
+
+
+def _crop(record: Record) -> list[int] | None:
+    """Return the part of the picture that a record asks for, [left, right, top, bottom] in pixels."""
+    crop: Any = record.get("crop")
+    if crop is None or crop == [None] * 4:
+        return None
+    if not isinstance(crop, list) or len(crop) != 4 or not all(type(side) is int for side in crop):
+        raise DecodeError(record["path"], f"its crop is not [left, right, top, bottom] in pixels: {crop}")
+    return crop
 
 
 def _check_fit(store: LmdbStore, config: DatasetParam) -> None:

@@ -10,13 +10,20 @@ class StorageError(RuntimeError):
 
 
 class DecodeError(RuntimeError):
-    """A video file that cannot be read, or not far enough."""
+    """A video file that cannot be read, or not far enough.
 
-    def __init__(self, path: str, reason: str) -> None:
+    Attributes:
+        path: of the file.
+        reason: what is wrong with it.
+        is_partial: whether other frames of it may be readable.
+    """
+
+    def __init__(self, path: str, reason: str, *, is_partial: bool = False) -> None:
         super().__init__(f"cannot read video {path}: {reason}")
         self.path = path
         self.reason = reason
+        self.is_partial = is_partial
 
-    def __reduce__(self) -> tuple[type["DecodeError"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["DecodeError"], tuple[str, str], dict[str, bool]]:
         # Between processes it travels pickled; the default would call __init__ with the message alone.
-        return DecodeError, (self.path, self.reason)
+        return DecodeError, (self.path, self.reason), {"is_partial": self.is_partial}

@@ -1,26 +1,34 @@
 """Batches of samples that can be resumed where they were delivered."""
 
 import logging
-import multiprocessing
-from collections.abc import Iterator
-from multiprocessing.context import BaseContext
-from typing import TypedDict
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from flashi2v_data.config import DataConfig, DataloaderParam
 from flashi2v_data.dataset import FlashI2VDataset, Sample
 from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.reader_pool import Lost, ReaderPool
+from flashi2v_data.reader_process import Limits, Memory
 from flashi2v_data.sampler import SampleKey, SamplerState, StatefulDistributedSampler
 from flashi2v_data.store import open_store
+from flashi2v_data.transforms import empty_video
 
 logger = logging.getLogger(__name__)
 
+# Long enough for a clip of a long video on a slow network disk, short beside the 300 and 600 s of the reference.
+DECODE_TIMEOUT_SECONDS = 120.0
+# A worker needs about 1 GiB with torch, transformers and a decoder of 4K video; more is a leak.
+WORKER_MEMORY_GIB = 4.0
+
 
 class _Batch(TypedDict):
-    video: Tensor  # (B, 3, T, H, W) float32 in [-1, 1]
     caption: list[str]
     prompt_ids: Tensor  # (B, L) int64
     epoch: Tensor  # (B,) int64
@@ -33,7 +41,10 @@ class _Batch(TypedDict):
 class Batch(_Batch, total=False):
     """B samples. T frames, H W height and width, L tokens."""
 
+    video: Tensor  # (B, 3, T, H, W) float32 in [-1, 1]; without load_video_features
     prompt_mask: Tensor  # (B, L) int64; with return_prompt_mask
+    video_features: dict[str, Tensor]  # stacked, (B, ...); with load_video_features
+    text_features: dict[str, Tensor]  # stacked, (B, ...); with load_text_features
 
 
 def build_dataloader(
@@ -44,6 +55,8 @@ def build_dataloader(
     rank: int = 0,
     num_replicas: int = 1,
     consumed: int = 0,
+    device: torch.device | None = None,
+    made_by: Mapping[str, Any] | None = None,
 ) -> "StatefulLoader":
     """Make the training loader that data.json describes.
 
@@ -54,6 +67,9 @@ def build_dataloader(
         rank: of this process among those that see different samples.
         num_replicas: how many those are.
         consumed: samples that all ranks together have had; see also `StatefulLoader.load_state_dict`.
+        device: where `video` is wanted; an accelerator is sent a quarter of the bytes, and normalises there. The
+            default leaves everything on the CPU.
+        made_by: what features must have been made by, where any are loaded; None takes any.
 
     Raises:
         InputError: the store is missing, does not fit the config, or holds less than one batch of all ranks.
@@ -64,7 +80,7 @@ def build_dataloader(
             f"{store.paths[0]} holds {len(store)} records, fewer than the {batch_size * num_replicas} of one batch "
             "over all ranks: lower the batch size, or relax the filter"
         )
-    dataset = FlashI2VDataset(store, config.dataset_param, seed=seed)
+    dataset = FlashI2VDataset(store, config.dataset_param, seed=seed, made_by=made_by)
     sampler = StatefulDistributedSampler(
         len(dataset),
         rank=rank,
@@ -73,11 +89,14 @@ def build_dataloader(
         seed=seed,
         consumed=consumed,
     )
-    return StatefulLoader(dataset, sampler, batch_size, config.dataloader_param)
+    return StatefulLoader(dataset, sampler, batch_size, config.dataloader_param, device)
 
 
 class StatefulLoader:
     """An endless iterable of batches; its state is what was delivered, however much workers have read ahead.
+
+    With `num_workers` 0 videos are decoded in this process, which a decoder that hangs or crashes takes along; with
+    workers it costs one sample (see `reader_pool.ReaderPool`). Batches are the same either way.
 
     Attributes:
         skipped: unreadable videos met so far by this rank, each with its message once.
@@ -89,33 +108,129 @@ class StatefulLoader:
         sampler: StatefulDistributedSampler,
         batch_size: int,
         config: DataloaderParam,
+        device: torch.device | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.skipped: set[str] = set()
         self._sampler = sampler
         self._delivered = sampler.state_dict()
-        # Worker seeds do not matter: everything random comes from generators of its own.
-        self._loader: DataLoader[Sample | DecodeError] = DataLoader(
-            _Readable(dataset),
-            batch_sampler=_Batches(sampler, batch_size),
-            num_workers=config.num_workers,
-            collate_fn=_collate_readable,
-            pin_memory=config.pin_memory and torch.accelerator.is_available(),
-            persistent_workers=config.num_workers > 0,
-            multiprocessing_context=_worker_context() if config.num_workers > 0 else None,
-        )
+        self._config = config
+        self._pins = config.pin_memory and torch.accelerator.is_available()
+        self._device = device or torch.device("cpu")
+        self._pool: ReaderPool[_Task] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches without end, from the first that was not delivered yet."""
+        """Yield batches without end, from the first that was not delivered yet.
+
+        Raises:
+            DecodeError: more than 100 videos in a row are unreadable.
+            InputError: the store, or features, are gone.
+        """
         self._sampler.load_state_dict(self._delivered)
-        for batch in self._loader:
-            if isinstance(batch, DecodeError):
-                # A new one: this frame would hold itself through it, and stop its workers only when collected.
-                raise DecodeError(batch.path, batch.reason)
+        samples = self._read_ahead() if self._config.num_workers else self._read_here()
+        while True:
+            batch = self._collate(samples)
             self._delivered["consumed"] += self.batch_size * self._sampler.num_replicas
             self._note(batch["skipped"])
             yield batch
+
+    def close(self) -> None:
+        """End the workers now, rather than when the loader is collected; iterating again starts new ones."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _read_here(self) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
+        pictures = np.empty(self.dataset.pictures_shape, np.uint8)
+        for key in self._sampler:
+            yield self.dataset.read_some(key, pictures), pictures
+
+    def _read_ahead(self) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
+        if self._pool is None:
+            self._pool = self._start_pool()
+        pool, keys = self._pool, iter(self._sampler)
+        pool.forget()
+        pending: deque[tuple[SampleKey, int, list[str]]] = deque()
+        while True:
+            while pool.has_room:
+                key, skipped = next(keys), list[str]()
+                index = self.dataset.choose(key, skipped)
+                pool.submit(_Task(key, index))
+                pending.append((key, index, skipped))
+            key, index, skipped = pending.popleft()
+            while True:
+                outcome, memory = pool.result()
+                if isinstance(outcome, Lost):
+                    error = DecodeError(self.dataset.store[index]["path"], outcome.reason)
+                elif isinstance(outcome, DecodeError):
+                    error = outcome
+                else:
+                    break
+                self.dataset.skip(index, error, skipped, whole_file=isinstance(outcome, Lost))
+                index = self.dataset.choose(key, skipped)
+                pool.submit(_Task(key, index), first=True)
+            outcome["skipped"] = skipped
+            yield outcome, memory.reshape(self.dataset.pictures_shape)
+
+    def _start_pool(self) -> "ReaderPool[_Task]":
+        config = self._config
+        limits = Limits(
+            config.decode_timeout_seconds or DECODE_TIMEOUT_SECONDS,
+            int((config.worker_memory_gib or WORKER_MEMORY_GIB) * 2**30),
+            config.worker_max_samples,
+        )
+        return ReaderPool(_Read(self.dataset), config.num_workers, math.prod(self.dataset.pictures_shape), limits)
+
+    def _collate(self, samples: Iterator[tuple[Sample, NDArray[np.uint8]]]) -> Batch:
+        """Stack the next samples; pictures are taken from memory that is used again for the next ones."""
+        taken: list[Sample] = []
+        pictures, video = self._reserve()
+        for place in range(self.batch_size):
+            sample, memory = next(samples)
+            taken.append(sample)
+            if pictures is not None:
+                pictures[place].copy_(torch.from_numpy(memory))
+            elif video is not None:
+                self.dataset.transform.finish(torch.from_numpy(memory), video[place])
+        batch: Batch = {
+            "caption": [sample["caption"] for sample in taken],
+            "prompt_ids": self._stack([sample["prompt_ids"] for sample in taken]),
+            "epoch": torch.tensor([sample["epoch"] for sample in taken]),
+            "index": torch.tensor([sample["index"] for sample in taken]),
+            "path": [sample["path"] for sample in taken],
+            "first_frame": [sample["first_frame"] for sample in taken],
+            "skipped": [message for sample in taken for message in sample["skipped"]],
+        }
+        if video is not None:
+            if pictures is not None:
+                for source, target in zip(pictures.to(self._device, non_blocking=True), video):
+                    self.dataset.transform.finish(source, target)
+            batch["video"] = video
+        if "prompt_mask" in taken[0]:
+            batch["prompt_mask"] = self._stack([sample["prompt_mask"] for sample in taken])
+        for name in ("video_features", "text_features"):
+            if name in taken[0]:
+                first = taken[0][name]
+                batch[name] = {part: self._stack([sample[name][part] for sample in taken]) for part in first}
+        return batch
+
+    def _reserve(self) -> tuple[Tensor | None, Tensor | None]:
+        """Make room for a batch's `video`, and for its pictures where they are normalised on an accelerator."""
+        num_frames, colours, height, width = self.dataset.pictures_shape
+        shape = (self.batch_size, colours, num_frames, height, width)
+        if num_frames == 0:
+            return None, None
+        if self._device.type != "cpu":
+            pictures = torch.empty(
+                (self.batch_size, *self.dataset.pictures_shape), dtype=torch.uint8, pin_memory=self._pins
+            )
+            return pictures, torch.empty(shape, device=self._device)
+        return None, torch.empty(shape, pin_memory=True) if self._pins else empty_video(shape)
+
+    def _stack(self, tensors: list[Tensor]) -> Tensor:
+        stacked = torch.stack(tensors)
+        return stacked.pin_memory() if self._pins else stacked
 
     def _note(self, skipped: list[str]) -> None:
         # Here rather than in the dataset: workers' own logs and counts would not reach the trainer.
@@ -138,63 +253,23 @@ class StatefulLoader:
         self._delivered = {**state}
 
 
-def _worker_context() -> BaseContext:
-    """Start workers from a clean process: forked from one that has decoded or computed, they may deadlock."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # Torch is then imported once, not by every worker.
-    context.set_forkserver_preload([__name__])
-    return context
+class _Task(NamedTuple):
+    """A record to read for a sample."""
+
+    key: SampleKey
+    record: int
 
 
-class _Readable(Dataset["Sample | DecodeError"]):
-    """Returns the error of unreadable data: raised in a worker, it would arrive wrapped in the worker's traceback."""
+class _Read:
+    """What a worker does; an unreadable clip is an outcome, not an error."""
 
     def __init__(self, dataset: FlashI2VDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: SampleKey) -> Sample | DecodeError:
+    def __call__(self, task: _Task, memory: Memory) -> Sample | DecodeError:
+        # Each worker works on one thread; more of them, not more threads, make use of a machine.
+        torch.set_num_threads(1)
         try:
-            return self.dataset[key]
+            return self.dataset.read(task.key, task.record, memory.reshape(self.dataset.pictures_shape))
         except DecodeError as error:
             return error
-
-
-def _collate_readable(samples: list[Sample | DecodeError]) -> Batch | DecodeError:
-    readable: list[Sample] = []
-    for sample in samples:
-        if isinstance(sample, DecodeError):
-            return sample
-        readable.append(sample)
-    return collate(readable)
-
-
-class _Batches:
-    """Lists of `batch_size` keys, without end."""
-
-    def __init__(self, sampler: StatefulDistributedSampler, batch_size: int) -> None:
-        self.sampler = sampler
-        self.batch_size = batch_size
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        keys = iter(self.sampler)
-        while True:
-            yield [next(keys) for _ in range(self.batch_size)]
-
-
-def collate(samples: list[Sample]) -> Batch:
-    """Stack samples."""
-    batch: Batch = {
-        "video": torch.stack([sample["video"] for sample in samples]),
-        "caption": [sample["caption"] for sample in samples],
-        "prompt_ids": torch.stack([sample["prompt_ids"] for sample in samples]),
-        "epoch": torch.tensor([sample["epoch"] for sample in samples]),
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "path": [sample["path"] for sample in samples],
-        "first_frame": [sample["first_frame"] for sample in samples],
-        "skipped": [message for sample in samples for message in sample["skipped"]],
-    }
-    if "prompt_mask" in samples[0]:
-        batch["prompt_mask"] = torch.stack([sample["prompt_mask"] for sample in samples])
-    return batch

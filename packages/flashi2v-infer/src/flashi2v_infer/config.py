@@ -69,6 +69,8 @@ class InferenceConfig(Settings):
                 f"pipeline_config.input_size: set it to {size}"
             )
         self.data_transform.check_range()
+        if self.data_transform.flip_probability:
+            raise ValueError("data_transform: RandomHorizontalFlipVideo belongs to training: leave it out")
         if self.ae.do_sample and "do_sample" in self.ae.model_fields_set:
             raise ValueError("ae.do_sample: sampling takes the mode of the first frame's posterior: set it to false")
         if self.predictor.from_pretrained is None:

@@ -1,0 +1,186 @@
+"""Features encoded ahead of training: latents of clips, states of captions.
+
+A store is an LMDB. Its `header` is msgpack: schema version and `made_by`, a dict of everything that the features
+depend on (VAE, text encoder, sample size, token count, ...). Its other values are safetensors (raw numbers behind a
+JSON head; nothing is ever executed), its keys hashes of what was encoded: a clip is its file and the very frames, as
+another crop in time has other latents; a caption is its text as the tokenizer got it, "" included.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import lmdb
+import msgspec
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from flashi2v_data.errors import InputError
+
+SCHEMA = 1
+_HEADER = b"header"
+_FIRST_MAP_SIZE = 64 << 20
+
+
+def video_key(path: str, frames: Sequence[int], *, flip: bool = False, crop: Sequence[int] | None = None) -> bytes:
+    """Return the key of a clip's features: its file, the places of its frames, and how pictures were changed."""
+    return _key("video", path, [int(frame) for frame in frames], flip, None if crop is None else list(crop))
+
+
+def text_key(caption: str) -> bytes:
+    """Return the key of a caption's features; the caption is as tokenised."""
+    return _key("text", caption)
+
+
+def _key(*parts: Any) -> bytes:
+    # A path may hold bytes that are no Unicode; repr escapes them.
+    return hashlib.blake2b(repr(parts).encode("ascii", "backslashreplace"), digest_size=16).digest()
+
+
+class FeatureWriter:
+    """Adds features to a store, which is made if need be; what was put before an interruption is kept.
+
+    Each process of a parallel encoding writes a store of its own within one folder. Use it as a context manager.
+
+    Args:
+        path: of the store, `<name>.lmdb` where a folder holds several.
+        made_by: everything that the features depend on; values are numbers, strings, lists, dicts.
+
+    Raises:
+        InputError: there is a store of that name with features of another kind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], made_by: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._environment = lmdb.open(str(self.path), map_size=_FIRST_MAP_SIZE)
+        except lmdb.Error as error:
+            raise InputError(f"{self.path}: cannot be opened as LMDB: {error}") from None
+        header = msgspec.msgpack.encode({"schema": SCHEMA, "made_by": dict(made_by)})
+        with self._environment.begin(write=True) as transaction:
+            old = transaction.get(_HEADER)
+            if old is None:
+                transaction.put(_HEADER, header)
+        if old is not None:
+            _check_header(self.path, old, made_by)
+
+    def __contains__(self, key: bytes) -> bool:
+        """Tell whether features are there already, so that they need not be encoded again."""
+        with self._environment.begin() as transaction:
+            return transaction.get(key) is not None
+
+    def put(self, features: Mapping[bytes, Mapping[str, Tensor]]) -> None:
+        """Store named tensors under each key, on disk when this returns."""
+        values = {
+            key: safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+            for key, tensors in features.items()
+        }
+        while True:
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    for key, value in values.items():
+                        transaction.put(key, value)
+                return
+            except lmdb.MapFullError:
+                needed = sum(map(len, values.values()))
+                self._environment.set_mapsize(2 * (self._environment.info()["map_size"] + needed))
+
+    def close(self) -> None:
+        """Close the store."""
+        self._environment.close()
+
+    def __enter__(self) -> "FeatureWriter":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the store."""
+        self.close()
+
+
+# LMDB forbids opening a file twice in a process, and a forked child counts as having opened what its parent had.
+_opened: dict[str, lmdb.Environment] = {}
+
+
+def _close_inherited() -> None:
+    for environment in _opened.values():
+        environment.close()
+    _opened.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
+def _environment(path: Path) -> lmdb.Environment:
+    name = os.path.realpath(path)
+    if name not in _opened:
+        try:
+            # Without locks read-only media work; read-ahead would only evict other pages, as reads are random.
+            _opened[name] = lmdb.open(name, readonly=True, lock=False, readahead=False)
+        except lmdb.Error as error:
+            raise InputError(f"{path}: cannot be opened as LMDB: {error}") from None
+    return _opened[name]
+
+
+class FeatureStore:
+    """Reads a store, or a folder of them as one; it may be sent or forked to other processes.
+
+    Args:
+        path: of a store, or of a folder of `*.lmdb`.
+        made_by: what the features must have been made by; None takes any.
+
+    Raises:
+        InputError: there is no store, or it holds features of another kind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], made_by: Mapping[str, Any] | None = None) -> None:
+        root = Path(path)
+        self.paths = [root] if (root / "data.mdb").is_file() else sorted(root.glob("*.lmdb"))
+        if not self.paths:
+            raise InputError(f"{root}: no store of features; write one with flashi2v-encode")
+        for store in self.paths:
+            with _environment(store).begin() as transaction:
+                header = transaction.get(_HEADER)
+            self.made_by = made_by = _check_header(store, header, made_by)
+
+    def get(self, key: bytes) -> dict[str, Tensor] | None:
+        """Return the tensors of a key, or None where there are none.
+
+        Raises:
+            InputError: they are damaged.
+        """
+        for path in self.paths:
+            with _environment(path).begin() as transaction:
+                value = transaction.get(key)
+            if value is not None:
+                try:
+                    return safetensors.torch.load(value)
+                except safetensors.SafetensorError as error:
+                    raise InputError(f"{path}: holds damaged features, encode again: {error}") from None
+        return None
+
+
+def _check_header(path: Path, header: bytes | None, made_by: Mapping[str, Any] | None) -> dict[str, Any]:
+    if header is None:
+        raise InputError(f"{path}: an LMDB without the header of a feature store; write one with flashi2v-encode")
+    found = msgspec.msgpack.decode(header)
+    if found.get("schema") != SCHEMA or "made_by" not in found:
+        raise InputError(f"{path}: holds no features of schema {SCHEMA}: encode again, or update flashi2v-data")
+    theirs: dict[str, Any] = found["made_by"]
+    if made_by is not None:
+        ours = msgspec.msgpack.decode(msgspec.msgpack.encode(dict(made_by)))  # tuples become lists, as they did in the file
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) != theirs.get(key):
+                raise InputError(
+                    f"{path}: its features were made with {key} {theirs.get(key)!r}, this run has {ours.get(key)!r}: "
+                    "encode again, or set the same"
+                )
+    return theirs

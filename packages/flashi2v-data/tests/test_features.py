@@ -1,0 +1,136 @@
+import multiprocessing
+import os
+import pickle
+
+import lmdb
+import pytest
+import torch
+
+from flashi2v_data.errors import InputError
+from flashi2v_data.features import FeatureStore, FeatureWriter, text_key, video_key
+from flashi2v_data.store import write_store
+
+MADE_BY = {"vae": "wan2.1", "size": (5, 32, 48), "dtype": "bf16"}
+TENSORS = {
+    "mean": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "states": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    "mask": torch.tensor([True, False]),
+}
+
+
+def _equal(one, other):
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    with FeatureWriter(tmp_path / "features.lmdb", MADE_BY) as writer:
+        writer.put({text_key("a dog"): TENSORS, text_key(""): {"x": torch.zeros(1)}})
+    return tmp_path / "features.lmdb"
+
+
+def test_features_come_back_as_they_were(store):
+    features = FeatureStore(store, MADE_BY)
+    assert _equal(features.get(text_key("a dog")), TENSORS)
+    assert features.get(text_key("a cat")) is None
+    assert features.made_by == {**MADE_BY, "size": [5, 32, 48]}
+
+
+def test_features_of_another_kind_are_refused_by_reader_and_writer(store):
+    for open_it in (FeatureWriter, FeatureStore):
+        with pytest.raises(InputError, match=r"made with vae 'wan2.1', this run has 'wan2.2': encode again"):
+            open_it(store, {**MADE_BY, "vae": "wan2.2"})
+        with pytest.raises(InputError, match=r"made with sigma None, this run has 2"):
+            open_it(store, {**MADE_BY, "sigma": 2})
+
+
+def test_an_interrupted_writer_goes_on_where_it_stopped(store):
+    with FeatureWriter(store, MADE_BY) as writer:
+        assert text_key("a dog") in writer
+        assert text_key("a cat") not in writer
+        writer.put({text_key("a cat"): TENSORS})
+    features = FeatureStore(store)
+    assert _equal(features.get(text_key("a cat")), TENSORS)
+    assert _equal(features.get(text_key("a dog")), TENSORS)
+
+
+def test_a_store_grows_as_needed(tmp_path):
+    large = {f"{number}": torch.full((1 << 20,), number, dtype=torch.float32) for number in range(24)}
+    with FeatureWriter(tmp_path / "large.lmdb", MADE_BY) as writer:
+        for number in range(2):
+            writer.put({text_key(str(number)): large})
+    assert _equal(FeatureStore(tmp_path / "large.lmdb").get(text_key("1")), large)
+
+
+def test_a_folder_of_stores_is_one(tmp_path):
+    for part in range(2):
+        with FeatureWriter(tmp_path / "all" / f"part_{part}.lmdb", MADE_BY) as writer:
+            writer.put({text_key(str(part)): {"x": torch.tensor([part])}})
+    features = FeatureStore(tmp_path / "all", MADE_BY)
+    assert [features.get(text_key(str(part)))["x"].item() for part in range(2)] == [0, 1]
+    with FeatureWriter(tmp_path / "all" / "part_2.lmdb", {"vae": "other"}):
+        pass
+    with pytest.raises(InputError, match=r"part_2.lmdb: its features were made with"):
+        FeatureStore(tmp_path / "all")
+
+
+def _read(features, key, queue):
+    queue.put(features.get(key)["x"].item())
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_store_works_in_other_processes(store, method):
+    features = FeatureStore(store)
+    features.get(text_key(""))
+    context = multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    process = context.Process(target=_read, args=(features, text_key(""), queue))
+    process.start()
+    assert queue.get() == 0
+    process.join()
+    assert process.exitcode == 0
+    assert _equal(pickle.loads(pickle.dumps(features)).get(text_key("a dog")), TENSORS)
+
+
+def test_keys_tell_clips_apart():
+    keys = {
+        video_key("a.mp4", [0, 2]),
+        video_key("b.mp4", [0, 2]),
+        video_key("a.mp4", [0, 1]),
+        video_key("a.mp4", [0, 2], flip=True),
+        video_key("a.mp4", [0, 2], crop=[0, 9, 0, 9]),
+        video_key("a\udcff.mp4", [0, 2]),
+        text_key("a.mp4"),
+    }
+    assert len(keys) == 7
+    # Another key would make every store of features useless.
+    assert video_key("a.mp4", range(2)).hex() == video_key("a.mp4", [0, 1]).hex() == "a360554f3a32b87728f8b3e93bbe000c"
+    assert text_key("a dog").hex() == "e13a047d939bcab26aaaeb1bfd616a00"
+
+
+def test_what_is_no_store_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no store of features; write one with flashi2v-encode"):
+        FeatureStore(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"holds no features of schema 1"):
+        FeatureStore(write_store(tmp_path / "records.lmdb", [], {}))
+
+
+def test_a_pickle_in_a_store_is_not_executed(tmp_path):
+    path = tmp_path / "evil.lmdb"
+    with FeatureWriter(path, MADE_BY):
+        pass
+    with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
+        transaction.put(text_key("evil"), pickle.dumps(_Evil(tmp_path / "executed")))
+    with pytest.raises(InputError, match="holds damaged features"):
+        FeatureStore(path).get(text_key("evil"))
+    assert not (tmp_path / "executed").exists()
+
+
+class _Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
