@@ -176,7 +176,9 @@ def _check_header(path: Path, header: bytes | None, made_by: Mapping[str, Any] |
         raise InputError(f"{path}: holds no features of schema {SCHEMA}: encode again, or update flashi2v-data")
     theirs: dict[str, Any] = found["made_by"]
     if made_by is not None:
-        ours = msgspec.msgpack.decode(msgspec.msgpack.encode(dict(made_by)))  # tuples become lists, as they did in the file
+        ours = msgspec.msgpack.decode(
+            msgspec.msgpack.encode(dict(made_by))
+        )  # tuples become lists, as they did in the file
         for key in sorted({*ours, *theirs}):
             if ours.get(key) != theirs.get(key):
                 raise InputError(

@@ -11,7 +11,7 @@ from flashi2v_data.config import FilterConfig
 from flashi2v_data.errors import DecodeError
 from flashi2v_data.judge import Judge
 from flashi2v_data.limits import Drop
-from flashi2v_data.meta import MetaParser, Piece, parse_plain, parse_whole, read_pieces
+from flashi2v_data.meta import MetaParser, Piece, count_lines, parse_plain, parse_whole, read_pieces
 from flashi2v_data.prober import Prober, Probing
 from flashi2v_data.records import Annotation, Record
 from flashi2v_data.report import FilterReport
@@ -35,6 +35,7 @@ class Outcome:
         kept: what is passed on of the clips that fit, in order; None holds the place of a bare entry.
         bare: entries that leave out what must be read from their videos, with their positions in `kept`.
         report: counts all but the bare ones.
+        num_parsed: entries, or lines of JSON Lines, that were read.
         place: pieces done with this one, counted over all files.
         num_bytes: how far the files have been read.
     """
@@ -42,6 +43,7 @@ class Outcome:
     kept: list[Any] = field(default_factory=list)
     bare: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     report: FilterReport = field(default_factory=FilterReport)
+    num_parsed: int = 0
     place: int = 0
     num_bytes: int = 0
 
@@ -89,7 +91,7 @@ class FileFilter:
         self._pack = ValueCodec(config.compression).pack
         self._prober = prober
         self._pool: WorkerPool[Piece, Outcome | None] = WorkerPool(
-            _JudgePiece(self._judge, self._pack), jobs, start=QUICK_START
+            _JudgePiece(self._judge, self._pack), jobs, start=QUICK_START, depth=2
         )
         self._pool.start()
         self._jobs = jobs
@@ -117,7 +119,7 @@ class FileFilter:
                 place += 1
                 outcome = self._pool.result(task)
                 if outcome is not None and parser.is_between_entries:
-                    parser.passed(piece, outcome.report.total + len(outcome.bare))
+                    parser.passed(outcome.num_parsed)
                 else:
                     outcome = _judge_all(parser.parse(piece), self._judge, self._pack)
                 outcome.place = place
@@ -129,7 +131,7 @@ class FileFilter:
         pending: deque[tuple[Piece, Task[Piece, Outcome | None]]] = deque()
         for piece in pieces:
             pending.append((piece, self._pool.submit(piece)))
-            if len(pending) > 2 * self._jobs:
+            if len(pending) > 4 * self._jobs:
                 yield pending.popleft()
         yield from pending
 
@@ -145,11 +147,15 @@ class _JudgePiece:
         plain = parse_plain(piece)
         if plain is not None:
             kept, drops = self._judge.plain(plain, piece.annotation.root)
-            report = FilterReport()
-            report.count(len(kept), drops)
-            return Outcome([self._pack(entry) for entry in kept], report=report)
-        entries = parse_whole(piece)
-        return None if entries is None else _judge_all(entries, self._judge, self._pack)
+            outcome = Outcome([self._pack(entry) for entry in kept])
+            outcome.report.count(len(kept), drops)
+        else:
+            entries = parse_whole(piece)
+            if entries is None:
+                return None
+            outcome = _judge_all(entries, self._judge, self._pack)
+        outcome.num_parsed = count_lines(piece) if piece.is_lines else outcome.report.total + len(outcome.bare)
+        return outcome
 
 
 def _judge_all(entries: list[Any], judge: Judge, pack: Pack) -> Outcome:

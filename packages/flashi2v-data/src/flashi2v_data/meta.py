@@ -21,7 +21,7 @@ from flashi2v_data.errors import InputError
 from flashi2v_data.records import Annotation
 
 # What is parsed of one piece should stay in the processor's cache, and be worth sending to another process.
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 512 << 10
 _COMPRESSED_BYTES = 16 << 10
 # An unclosed bracket would otherwise swallow the file.
 MAX_ENTRY_BYTES = 64 << 20
@@ -32,31 +32,40 @@ _space = re.compile(r"[ \t\r\n]*")
 
 @dataclass
 class Piece:
-    """Consecutive bytes of a meta JSON, behind the opening bracket of an array."""
+    """Consecutive bytes of a meta JSON, behind the opening bracket of an array.
+
+    A piece of a plain file is a place in it: whoever parses it reads it, which costs less than handing it over.
+    """
 
     annotation: Annotation
-    text: bytes
     is_lines: bool  # JSON Lines, else part of an array
     is_last: bool
     end: int  # how far the file has been read, in bytes as they lie on the disk
-    offset: int | None  # where the text begins in the file; None in a compressed one
+    place: tuple[int, int] | None = None  # offset and length; None in a compressed file
+    data: bytes = b""  # of a compressed file, decompressed
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to another process as a place in the file, where possible: reading costs less than a pipe."""
-        place = (self.annotation, self.is_lines, self.is_last, self.end)
-        if self.offset is None:
-            return _piece, (*place, None, self.text)
-        return _piece, (*place, self.offset, len(self.text))
+    @property
+    def text(self) -> bytes:
+        return self.data if self.place is None else bytes(memoryview(self.bracketed())[1:-1]) + self._comma
 
+    @property
+    def _comma(self) -> bytes:
+        return b"" if self.is_lines or self.is_last else b","
 
-def _piece(
-    annotation: Annotation, is_lines: bool, is_last: bool, end: int, offset: int | None, text: bytes | int
-) -> Piece:
-    if isinstance(text, int):
-        assert offset is not None
-        with open(annotation.meta, "rb", buffering=0) as file:
-            text = os.pread(file.fileno(), text, offset)
-    return Piece(annotation, text, is_lines, is_last, end, offset)
+    def bracketed(self) -> bytearray:
+        """Return the text between brackets, which is JSON where the piece was cut well out of an array."""
+        if self.place is None:
+            text = bytearray(b"[" + self.data + b"]")
+        else:
+            offset, length = self.place
+            text = bytearray(length + 2)
+            with open(self.annotation.meta, "rb", buffering=0) as file:
+                os.preadv(file.fileno(), [memoryview(text)[1:-1]], offset)
+            text[0], text[-1] = b"[]"
+        if self._comma:
+            assert text[-2:] == b",]", text[-2:]
+            del text[-2]
+        return text
 
 
 def read_entries(annotation: Annotation) -> Iterator[Any]:
@@ -129,19 +138,54 @@ def _cut(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
     is_lines = not text.startswith(b"[")
     if not is_lines:
         text = text[1:]
-    offset = None if _compression(file) else file.tell() - len(text)
+    if _compression(file) is None:
+        yield from _cut_file(annotation, file, file.tell() - len(text), is_lines)
+        return
     for block in blocks:
         text += block
         end = text.rfind(b"\n") + 1 if is_lines else _end_of_entries(text)
         if end:
-            yield Piece(annotation, text[:end], is_lines, False, file.tell(), offset)
+            yield Piece(annotation, is_lines, False, file.tell(), data=text[:end])
             text = text[end:]
-            offset = None if offset is None else offset + end
-        elif len(text) > MAX_ENTRY_BYTES:
-            raise InputError(
-                f"{annotation.meta}: holds an entry of more than {MAX_ENTRY_BYTES >> 20} MiB, or is no meta JSON"
-            )
-    yield Piece(annotation, text, is_lines, True, file.tell(), offset)
+        else:
+            _check_entry(annotation, len(text))
+    yield Piece(annotation, is_lines, True, file.tell(), data=text)
+
+
+def _cut_file(annotation: Annotation, file: BinaryIO, begin: int, is_lines: bool) -> Iterator[Piece]:
+    """Cut a plain file, of which only the places where it may be cut are read."""
+    size = os.fstat(file.fileno()).st_size
+    limit = begin + PIECE_BYTES
+    while limit < size:
+        end = _last_end(file, begin, limit, is_lines)
+        if end:
+            yield Piece(annotation, is_lines, False, end, place=(begin, end - begin))
+            begin = end
+        else:
+            _check_entry(annotation, limit - begin)
+        limit = max(limit, begin) + PIECE_BYTES
+    yield Piece(annotation, is_lines, True, size, place=(begin, size - begin))
+
+
+def _last_end(file: BinaryIO, begin: int, limit: int, is_lines: bool) -> int:
+    """Return the last place in begin ... limit where a plain file may be cut, or 0."""
+    num_bytes = 4096
+    while True:
+        start = max(begin, limit - num_bytes)
+        text = os.pread(file.fileno(), limit - start, start)
+        end = text.rfind(b"\n") + 1 if is_lines else _end_of_entries(text)
+        if end:
+            return start + end
+        if start == begin:
+            return 0
+        num_bytes *= 8
+
+
+def _check_entry(annotation: Annotation, num_bytes: int) -> None:
+    if num_bytes > MAX_ENTRY_BYTES:
+        raise InputError(
+            f"{annotation.meta}: holds an entry of more than {MAX_ENTRY_BYTES >> 20} MiB, or is no meta JSON"
+        )
 
 
 def _end_of_entries(text: bytes) -> int:
@@ -189,7 +233,7 @@ def parse_plain(piece: Piece) -> list[PlainEntry] | None:
     try:
         if piece.is_lines:
             return _plain_decoder.decode_lines(piece.text)
-        return _plain_array_decoder.decode(_bracketed(piece))
+        return _plain_array_decoder.decode(piece.bracketed())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
@@ -197,15 +241,16 @@ def parse_plain(piece: Piece) -> list[PlainEntry] | None:
 def parse_whole(piece: Piece) -> list[Any] | None:
     """Return the entries of a piece if it was cut well and is strict JSON, else None: `MetaParser` then reads it."""
     try:
-        entries = _decoder.decode_lines(piece.text) if piece.is_lines else _decoder.decode(_bracketed(piece))
+        entries = _decoder.decode_lines(piece.text) if piece.is_lines else _decoder.decode(piece.bracketed())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     _join(entries, piece.annotation.root)
     return entries
 
 
-def _bracketed(piece: Piece) -> bytes:
-    return b"[" + piece.text if piece.is_last else b"".join((b"[", memoryview(piece.text)[:-1], b"]"))
+def count_lines(piece: Piece) -> int:
+    """Return the number of lines that end in a piece, empty ones included, by which a fault is found."""
+    return piece.text.count(b"\n")
 
 
 def _join(entries: list[Any], root: str) -> None:
@@ -233,9 +278,9 @@ class MetaParser:
     def is_between_entries(self) -> bool:
         return not self._rest
 
-    def passed(self, piece: Piece, num_entries: int) -> None:
-        """Note that a piece was parsed elsewhere, by `parse_whole`."""
-        self._number += piece.text.count(b"\n") if piece.is_lines else num_entries
+    def passed(self, num_entries: int) -> None:
+        """Note that a piece was parsed elsewhere, by `parse_whole`, with so many entries, or lines (`count_lines`)."""
+        self._number += num_entries
 
     def parse(self, piece: Piece) -> list[Any]:
         """Return the entries that end in this piece.
@@ -245,7 +290,7 @@ class MetaParser:
         """
         entries = parse_whole(piece) if self.is_between_entries else None
         if entries is not None:
-            self.passed(piece, len(entries))
+            self.passed(count_lines(piece) if piece.is_lines else len(entries))
             return entries
         entries = self._parse_lines(piece) if piece.is_lines else self._parse_array(piece)
         _join(entries, piece.annotation.root)

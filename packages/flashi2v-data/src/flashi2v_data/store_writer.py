@@ -21,7 +21,7 @@ HEADER = b"header"
 _STATE = b"!state"
 _FIRST_MAP_SIZE = 64 << 20
 # What one transaction writes: enough to make its fixed cost small, little to lose by a kill.
-_BATCH = 8192
+_BATCH = 2048
 
 
 # The key of a record: of fixed width, as LMDB orders keys by their bytes.

@@ -43,7 +43,7 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.is_ready = False
-        self.task: Task[Any, Any] | None = None
+        self.tasks: deque[Task[Any, Any]] = deque()  # at the first of these it works
         self.deadline = float("inf")
 
     def stop(self) -> int | None:
@@ -63,6 +63,7 @@ class WorkerPool(Generic[A, R]):
         jobs: processes; they start when there is work for them.
         timeout: seconds for one task.
         start: "spawn" for work with threads of its own, such as decoders.
+        depth: tasks that a process is given at a time; more than one where a task is shorter than the parent's other work.
         on_result: called with every task that was done, as soon as the parent hears of it.
     """
 
@@ -73,12 +74,14 @@ class WorkerPool(Generic[A, R]):
         *,
         timeout: float | None = None,
         start: Literal["fork", "spawn"] = "spawn",
+        depth: int = 1,
         on_result: Callable[[Task[A, R]], None] | None = None,
     ) -> None:
         self._context = multiprocessing.get_context(start)
         self._function = function
         self._jobs = jobs
         self._timeout = timeout
+        self._depth = depth
         self._on_result = on_result
         self._workers: list[_Worker] = []
         self._waiting: deque[Task[A, R]] = deque()
@@ -92,7 +95,7 @@ class WorkerPool(Generic[A, R]):
         """Hand in a task; `result` waits for it."""
         task: Task[A, R] = Task(argument)
         self._waiting.append(task)
-        if len(self._workers) < self._jobs and all(worker.task or not worker.is_ready for worker in self._workers):
+        if len(self._workers) < self._jobs and all(worker.tasks or not worker.is_ready for worker in self._workers):
             self._workers.append(_Worker(self._context, self._function, self._timeout))
         self._advance(0)
         return task
@@ -128,9 +131,10 @@ class WorkerPool(Generic[A, R]):
                 self._receive(worker)
             elif now >= worker.deadline:
                 self._lose(worker, f"no answer within {self._timeout:g} s")
-        for worker in self._workers:
-            if self._waiting and worker.is_ready and worker.task is None:
-                self._give(worker, self._waiting.popleft())
+        for depth in range(1, self._depth + 1):  # one for each before a second for any
+            for worker in self._workers:
+                if self._waiting and worker.is_ready and len(worker.tasks) < depth:
+                    self._give(worker, self._waiting.popleft())
 
     def _receive(self, worker: _Worker) -> None:
         try:
@@ -141,20 +145,23 @@ class WorkerPool(Generic[A, R]):
         if not worker.is_ready:
             worker.is_ready = True
             return
-        task = worker.task
-        assert task is not None
+        task = worker.tasks.popleft()
         task.result, task.error = answer
         task.done = True
-        worker.task, worker.deadline = None, float("inf")
+        self._set_deadline(worker)
         if self._on_result is not None and task.error is None:
             self._on_result(task)
 
     def _give(self, worker: _Worker, task: Task[A, R]) -> None:
-        worker.task = task
-        if self._timeout is not None:
-            worker.deadline = time.monotonic() + self._timeout
+        worker.tasks.append(task)
+        if len(worker.tasks) == 1:
+            self._set_deadline(worker)
         with suppress(OSError):  # it died meanwhile, as the next wait will tell
             worker.connection.send(task.argument)
+
+    def _set_deadline(self, worker: _Worker) -> None:
+        is_limited = self._timeout is not None and worker.tasks
+        worker.deadline = time.monotonic() + self._timeout if is_limited else float("inf")
 
     def _lose(self, worker: _Worker, reason: str | None) -> None:
         self._workers.remove(worker)
@@ -163,9 +170,11 @@ class WorkerPool(Generic[A, R]):
             raise RuntimeError(
                 "a worker process ended before it began: scripts need `if __name__ == '__main__':` around their calls"
             )
-        if worker.task is not None:
-            worker.task.error = WorkerLost(reason or f"the process that read it died ({_name(code)})")
-            worker.task.done = True
+        if worker.tasks:
+            lost = worker.tasks.popleft()
+            lost.error = WorkerLost(reason or f"the process that read it died ({_name(code)})")
+            lost.done = True
+            self._waiting.extendleft(reversed(worker.tasks))
         if self._waiting:
             self._workers.append(_Worker(self._context, self._function, self._timeout))
 
