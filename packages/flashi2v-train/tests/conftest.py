@@ -10,7 +10,8 @@ import torch
 
 from flashi2v_data.config import FilterConfig
 from flashi2v_data.filter import filter_records
-from flashi2v_data.records import read_annotations, read_entries
+from flashi2v_data.meta import read_entries
+from flashi2v_data.records import read_annotations
 from flashi2v_data.shapes import write_shapes
 from flashi2v_data.store import write_store
 from flashi2v_model import presets

@@ -63,7 +63,7 @@ class WorkerPool(Generic[A, R]):
         jobs: processes; they start when there is work for them.
         timeout: seconds for one task.
         start: "spawn" for work with threads of its own, such as decoders.
-        depth: tasks that a process is given at a time; more than one where a task is shorter than the parent's other work.
+        depth: tasks that a process is given at a time; more than one where the parent is busy for longer than a task.
         on_result: called with every task that was done, as soon as the parent hears of it.
     """
 
@@ -160,8 +160,9 @@ class WorkerPool(Generic[A, R]):
             worker.connection.send(task.argument)
 
     def _set_deadline(self, worker: _Worker) -> None:
-        is_limited = self._timeout is not None and worker.tasks
-        worker.deadline = time.monotonic() + self._timeout if is_limited else float("inf")
+        worker.deadline = float("inf")
+        if self._timeout is not None and worker.tasks:
+            worker.deadline = time.monotonic() + self._timeout
 
     def _lose(self, worker: _Worker, reason: str | None) -> None:
         self._workers.remove(worker)
