@@ -249,6 +249,7 @@ def test_clips_are_mirrored_at_the_stated_rate_and_by_seed_and_key_alone(dataset
         key = SampleKey(epoch, 2)
         one, other = plain[key]["video"], flipped[key]["video"]
         is_mirrored = torch.equal(one.flip(-1), other)
+        assert flipped[key]["flipped"] is is_mirrored
         assert is_mirrored or torch.equal(one, other)
         count += is_mirrored
     assert 8 <= count <= 28

@@ -80,8 +80,11 @@ def test_two_processes_equal_one(workspace):
 
 
 def test_remembered_features_change_nothing(workspace):
-    """Over two epochs of 8 clips, with the posterior drawn anew each time."""
-    plain, cached = run(workspace, "plain"), run(workspace, "cached", feature_cache_gib=1.0)
+    """Over two epochs of 8 clips, with the posterior drawn anew each time and half of the clips mirrored."""
+    pipeline = workspace.data["dataset_param"]["transform_pipeline"]["video"]
+    changes = {"data.dataset_param.transform_pipeline.video": [{"trans_type": "RandomHorizontalFlipVideo"}, *pipeline]}
+    plain = run(workspace, "plain", changes)
+    cached = run(workspace, "cached", changes, feature_cache_gib=1.0)
     assert losses(cached) == losses(plain)
     assert_same_weights(plain, cached)
 
@@ -242,6 +245,11 @@ BAD_INPUT = {
     "wrong type": ({"model.predictor.num_layers": "many"}, {}, "predictor.num_layers"),
     "stages do not sum": ({"model.predictor.pipeline_num_layers": [7, 8]}, {}, "sums to 15"),
     "precomputed features": ({"model.load_video_features": True}, {}, "not available yet"),
+    "features in the data": (
+        {"data.dataset_param.load_text_features": True, "data.dataset_param.features_path": "features"},
+        {},
+        "load_text_features cannot be honoured",
+    ),
     "missing vae": ({"model.ae.from_pretrained": "nowhere/vae"}, {}, "nowhere/vae"),
     "height": ({"data.dataset_param.sample_height": 40}, {}, "divisible by 16"),
     "frames": ({"data.dataset_param.sample_num_frames": 6}, {}, "4k+1"),

@@ -38,6 +38,7 @@ class _Sample(TypedDict):
     index: int
     path: str
     first_frame: int  # of the crop in time, counted in the file
+    flipped: bool  # mirrored
     skipped: list[str]  # messages of the unreadable videos that this one stands in for
 
 
@@ -191,6 +192,7 @@ class FlashI2VDataset(Dataset[Sample]):
             "index": key.index,
             "path": record["path"],
             "first_frame": frames[0],
+            "flipped": flip,
             "skipped": [],
         }
         if self.config.return_prompt_mask:

@@ -35,6 +35,7 @@ class _Batch(TypedDict):
     index: Tensor  # (B,) int64
     path: list[str]
     first_frame: list[int]  # of the crop in time, counted in the file
+    flipped: list[bool]  # mirrored
     skipped: list[str]  # messages of the unreadable videos that samples of this batch stand in for
 
 
@@ -200,6 +201,7 @@ class StatefulLoader:
             "index": torch.tensor([sample["index"] for sample in taken]),
             "path": [sample["path"] for sample in taken],
             "first_frame": [sample["first_frame"] for sample in taken],
+            "flipped": [sample["flipped"] for sample in taken],
             "skipped": [message for sample in taken for message in sample["skipped"]],
         }
         if video is not None:

@@ -110,9 +110,10 @@ class VideoTransform:
         # On the CPU one plane after the other, while it is in the cache.
         step = 1 if pictures.device.type == "cpu" else num_frames
         for colour, (mean, std) in enumerate(zip(self._mean, self._std)):
-            scale, shift = 1 / (255 * std), mean / std  # of (x / 255 - mean) / std
+            # (x / 255 - mean) / std, and for the usual halves bit for bit what `normalise(to_tensor(...))` gives.
+            scale, shift = 255 * std, mean / std
             for source, target in zip(pictures[:, colour].split(step), out[colour].split(step)):
-                target.copy_(source).mul_(scale).sub_(shift)
+                target.copy_(source).div_(scale).sub_(shift)
         return out
 
 

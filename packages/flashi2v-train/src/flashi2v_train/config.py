@@ -194,6 +194,11 @@ def read_run_config(options: TrainOptions) -> RunConfig:
         )
     if not dataset.return_prompt_mask:
         raise InputError(f"{options.mm_data}: return_prompt_mask must be true: padding is zeroed by the mask")
+    for key in ("load_video_features", "load_text_features"):
+        if getattr(dataset, key):
+            raise InputError(
+                f"{options.mm_data}: {key} cannot be honoured: this version encodes as it trains; set it false"
+            )
     dataset.transform_pipeline.check_range()
     check_directory(options.save, "--save")
     check_pretrained(model.ae.from_pretrained, f"{options.mm_model}: ae.from_pretrained")

@@ -67,7 +67,7 @@ class Encoders:
         latents: list[Tensor] = []
         conditions: list[Tensor] = []
         contexts: list[Tensor] = []
-        for i, clip in enumerate(zip(batch["path"], batch["first_frame"])):
+        for i, clip in enumerate(zip(batch["path"], batch["first_frame"], batch["flipped"])):
             video = batch["video"][i : i + 1]
             whole = self._remember(clip, partial(self._posterior, video))
             still = self._remember((*clip, "still"), partial(self._posterior, video[:, :, :1]))

@@ -56,6 +56,7 @@ class Trainer:
             batch_size=options.micro_batch_size,
             rank=world.rank,
             num_replicas=world.size,
+            device=world.device,
         )
         self.encode = Encoders(config, world.device)
         self.transformer = self._build_transformer().to(world.device)
