@@ -234,6 +234,13 @@ def test_every_backend_gives_the_frames_that_a_player_shows(kinds, name, backend
         assert not wrong, f"frames {wrong} of {list(places)[:8]}"
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_the_probe_counts_and_measures_the_frames_that_a_player_shows(kinds, name):
+    expected = _played(kinds / name)
+    info = probe(kinds / name)
+    assert (info.num_frames, info.height, info.width) == expected.shape[:3]
+
+
 def test_the_kinds_of_video_are_what_their_names_say(kinds):
     def packets(name):
         with av.open(str(kinds / name)) as container:

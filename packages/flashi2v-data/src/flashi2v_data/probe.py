@@ -1,8 +1,9 @@
 """What a video file says about itself."""
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from flashi2v_data import pyav
 from flashi2v_data.errors import DecodeError
 
 
@@ -19,7 +20,7 @@ class VideoInfo(NamedTuple):
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """Read a video's header and its first frame; frames are counted only where the header does not say how many.
+    """Read a video's header and its first frame; files other than mp4 are read through to count their frames.
 
     The frame tells what headers do not: whether anything can be decoded, and how the picture is turned.
 
@@ -30,27 +31,30 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 
     name = os.fspath(path)
     try:
-        with av.open(name) as container:
-            if not container.streams.video:
-                raise DecodeError(name, "has no video stream")
-            stream = container.streams.video[0]
+        container, stream = pyav.open_video(name)
+        with container:
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
                 raise DecodeError(name, "does not say its frames per second")
-            stream.codec_context.thread_count = 1  # worker processes provide the parallelism
             frame = next(container.decode(stream), None)
             if frame is None:
                 raise DecodeError(name, "holds no frame")
             height, width = frame.height, frame.width
             if frame.rotation % 180:
                 height, width = width, height
-            # Where a file has an index (mp4), that tells whether its end was cut off.
-            if any(entry.pos + entry.size > container.size for entry in stream.index_entries):
-                raise DecodeError(name, "is cut short")
-            num_frames = stream.frames
-            if not num_frames:
-                container.seek(0, stream=stream)
-                num_frames = sum(packet.size > 0 for packet in container.demux(stream))
-            return VideoInfo(height, width, float(rate), num_frames)
+            return VideoInfo(height, width, float(rate), _num_frames(name, container, stream))
     except (av.FFmpegError, OSError) as error:
         raise DecodeError(name, error.strerror or str(error)) from error
+
+
+def _num_frames(path: str, container: Any, stream: Any) -> int:
+    """Count as `read_frames` does: without the frames that an edit list leaves out."""
+    index = pyav.full_index(container, stream)
+    if index is not None:
+        if any(entry.pos + entry.size > container.size for entry in index):
+            raise DecodeError(path, "is cut short")
+        return sum(not entry.is_discard for entry in index)
+    # Headers of other files say nothing, or what cannot be trusted, and some cannot go back to their beginning.
+    container, stream = pyav.open_video(path)
+    with container:
+        return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))

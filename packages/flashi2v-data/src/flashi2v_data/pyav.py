@@ -74,6 +74,12 @@ def open_video(path: str) -> tuple[Any, Any]:
     return container, stream
 
 
+def full_index(container: Any, stream: Any) -> Sequence[Any] | None:
+    """Return the entries of an mp4's index, which lists all frames in the order of decoding; other files have none."""
+    index = stream.index_entries
+    return index if container.format.name.startswith("mov") and len(index) == stream.frames else None
+
+
 def _picture(frame: Any) -> NDArray[np.uint8]:
     image = frame.to_ndarray(format="rgb24", threads=1)
     turns = round(frame.rotation / 90) % 4
@@ -161,9 +167,8 @@ class _Video:
 
     def _scan(self) -> tuple[list[_Key], int, bool]:
         """Find the key frames, count the frames, and tell whether packets say when they are shown."""
-        index = self._stream.index_entries
-        if self._container.format.name.startswith("mov") and len(index) == self._stream.frames:
-            # The index of an mp4 lists all frames: nothing else needs to be read, however long the video.
+        index = full_index(self._container, self._stream)
+        if index is not None:  # then nothing else needs to be read, however long the video
             self._stamp = "dts"
             entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in index]
         else:
