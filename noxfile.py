@@ -11,12 +11,12 @@ nox.needs_version = ">=2024.4"
 nox.options.sessions = ["lint", "imports", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
-# The one place that decides which torch, and torch_npu, are tested; the packages themselves ask for a range.
-CONSTRAINTS = ["torch==2.13.0", "torch_npu==2.13.0"]
+# The one place that decides which torch is tested, and what is built for just one torch; the packages themselves ask for a range.
+CONSTRAINTS = ["torch==2.13.0", "torch_npu==2.13.0", "torchcodec==0.13.0"]
 
 # In the order of the arrows: each needs only those before it.
 PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-train", "flashi2v-infer")
-EXTRAS = {"flashi2v-data": "[decord,plots,tokenizer]"}
+EXTRAS = {"flashi2v-data": "[decord,plots,tokenizer,torchcodec]"}
 TEST_TOOLS = (
     "pytest>=8",
     "pytest-timeout>=2.3",
