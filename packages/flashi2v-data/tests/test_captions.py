@@ -24,7 +24,28 @@ def test_captions_are_cleaned_as_by_the_reference(raw, clean):
         ("5 < 6 dogs", "5 < 6 dogs"),
         ("", ""),
         ("a,b.c", "a, b. c"),
+        ("an <img src=x> a <!-- note --> b", "an a b"),
+        ("a <b without an end", "a <b without an end"),
+        ("&#" + "1" * 5000 + "; a", "\ufffd a"),
     ],
 )
 def test_debris_of_the_web_is_removed(raw, clean):
     assert clean_caption(raw) == clean
+
+
+@pytest.mark.timeout(20)
+def test_no_text_takes_time_beyond_its_length():
+    for text in (
+        "a" * 100_000,
+        "a1" * 50_000,
+        "<" * 100_000,
+        "x" + " " * 100_000 + "x",
+        "a." * 50_000,
+        "." * 100_000,
+        "<a " * 33_333,
+        "<!--" * 25_000,
+        "a1a" + "1" * 100_000 + "_",
+        "1x" + "1" * 100_000 + "_",
+        "a.com@" * 16_000,
+    ):
+        assert len(clean_caption(text)) < 200_000

@@ -1,3 +1,4 @@
+import itertools
 import json
 import pickle
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from flashi2v_data.inspection import _edges
 from flashi2v_data.store import open_store, write_store
 
 FILTER = """\
@@ -80,7 +82,7 @@ def test_inspect_counts_and_shows(place):
         "resolution        32x48          5  ########################################\n",
         "fps                16.0          5  ###",
         "frames                7          5  ###",
-        "missing    1 videos\n",
+        "missing    1 clip\n",
         "missing.mp4\n",
     ):
         assert expected in result.stdout
@@ -95,7 +97,7 @@ def test_inspect_reports_videos_that_cannot_be_opened(place):
         opened, looked = _run(place, "inspect", "lmdb", "--open-videos"), _run(place, "inspect", "lmdb")
     finally:
         path.write_bytes(whole)
-    assert f"unreadable 1 videos\n           {path}: Invalid data" in opened.stdout
+    assert f"unreadable 1 clip\n           {path}: Invalid data" in opened.stdout
     assert "unreadable" not in looked.stdout
 
 
@@ -104,7 +106,7 @@ def test_inspect_reports_videos_that_are_not_what_their_records_say(place, tmp_p
     write_store(tmp_path / "a.lmdb", [record, {**record, "num_frames": 7, "fps": 24}, {**record, "num_frames": 7}], {})
     result = _run(place, "inspect", str(tmp_path / "a.lmdb"), "--open-videos")
     assert result.returncode == 0
-    assert f"wrong      2 videos\n           {record['path']}: the video is 48x32, 16 fps, 7 frames" in result.stdout
+    assert f"wrong      2 clips\n           {record['path']}: the video is 48x32, 16 fps, 7 frames" in result.stdout
 
 
 def test_inspect_reads_stores_of_the_public_code(place, tmp_path):
@@ -119,9 +121,60 @@ def test_inspect_reads_stores_of_the_public_code(place, tmp_path):
         "setting    none: written by the public code\n",
         "resolution     not said         30  ###",
         "frames            40-43          4  ###",
-        "missing    30 videos\n           /0.mp4\n",
+        "missing    30 clips\n           /0.mp4\n",
+        "           /2.mp4\n           ...; --open-videos lists all\n",
     ):
         assert expected in result.stdout
+    opened = _run(place, "inspect", str(tmp_path / "a.lmdb"), "--open-videos")
+    assert opened.stdout.split("missing    30 clips\n")[1].split() == [f"/{number}.mp4" for number in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"cap": None}, "Expected `str | array`, got `null` - at `$.cap`"),
+        ({"resolution": [32, 48]}, "Expected `object | null`, got `array` - at `$.resolution`"),
+        ({"fps": float("inf")}, "at `$.fps`"),
+        ({"num_frames": "7"}, "at `$.num_frames`"),
+    ],
+)
+def test_inspect_names_a_record_that_holds_something_else(tmp_path, change, expected):
+    record = {"path": "/a.mp4", "cap": "a b", "num_frames": 40} | change
+    with lmdb.open(str(tmp_path / "a.lmdb")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"%012d" % 0, pickle.dumps(record))
+    result = _run(tmp_path, "inspect", "a.lmdb")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("flashi2v-data: a.lmdb: record 0 is no clip that can be trained on: ")
+    assert expected in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_inspect_names_a_record_without_caption(tmp_path):
+    with lmdb.open(str(tmp_path / "a.lmdb")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"%012d" % 0, pickle.dumps({"path": "/a.mp4", "num_frames": 40}))
+    result = _run(tmp_path, "inspect", "a.lmdb")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "a.lmdb: record 0" in result.stderr
+    assert "cap" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_inspect_lists_a_missing_video_of_many_clips_once(place, tmp_path):
+    record = {**open_store(place / "lmdb")[0], "path": "/gone.mp4"}
+    write_store(tmp_path / "a.lmdb", [record] * 5, {})
+    result = _run(place, "inspect", str(tmp_path / "a.lmdb"), "--open-videos")
+    assert result.stdout.endswith("missing    5 clips\n           /gone.mp4\n")
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], []])
+def test_filter_warns_when_nothing_was_kept(place, tmp_path, arguments):
+    settings = FILTER.replace("save_path: lmdb", f"save_path: {tmp_path / 'lmdb'}").replace(
+        "min_hxw: 1000", "min_hxw: 9999"
+    )
+    (tmp_path / "filter.yaml").write_text(settings)
+    result = _run(place, "filter", "--filter_config", str(tmp_path / "filter.yaml"), *arguments)
+    assert result.returncode == 0
+    assert result.stderr == "WARNING none of 7 clips was kept: the report says which limits they fell to\n"
 
 
 def test_inspect_stops_at_its_limit_and_plots(place):
@@ -154,6 +207,15 @@ def test_plots_without_matplotlib_say_how_to_install_it(place):
         (["inspect", "shapes"], "shapes: neither an LMDB nor a folder"),
         (["filter", "--filter_config", "filter.yaml", "--explain", "no.mp4"], "no entry has the path no.mp4"),
         (["filter", "--filter_config", "filter.yaml", "--probe-timeout", "0"], "--probe-timeout"),
+        (["filter", "--filter_config", "filter.yaml", "--explain", "a", "--resume"], "--explain writes nothing: leave"),
+        (["filter", "--filter_config", "filter.yaml", "--explain", "a", "--plots"], "leave out --plots"),
+        (["filter", "--filter_config", "filter.yaml", "--explain", "a", "--dry-run"], "leave out --dry-run"),
+        (["filter", "--filter_config", "filter.yaml", "--dry-run", "--resume", "--plots"], "out --resume and --plots"),
+        (["inspect", "lmdb", "--jobs", "2"], "without --open-videos no video is opened: leave out --jobs"),
+        (["inspect", "lmdb", "--probe-timeout", "2"], "leave out --probe-timeout"),
+        (["inspect", "lmdb", "--plots", "filter.yaml"], "--plots: cannot write below"),
+        (["shapes", "/proc/x"], "/proc/x: cannot be made"),
+        (["shapes", "filter.yaml/x"], "filter.yaml/x: cannot be made"),
         (["shapes", "shapes"], "exists: name a new directory"),
         (["shapes", "new", "--size", "64"], "--size: expected HEIGHTxWIDTH"),
         (["shapes", "new", "--sise", "64x64"], "Unknown option"),
@@ -176,3 +238,12 @@ def test_help_has_an_example(tmp_path, command):
     result = _run(tmp_path, command, "--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert f"Example: flashi2v-data {command}" in result.stdout
+
+
+@pytest.mark.parametrize("values", [[3], [3, 9], [0, 1000], [17, 17 + 81]])
+def test_plotted_bins_of_whole_numbers_are_equally_wide_and_hold_every_value(values):
+    edges = _edges(values)
+    assert len(edges) <= 41
+    assert {edge % 1 for edge in edges} == {0.5}
+    assert len({high - low for low, high in itertools.pairwise(edges)}) == 1
+    assert edges[0] < min(values) <= max(values) < edges[-1]

@@ -234,6 +234,51 @@ def test_a_file_that_is_not_what_its_record_says_is_skipped(dataset, store_path,
     assert sample["path"] == good["path"]
 
 
+def _faulty_records(directory, store_path):
+    """Records that are at fault though their files are not; the same, mended."""
+    good = open_store(store_path)[0]
+    large = _video_of(directory, "large.mp4", 96, 160)
+    crops = {**good, "path": large, "resolution": {"height": 96, "width": 160}}
+    small = {**good, "path": _video_of(directory, "small.mp4", 16, 24)}
+    faulty = [{**good, "num_frames": 4}, {**crops, "crop": [0, 161, 0, 96]}, {**crops, "crop": "all"}, small]
+    mended = [good, {**crops, "crop": [0, 160, 0, 96]}, crops, {**small, "resolution": {"height": 16, "width": 24}}]
+    return faulty, mended
+
+
+def test_a_mended_record_is_read_again_with_the_same_quarantine(dataset, store_path, tmp_path):
+    faulty, mended = _faulty_records(tmp_path, store_path)
+    other = open_store(store_path)[1]
+    data = dataset([*faulty, other])
+    assert all(data[index]["skipped"] for index in range(4))
+    assert len(data.quarantine) == 0
+    assert not data.quarantine.path.exists()
+    data = dataset([*mended, other])
+    assert not any(data[index]["skipped"] for index in range(4))
+
+
+def test_a_record_at_fault_is_not_read_twice_and_stands_for_no_other_record_of_its_file(
+    dataset, store_path, tmp_path, monkeypatch
+):
+    faulty, mended = _faulty_records(tmp_path, store_path)
+    data = dataset([*faulty[1:2], *mended[1:2]])  # one file and first frame, two crops
+    first = data[0]
+    opened = []
+    monkeypatch.setattr(
+        "flashi2v_data.dataset.read_frames",
+        lambda *given, **named: opened.append(given) or read_frames(*given, **named),
+    )
+    again = data[0]
+    assert len(opened) == 1
+    assert again["skipped"] == first["skipped"]
+    assert torch.equal(again["video"], first["video"])
+    assert data[1]["skipped"] == []
+
+
+def test_a_record_of_the_public_code_need_not_say_its_resolution(dataset, store_path):
+    record = {key: value for key, value in open_store(store_path)[0].items() if key != "resolution"}
+    assert dataset([record])[0]["skipped"] == []
+
+
 def test_another_size_that_is_large_enough_is_used(dataset, store_path, tmp_path):
     """A record may be out of date: what counts is that nothing must be enlarged."""
     record = dict(open_store(store_path)[0], path=_video_of(tmp_path, "large.mp4", 96, 160))

@@ -1,4 +1,5 @@
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ def judge(entry, info=None, config=CONFIG):
     return Judge(config)(entry, info)
 
 
+def _filter_files(annotations, config, jobs):
+    with closing(Prober(1)) as prober, closing(FileFilter(annotations, config, prober, jobs=jobs)) as files:
+        return list(files.outcomes())
+
+
 @pytest.mark.parametrize("entry", CASES["entries"], ids=lambda entry: Path(entry["path"]).stem)
 def test_every_entry_is_kept_or_dropped_as_by_the_reference(entry):
     outcome = judge(dict(entry), INFO if "fps" not in entry else None)
@@ -60,12 +66,16 @@ def test_a_kept_record_is_complete_and_keeps_further_keys():
         ({"cut": []}, "invalid_cut"),
         ({"cut": [-1, 5]}, "invalid_cut"),
         ({"cut": ["0"]}, "invalid_cut"),
+        ({"cut": [5, 5]}, "invalid_cut"),
+        ({"cut": [30, 20]}, "invalid_cut"),
+        ({"cut": [10**15, 10**16]}, "invalid_cut"),
         ({"resolution": [1080, 1920]}, "no_resolution"),
         ({"resolution": {"height": "1080", "width": 1920}}, "no_resolution"),
         ({"cap": None}, "no_cap"),
         ({"cap": []}, "no_cap"),
         ({"cap": ["a", 1]}, "no_cap"),
         ({"path": None}, "invalid_entry"),
+        ({"path": ""}, "invalid_entry"),
         ({"fps": 10**400}, "no_fps"),
         ({"fps": 1e-300}, "no_fps"),
         ({"fps": [24]}, "no_fps"),
@@ -77,10 +87,32 @@ def test_a_kept_record_is_complete_and_keeps_further_keys():
         ({"crop": [0, 10, 5, 5]}, "invalid_crop"),
         ({"crop": [0, 10]}, "invalid_crop"),
         ({"crop": [0, 10, 0, "10"]}, "invalid_crop"),
+        ({"crop": [0, 10.5, 0, 10]}, "invalid_crop"),
+        ({"crop": [0, 1921, 0, 1080]}, "invalid_crop"),
+        ({"crop": [0, 1920, 0, 1081]}, "invalid_crop"),
+        ({"crop": [0, 10, 0, 10], "resolution": {"height": 0, "width": 0}}, "no_resolution"),
     ],
 )
-def test_unusable_values_are_counted_reasons(change, reason):
-    assert judge({**GOOD, **change}) == Drop(reason)
+def test_unusable_values_are_counted_reasons_however_they_are_read(tmp_path, change, reason):
+    entry = {**GOOD, **change}
+    assert judge(dict(entry)) == Drop(reason)
+    (tmp_path / "meta.json").write_text(json.dumps([entry]))
+    (outcome,) = _filter_files([Annotation("/videos", str(tmp_path / "meta.json"))], CONFIG, jobs=1)
+    assert {name: count for name, count in outcome.report.dropped.items() if count} == {reason: 1}
+
+
+def test_a_crop_is_kept_as_whole_numbers():
+    record = judge({**GOOD, "crop": [0.0, 1920, 0, 1080.0]})
+    assert json.dumps(record["crop"]) == "[0, 1920, 0, 1080]"
+
+
+def test_a_crop_that_exceeds_the_video_is_dropped_where_the_entry_leaves_out_the_resolution():
+    entry = {name: value for name, value in GOOD.items() if name != "resolution"}
+    assert judge({**entry, "crop": [0, 1921, 0, 1080]}, INFO) == Drop("invalid_crop")
+    assert not isinstance(judge({**entry, "crop": [0, 1920, 0, 1080]}, INFO), Drop)
+    assert (
+        Judge(CONFIG).explain({**entry, "crop": [0, 1921, 0, 1080]}, INFO, None)[-1].startswith("FAILS   invalid_crop")
+    )
 
 
 @pytest.mark.parametrize("entry", [None, 5, "a.mp4", [], {}, {"cap": "no path"}])
@@ -229,11 +261,7 @@ def test_files_give_the_same_in_processes_as_entry_by_entry(tmp_path, monkeypatc
 
     alone, report = FilterReport(), FilterReport()
     expected = list(filter_records((e for a in annotations for e in read_entries(a)), config, alone))
-    prober = Prober(1)
-    files = FileFilter(annotations, config, prober, jobs=2)
-    outcomes = list(files.outcomes())
-    files.close()
-    prober.close()
+    outcomes = _filter_files(annotations, config, jobs=2)
     codec = ValueCodec(compression)
     for outcome in outcomes:
         report.add(outcome.report, config)

@@ -241,7 +241,7 @@ def test_a_dry_run_prints_the_report_and_writes_nothing(place):
     assert sorted(place.rglob("*")) == before
     wet = _filter(place, "--plots")
     assert wet.stdout == dry.stdout + "written to lmdb/filtered_samples_9.lmdb\n"
-    assert "1 clips miss sample_num_frames by 80 %; 1 would keep them" in dry.stdout
+    assert "1 clip misses sample_num_frames by 80 %; 1 would keep it" in dry.stdout
     assert (place / "lmdb/report.png").exists()
 
 

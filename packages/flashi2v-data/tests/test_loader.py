@@ -220,6 +220,24 @@ def test_bad_files_cost_their_own_samples_alike_with_any_number_of_workers(spoil
         resumed.close()
 
 
+def test_records_at_fault_are_replaced_alike_with_workers_and_in_a_resumed_run(data_config, store_path, tmp_path):
+    store = open_store(store_path)
+    records = [
+        {**record, **({"crop": [0, 999, 0, 9]} if number % 3 == 0 else {})} for number, record in enumerate(store)
+    ]
+    records[1]["num_frames"] = 4
+    path = str(write_store(tmp_path / "faulty.lmdb", records, store.config))
+    quarantine = tmp_path / "quarantine.jsonl"
+    expected = list(islice(build_dataloader(data_config(metafile_or_dir_path=path), seed=3, batch_size=4), 6))
+    assert sum(len(batch["skipped"]) for batch in expected) >= 10
+    for consumed in (0, 8):
+        config = data_config(2, metafile_or_dir_path=path)
+        loader = build_dataloader(config, seed=3, batch_size=4, consumed=consumed)
+        assert all(_equal(one, other) for one, other in zip(expected[consumed // 4 :], loader))
+        loader.close()
+    assert not quarantine.exists()
+
+
 def test_the_quarantine_lies_beside_the_store(spoilt, data_config):
     path, _ = spoilt
     next(iter(build_dataloader(data_config(metafile_or_dir_path=path, quarantine_path=None), seed=3, batch_size=4)))

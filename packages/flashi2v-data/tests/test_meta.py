@@ -108,6 +108,12 @@ def test_a_compressed_file_that_was_cut_short_says_so(tmp_path, compress):
         list(read_entries(Annotation("", str(path))))
 
 
+def test_an_empty_path_does_not_become_the_root(tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text('[{"path": ""}]')
+    assert list(read_entries(Annotation("/videos", str(path)))) == [{"path": ""}]
+
+
 def test_bytes_that_are_not_utf8_become_the_path_that_opens_the_file(tmp_path):
     path = tmp_path / "meta.jsonl"
     path.write_bytes(b'{"path": "caf\xe9.mp4"}\n{"path": "\\udce9.mp4"}\n')

@@ -26,6 +26,14 @@ def test_near_misses_are_told_in_sentences():
     assert "2 clips miss min_motion_value by 0.1; -0.1 would keep them" in text
 
 
+def test_one_clip_has_its_own_grammar():
+    report = FilterReport()
+    report.count(0, [Drop("too_short", Miss("sample_num_frames", 41 - 4 * number, "")) for number in range(6)])
+    lines = report.describe(CONFIG).splitlines()
+    assert "1 clip misses sample_num_frames by 16 %; 41 would keep it" in lines
+    assert lines[-1] == "1 further clip misses sample_num_frames alone, see report.json"
+
+
 def test_of_many_groups_the_most_numerous_are_told_nearest_first_and_the_others_counted():
     report = FilterReport()
     for number in range(8):
@@ -60,3 +68,15 @@ def test_the_report_is_written_as_text_json_and_picture(tmp_path):
     values = json.loads((tmp_path / "report.json").read_text())
     assert values["near_misses"] == [{"setting": "min_hxw", "value": 898560, "clips": "1280x720", "count": 1}]
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_without_near_misses_says_so(tmp_path, monkeypatch):
+    texts = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, path, **_: (texts.extend(text.get_text() for text in figure.axes[1].texts), path.touch()),
+    )
+    report = FilterReport()
+    report.count(3, [Drop("no_cap")])
+    write_report(report, CONFIG, tmp_path, plots=True)
+    assert texts == ["no clip that a single changed setting would keep"]

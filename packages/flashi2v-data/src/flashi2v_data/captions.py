@@ -2,7 +2,6 @@
 
 import html
 import re
-from html.parser import HTMLParser
 from urllib.parse import unquote_plus
 
 import ftfy
@@ -10,10 +9,19 @@ import ftfy
 _SITE = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)\b[\w/\-]*"
 _FILE_TYPES = r"(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 
+# A caption may be any text of any length, so no pattern may go through a run of characters once for every place in it:
+# one that takes a run without limit begins at the run's start only, and takes it in one way only.
+
+# Not the standard library's parser, which in some releases takes minutes over text of many "<", and of which others
+# drop, rather than keep, what follows a tag without an end.
+_TAG = r"<[a-z/!?][^<>]*>"
+# Python refuses to read a number of thousands of digits; none of more than 20 is a character.
+_LONG_REFERENCE = r"&#\d{20,};?"
+
 # Applied in this order, before the text's encoding is repaired.
 _DEBRIS = [
     (r"https?:/{1,3}", ""),
-    (rf"\b{_SITE}(?!@)", ""),
+    (rf"\b(?:{_SITE}(?!@)|([a-z0-9.\-]+))", r"\1"),  # what is no site is kept, but not searched again
     (r"@\w+\b", ""),
     # Chinese, Japanese and Korean writing: strokes, kana extensions, compatibility forms, hexagrams, ideographs.
     (r"[\u31c0-\u31ef\u31f0-\u31ff\u3200-\u33ff\u3400-\u4dbf\u4dc0-\u4dff\u4e00-\u9fff]+", ""),
@@ -29,11 +37,11 @@ _DEBRIS = [
     (r"\d:\d\d\s+$", ""),
     (r"\\n", " "),  # a line break that was escaped twice
     (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # article numbers
-    (rf"\S+\.{_FILE_TYPES}", ""),
+    (rf"(?<!\S)\S+\.{_FILE_TYPES}", ""),
     (r"[\"']{2,}", '"'),
     (r"\.{2,}", " "),
     (r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
-    (r"\s+\.\s+", " "),
+    (r"(?<!\s)\s+\.\s+", " "),
 ]
 # Applied after it: codes such as jc6640, leftovers of file names and sizes such as 1080x720, then spacing.
 _CODES = [
@@ -42,8 +50,8 @@ _CODES = [
     (r"\b\d+[a-z]+\d+\b", ""),
     (rf"\b{_FILE_TYPES}\b(?:\simages?)?", ""),
     (r"\bpage\s+\d+\b", ""),
-    (r"\b\d*[a-z]+\d+[a-z]+\d+[a-z\d]*\b", " "),
-    (r"\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", ""),
+    (r"\b\d*[a-z]+\d+[a-z]+\d[a-z\d]*\b", " "),
+    (r"\b\d+(?:\.\d*)?[x\u0445\u00d7]\d+(?:\.\d*)?\b", ""),
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
@@ -59,11 +67,11 @@ _EDGES = [
 def clean_caption(caption: str) -> str:
     """Return the caption as the text encoder is trained on it; may be empty."""
     text = unquote_plus(caption).strip().lower().replace("<person>", "person")
-    text = _substitute(_without_tags(text), _DEBRIS)
+    text = _substitute(_unescape(re.sub(_TAG, "", text)), _DEBRIS)
     # More than three separators: a file name or slug, this-is-my-cute-cat.
     if len(re.findall(r"[-_]", text)) > 3:
         text = re.sub(r"[-_]", " ", text)
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = _unescape(_unescape(ftfy.fix_text(text)))
     text = _substitute(text, _CODES).strip()
     return _substitute(text, _EDGES).strip()
 
@@ -74,17 +82,5 @@ def _substitute(text: str, rules: list[tuple[str, str]]) -> str:
     return text
 
 
-class _Text(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-
-    def handle_data(self, data: str) -> None:
-        self.parts.append(data)
-
-
-def _without_tags(text: str) -> str:
-    parser = _Text()
-    parser.feed(text)
-    parser.close()
-    return "".join(parser.parts)
+def _unescape(text: str) -> str:
+    return html.unescape(re.sub(_LONG_REFERENCE, "\ufffd", text))

@@ -1,7 +1,9 @@
 """The command line `flashi2v-data`."""
 
+import logging
 import os
 import re
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -10,11 +12,14 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from flashi2v_data import __version__
+from flashi2v_data.atomic import check_directory
 from flashi2v_data.config import FilterConfig, load_config
 from flashi2v_data.console import run
 from flashi2v_data.errors import InputError
 from flashi2v_data.prober import PROBE_TIMEOUT_SECONDS
-from flashi2v_data.report import check_plots
+from flashi2v_data.report import FilterReport, check_plots
+
+logger = logging.getLogger(__name__)
 
 app = App(name="flashi2v-data", help="Video data for training FlashI2V.", version=__version__, help_format="plaintext")
 
@@ -63,6 +68,10 @@ def filter_command(
     """
     from flashi2v_data.filtering import count_files, explain_path, filter_files
 
+    if explain is not None:
+        _refuse("--explain writes nothing", {"--dry-run": dry_run, "--resume": resume, "--plots": plots})
+    if dry_run:
+        _refuse("--dry-run writes nothing", {"--resume": resume, "--plots": plots})
     config = load_config(filter_config, FilterConfig)
     if explain is not None:
         for lines in explain_path(config, explain, probe_timeout=probe_timeout):
@@ -70,10 +79,25 @@ def filter_command(
         return
     jobs = jobs or _num_processors()
     if dry_run:
-        print(count_files(config, jobs=jobs, probe_timeout=probe_timeout).describe(config))
+        report = count_files(config, jobs=jobs, probe_timeout=probe_timeout)
+        print(report.describe(config))
+        _warn_of_none(report)
         return
     path, report = filter_files(config, jobs=jobs, probe_timeout=probe_timeout, resume=resume, plots=plots)
     print(f"{report.describe(config)}\nwritten to {path}")
+    _warn_of_none(report)
+
+
+def _refuse(reason: str, options: Mapping[str, bool]) -> None:
+    """Refuse the options that are given, as they would be ignored."""
+    given = [option for option, is_given in options.items() if is_given]
+    if given:
+        raise InputError(f"{reason}: leave out {' and '.join(given)}")
+
+
+def _warn_of_none(report: FilterReport) -> None:
+    if report.kept == 0:
+        logger.warning("none of %s clips was kept: the report says which limits they fell to", f"{report.total:,}")
 
 
 @app.command(name="inspect")
@@ -85,7 +109,7 @@ def inspect_command(
     plots: Path | None = None,
     open_videos: Annotated[bool, Parameter(negative="")] = False,
     jobs: Positive | None = None,
-    probe_timeout: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = PROBE_TIMEOUT_SECONDS,
+    probe_timeout: Annotated[float | None, Parameter(validator=cyclopts.validators.Number(gt=0))] = None,
 ) -> None:
     """Show what an LMDB, or a folder of them, holds, and which videos are missing.
 
@@ -100,20 +124,24 @@ def inspect_command(
     plots
         Write histograms into this directory.
     open_videos
-        Open every video and report those that cannot be read, or are not what their records say.
+        Open every video and list all that are missing, cannot be read, or are not what their records say.
     jobs
         Processes that open videos; by default one for every processor.
     probe_timeout
-        Seconds after which a video that does not answer is given up.
+        Seconds after which a video that does not answer is given up; by default 60.
     """
     from flashi2v_data.inspection import describe_store, inspect_store, plot_store
     from flashi2v_data.prober import Prober
     from flashi2v_data.store import open_store
 
+    if not open_videos:
+        given = {"--jobs": jobs is not None, "--probe-timeout": probe_timeout is not None}
+        _refuse("without --open-videos no video is opened", given)
     if plots is not None:
         check_plots()
+        check_directory(plots, "--plots")
     store = open_store(path)
-    with closing(Prober(jobs or _num_processors(), probe_timeout)) as prober:
+    with closing(Prober(jobs or _num_processors(), probe_timeout or PROBE_TIMEOUT_SECONDS)) as prober:
         found = inspect_store(store, limit=limit, prober=prober if open_videos else None)
     charts = [] if plots is None else plot_store(found, plots)
     print(describe_store(store, found))

@@ -90,6 +90,9 @@ class FlashI2VDataset(Dataset[Sample]):
         self.features = None if config.features_path is None else FeatureStore(config.features_path, made_by)
         default = f"{config.metafile_or_dir_path.rstrip('/')}.quarantine.jsonl"
         self.quarantine = Quarantine(config.quarantine_path or default)
+        # Reasons by record, as others of the same file may be right; not on disk, as records are mended without a trace
+        # on the file, and settings change.
+        self._bad_records: dict[int, str] = {}
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -134,7 +137,7 @@ class FlashI2VDataset(Dataset[Sample]):
     def choose(self, key: SampleKey, skipped: list[str]) -> int:
         """Return the record to read for a sample: its own, or, after `len(skipped)` others, one that stands in.
 
-        Records in quarantine are passed over and their messages added to `skipped`.
+        Records in quarantine, or known to be at fault, are passed over and their messages added to `skipped`.
 
         Raises:
             DecodeError: more than 100 in a row are unreadable.
@@ -151,7 +154,7 @@ class FlashI2VDataset(Dataset[Sample]):
         while len(skipped) < min(num_records, MAX_SKIPPED_IN_A_ROW + 1):
             index = (key.index + len(skipped) * stride) % num_records
             record = self.store[index]
-            reason = self.quarantine.reason(record["path"], record["start_frame_idx"])
+            reason = self._bad_records.get(index) or self.quarantine.reason(record["path"], record["start_frame_idx"])
             if reason is None:
                 return index
             skipped.append(str(DecodeError(record["path"], reason)))
@@ -163,7 +166,10 @@ class FlashI2VDataset(Dataset[Sample]):
 
     def skip(self, index: int, error: DecodeError, skipped: list[str], *, whole_file: bool = False) -> None:
         """Note that a record, or all records of its file, cannot be read."""
-        self.quarantine.add(error, None if whole_file else self.store[index]["start_frame_idx"])
+        if error.is_of_record:
+            self._bad_records[index] = error.reason
+        else:
+            self.quarantine.add(error, None if whole_file else self.store[index]["start_frame_idx"])
         skipped.append(str(error))
 
     def read(self, key: SampleKey, index: int, pictures: NDArray[np.uint8]) -> Sample:
@@ -215,25 +221,25 @@ class FlashI2VDataset(Dataset[Sample]):
             len(indices), config.sample_num_frames, generator(self.seed, "crop", key.epoch, key.index)
         )
         if end - begin < config.sample_num_frames:
-            raise DecodeError(
-                record["path"], f"has {end} frames at the training rate, {config.sample_num_frames} are needed"
-            )
+            raise _record_fault(record, f"has {end} frames at the training rate, {config.sample_num_frames} are needed")
         return indices[begin:end].tolist()
 
     def _converter(self, record: Record, flip: bool) -> Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]:
-        path, crop, resolution = record["path"], _crop(record), record["resolution"]
-        sides = [resolution["height"], resolution["width"]]
+        crop = _crop(record)
+        # Stores of the public code may not say the size; no file is then smaller than its record says.
+        resolution = record.get("resolution")
+        sides = [resolution["height"], resolution["width"]] if resolution else [0, 0]
 
         def convert(frame: NDArray[np.uint8], place: NDArray[np.uint8]) -> None:
             height, width, _ = frame.shape
             if any(
                 side < min(recorded, needed) for side, recorded, needed in zip(frame.shape, sides, self.transform.size)
             ):
-                raise DecodeError(path, f"is {height}x{width}, smaller than the sample and than its record says")
+                raise _record_fault(record, f"is {height}x{width}, smaller than the sample and than its record says")
             if crop is not None:
                 left, right, top, bottom = crop
                 if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-                    raise DecodeError(path, f"is {height}x{width}, its crop [left, right, top, bottom] is {crop}")
+                    raise _record_fault(record, f"is {height}x{width}, its crop [left, right, top, bottom] is {crop}")
                 frame = frame[top:bottom, left:right]
             self.transform.put_picture(frame, place, flip=flip)
 
@@ -267,8 +273,12 @@ def _crop(record: Record) -> list[int] | None:
     if crop is None or crop == [None] * 4:
         return None
     if not isinstance(crop, list) or len(crop) != 4 or not all(type(side) is int for side in crop):
-        raise DecodeError(record["path"], f"its crop is not [left, right, top, bottom] in pixels: {crop}")
+        raise _record_fault(record, f"its crop is not [left, right, top, bottom] in pixels: {crop}")
     return crop
+
+
+def _record_fault(record: Record, reason: str) -> DecodeError:
+    return DecodeError(record["path"], reason, is_of_record=True)
 
 
 def _check_fit(store: LmdbStore, config: DatasetParam) -> None:

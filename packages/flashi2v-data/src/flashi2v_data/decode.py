@@ -4,7 +4,6 @@ import functools
 import importlib
 import logging
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -91,7 +90,7 @@ def read_frames(
     wanted = sorted(positions)
     if wanted[0] < 0:
         raise DecodeError(name, f"there is no frame {wanted[0]}")
-    _check_file(name)
+    pyav.check_file(name)
     size: tuple[int, ...] | None = None
     for frame, index in zip(_frames(name, wanted, resolve_backend(backend)), wanted):
         if size is None:
@@ -120,16 +119,6 @@ def _frames(path: str, indices: list[int], decoder: _Decoder) -> Iterator[NDArra
     if decoder == "decord":
         return _read_decord(path, indices)
     return _read_torchcodec(path, indices) if decoder == "torchcodec" else pyav.read(path, indices)
-
-
-def _check_file(path: str) -> None:
-    """Refuse what is no regular file: opening a pipe may wait for ever."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:
-        raise DecodeError(path, getattr(error, "strerror", None) or str(error)) from error
-    if not stat.S_ISREG(mode):
-        raise DecodeError(path, "is a directory" if stat.S_ISDIR(mode) else "is no regular file")
 
 
 def _difference(path: str, decoder: Literal["decord", "torchcodec"]) -> str | None:

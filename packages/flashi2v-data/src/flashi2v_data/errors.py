@@ -16,14 +16,17 @@ class DecodeError(RuntimeError):
         path: of the file.
         reason: what is wrong with it.
         is_partial: whether other frames of it may be readable.
+        is_of_record: whether the file may be fine, and is only not what a record says or a run needs.
     """
 
-    def __init__(self, path: str, reason: str, *, is_partial: bool = False) -> None:
+    def __init__(self, path: str, reason: str, *, is_partial: bool = False, is_of_record: bool = False) -> None:
         super().__init__(f"cannot read video {path}: {reason}")
         self.path = path
         self.reason = reason
         self.is_partial = is_partial
+        self.is_of_record = is_of_record
 
     def __reduce__(self) -> tuple[type["DecodeError"], tuple[str, str], dict[str, bool]]:
         # Between processes it travels pickled; the default would call __init__ with the message alone.
-        return DecodeError, (self.path, self.reason), {"is_partial": self.is_partial}
+        flags = {"is_partial": self.is_partial, "is_of_record": self.is_of_record}
+        return DecodeError, (self.path, self.reason), flags

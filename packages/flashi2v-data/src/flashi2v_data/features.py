@@ -20,10 +20,10 @@ import safetensors.torch
 from torch import Tensor
 
 from flashi2v_data.errors import InputError
+from flashi2v_data.lmdb_files import FIRST_MAP_SIZE, open_shared, write
 
 SCHEMA = 1
 _HEADER = b"header"
-_FIRST_MAP_SIZE = 64 << 20
 
 
 def video_key(path: str, frames: Sequence[int], *, flip: bool = False, crop: Sequence[int] | None = None) -> bytes:
@@ -58,7 +58,7 @@ class FeatureWriter:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._environment = lmdb.open(str(self.path), map_size=_FIRST_MAP_SIZE)
+            self._environment = lmdb.open(str(self.path), map_size=FIRST_MAP_SIZE)
         except lmdb.Error as error:
             raise InputError(f"{self.path}: cannot be opened as LMDB: {error}") from None
         header = msgspec.msgpack.encode({"schema": SCHEMA, "made_by": dict(made_by)})
@@ -75,20 +75,21 @@ class FeatureWriter:
             return transaction.get(key) is not None
 
     def put(self, features: Mapping[bytes, Mapping[str, Tensor]]) -> None:
-        """Store named tensors under each key, on disk when this returns."""
+        """Store named tensors under each key, on disk when this returns.
+
+        Raises:
+            StorageError: the disk is full.
+        """
         values = {
             key: safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
             for key, tensors in features.items()
         }
-        while True:
-            try:
-                with self._environment.begin(write=True) as transaction:
-                    for key, value in values.items():
-                        transaction.put(key, value)
-                return
-            except lmdb.MapFullError:
-                needed = sum(map(len, values.values()))
-                self._environment.set_mapsize(2 * (self._environment.info()["map_size"] + needed))
+
+        def put(transaction: lmdb.Transaction) -> None:
+            for key, value in values.items():
+                transaction.put(key, value)
+
+        write(self._environment, put, "free some space and run again: what is written stays")
 
     def close(self) -> None:
         """Close the store."""
@@ -103,31 +104,6 @@ class FeatureWriter:
     ) -> None:
         """Close the store."""
         self.close()
-
-
-# LMDB forbids opening a file twice in a process, and a forked child counts as having opened what its parent had.
-_opened: dict[str, lmdb.Environment] = {}
-
-
-def _close_inherited() -> None:
-    for environment in _opened.values():
-        environment.close()
-    _opened.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_inherited)
-
-
-def _environment(path: Path) -> lmdb.Environment:
-    name = os.path.realpath(path)
-    if name not in _opened:
-        try:
-            # Without locks read-only media work; read-ahead would only evict other pages, as reads are random.
-            _opened[name] = lmdb.open(name, readonly=True, lock=False, readahead=False)
-        except lmdb.Error as error:
-            raise InputError(f"{path}: cannot be opened as LMDB: {error}") from None
-    return _opened[name]
 
 
 class FeatureStore:
@@ -147,7 +123,7 @@ class FeatureStore:
         if not self.paths:
             raise InputError(f"{root}: no store of features; write one with flashi2v-encode")
         for store in self.paths:
-            with _environment(store).begin() as transaction:
+            with open_shared(store).begin() as transaction:
                 header = transaction.get(_HEADER)
             self.made_by = made_by = _check_header(store, header, made_by)
 
@@ -158,7 +134,7 @@ class FeatureStore:
             InputError: they are damaged.
         """
         for path in self.paths:
-            with _environment(path).begin() as transaction:
+            with open_shared(path).begin() as transaction:
                 value = transaction.get(key)
             if value is not None:
                 try:

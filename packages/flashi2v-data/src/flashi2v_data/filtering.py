@@ -9,10 +9,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flashi2v_data.atomic import check_directory
 from flashi2v_data.config import FilterConfig
 from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.filter import FileFilter, Outcome
 from flashi2v_data.judge import Judge, is_complete
+from flashi2v_data.lmdb_files import storage
 from flashi2v_data.meta import PIECE_BYTES, read_entries
 from flashi2v_data.prober import Prober
 from flashi2v_data.records import Annotation, printable, read_annotations
@@ -40,6 +42,8 @@ def filter_files(
     """
     annotations = read_annotations(config.ann_txt_path)
     directory = Path(config.save_path)
+    for key, place in (("save_path", directory), ("probe_cache_path", _cache(config))):
+        check_directory(place, f"{key} of the filter's settings")
     earlier = sorted(directory.glob("filtered_samples_*.lmdb"))
     if earlier:
         # Training may name the folder, and would then see the clips of both.
@@ -56,8 +60,9 @@ def filter_files(
             writer.discard()  # once the input is mended, this part fits no more
             raise
         path = directory / f"filtered_samples_{writer.count}.lmdb"
+        with storage(directory, "free some space and continue by --resume"):
+            write_report(report, config, directory, plots)  # first: a store that is there is whole, report and all
         writer.finish(path, config.compression, config.model_dump(), report=report.to_json())
-    write_report(report, config, directory, plots)
     return path, report
 
 
@@ -93,7 +98,7 @@ def explain_path(config: FilterConfig, path: str, *, probe_timeout: float) -> It
     with closing(Prober(1, probe_timeout, _cache(config), readonly=True)) as prober:
         for annotation in read_annotations(config.ann_txt_path):
             for entry in read_entries(annotation):
-                if isinstance(entry, dict) and entry.get("path") in (path, os.path.join(annotation.root, path)):
+                if isinstance(entry, dict) and _is_at(entry.get("path"), path, annotation.root):
                     num_found += 1
                     info, fault = None, None
                     if not is_complete(entry):
@@ -104,6 +109,13 @@ def explain_path(config: FilterConfig, path: str, *, probe_timeout: float) -> It
                     yield [f"{printable(entry['path'])}, in {annotation.meta}", *judge.explain(entry, info, fault)]
     if not num_found:
         raise InputError(f"--explain: no entry has the path {printable(path)}; give it as the meta JSON does")
+
+
+def _is_at(entry_path: object, path: str, root: str) -> bool:
+    if not isinstance(entry_path, str):
+        return False
+    places = (path, os.path.join(root, path))
+    return entry_path in places or os.path.abspath(entry_path) in map(os.path.abspath, places)
 
 
 def _purpose(config: FilterConfig, annotations: list[Annotation]) -> dict[str, Any]:

@@ -5,74 +5,111 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from tqdm import tqdm
 
 from flashi2v_data.atomic import atomic_file
-from flashi2v_data.errors import DecodeError
+from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.frames import FPS_TOLERANCE
 from flashi2v_data.prober import Prober, Probing
-from flashi2v_data.records import Record, printable
+from flashi2v_data.records import printable
 from flashi2v_data.store import LmdbStore
 
+# Examples, and faults where not all are asked for.
 NUM_SHOWN = 3
 # Bars of a histogram in the text.
 _NUM_BARS = 8
 _BAR_WIDTH = 40
 # Videos that are being opened at a time.
 _AHEAD = 256
+# Bins of a plotted histogram, at most.
+_NUM_BINS = 40
+
+
+class _Size(msgspec.Struct):
+    height: float
+    width: float
+
+    def __str__(self) -> str:
+        return f"{self.height:g}x{self.width:g}"
+
+
+class Clip(msgspec.Struct):
+    """What is looked at in a record; stores of the public code may hold anything."""
+
+    path: str
+    cap: str | list[str]
+    fps: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+    num_frames: Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+    start_frame_idx: float
+    resolution: _Size | None = None
 
 
 @dataclass
 class Faults:
-    """How many videos have a fault, and the first of them."""
+    """How many clips have a fault, and their videos, each once.
 
+    Attributes:
+        num_listed: only so many videos are kept; None keeps all.
+    """
+
+    num_listed: int | None
     count: int = 0
-    examples: list[str] = field(default_factory=list)
+    videos: dict[str, None] = field(default_factory=dict)
 
-    def add(self, example: str) -> None:
-        """Count one."""
+    def add(self, video: str) -> None:
+        """Count one clip."""
         self.count += 1
-        if len(self.examples) < NUM_SHOWN:
-            self.examples.append(example)
+        if self.num_listed is None or len(self.videos) < self.num_listed:
+            self.videos[video] = None
 
 
 @dataclass
 class Inspection:
     """Counts of the values that occur, and the videos that are missing or cannot be opened."""
 
+    missing: Faults
+    unreadable: Faults
+    contradicting: Faults
     num_seen: int = 0
-    examples: list[Record] = field(default_factory=list)
+    examples: list[Clip] = field(default_factory=list)
     resolutions: collections.Counter[str] = field(default_factory=collections.Counter)
     fps: collections.Counter[float] = field(default_factory=collections.Counter)
     num_frames: collections.Counter[int] = field(default_factory=collections.Counter)
     caption_words: collections.Counter[int] = field(default_factory=collections.Counter)
-    missing: Faults = field(default_factory=Faults)
-    unreadable: Faults = field(default_factory=Faults)
-    contradicting: Faults = field(default_factory=Faults)
 
 
 def inspect_store(store: LmdbStore, *, limit: int | None = None, prober: Prober | None = None) -> Inspection:
-    """Look at the first `limit` records (default: all); a prober opens every video and compares it with its record."""
-    found = Inspection()
-    opening: collections.deque[tuple[Record, Probing]] = collections.deque()
+    """Look at the first `limit` records (default: all).
+
+    Args:
+        store: from `open_store`.
+        limit: of records.
+        prober: opens every video, which is compared with its record. All faults are listed then, else only the first.
+
+    Raises:
+        InputError: a record lacks something, or holds something else in its place.
+    """
+    num_listed = NUM_SHOWN if prober is None else None
+    found = Inspection(Faults(num_listed), Faults(num_listed), Faults(num_listed))
+    opening: collections.deque[tuple[Clip, Probing]] = collections.deque()
     num_records = len(store) if limit is None else min(limit, len(store))
     for index in tqdm(range(num_records), desc="inspect", unit="clip", disable=None):
-        record = store[index]
+        clip = _clip(store, index)
         found.num_seen += 1
         if index < NUM_SHOWN:
-            found.examples.append(record)
-        resolution = record.get("resolution")
-        found.resolutions["{height}x{width}".format(**resolution) if resolution else "not said"] += 1
-        found.fps[float(record["fps"])] += 1
-        found.num_frames[record["num_frames"]] += 1
-        captions = record["cap"] if isinstance(record["cap"], list) else [record["cap"]]
+            found.examples.append(clip)
+        found.resolutions["not said" if clip.resolution is None else str(clip.resolution)] += 1
+        found.fps[clip.fps] += 1
+        found.num_frames[int(clip.num_frames)] += 1
+        captions = clip.cap if isinstance(clip.cap, list) else [clip.cap]
         found.caption_words.update(len(caption.split()) for caption in captions)
-        if not os.path.isfile(record["path"]):
-            found.missing.add(printable(record["path"]))
+        if not os.path.isfile(clip.path):
+            found.missing.add(printable(clip.path))
         elif prober is not None:
-            opening.append((record, prober.submit(record["path"])))
+            opening.append((clip, prober.submit(clip.path)))
             if len(opening) > _AHEAD:
                 _compare(*opening.popleft(), prober, found)
     while opening:
@@ -81,16 +118,24 @@ def inspect_store(store: LmdbStore, *, limit: int | None = None, prober: Prober 
     return found
 
 
-def _compare(record: Record, probing: Probing, prober: Prober, found: Inspection) -> None:
+def _clip(store: LmdbStore, index: int) -> Clip:
+    try:
+        return msgspec.convert(store[index], Clip)
+    except msgspec.ValidationError as error:
+        place = store.paths[0] if len(store.paths) == 1 else store.paths[0].parent
+        raise InputError(f"{place}: record {index} is no clip that can be trained on: {error}") from None
+
+
+def _compare(clip: Clip, probing: Probing, prober: Prober, found: Inspection) -> None:
     try:
         info = prober.result(probing)
     except DecodeError as error:
         found.unreadable.add(f"{printable(error.path)}: {error.reason}")
         return
-    end = record["start_frame_idx"] + record["num_frames"]
-    size = {"height": info.height, "width": info.width}
-    if record.get("resolution", size) != size or abs(record["fps"] - info.fps) > FPS_TOLERANCE or end > info.num_frames:
-        found.contradicting.add(f"{printable(record['path'])}: the video is {info}; the record says otherwise")
+    is_size = clip.resolution in (None, _Size(info.height, info.width))
+    end = clip.start_frame_idx + clip.num_frames
+    if not is_size or abs(clip.fps - info.fps) > FPS_TOLERANCE or end > info.num_frames:
+        found.contradicting.add(f"{printable(clip.path)}: the video is {info}; the record says otherwise")
 
 
 def describe_store(store: LmdbStore, found: Inspection) -> str:
@@ -114,13 +159,15 @@ def _lines(store: LmdbStore, found: Inspection) -> Iterator[str]:
     yield from _histogram("fps", found.fps.most_common(_NUM_BARS), found.fps.total())
     yield from _histogram("frames", _ranges(found.num_frames), found.num_frames.total())
     yield from _histogram("words", _ranges(found.caption_words), found.caption_words.total())
-    for record in found.examples:
-        yield f"example    {printable(record['path'])}: {record['cap']}"
-    faults = (("missing", found.missing), ("unreadable", found.unreadable), ("wrong", found.contradicting))
-    for name, videos in faults:
-        if videos.count or name == "missing":
-            yield f"{name:10} {videos.count:,} videos"
-        yield from (f"{'':10} {video}" for video in videos.examples)
+    for clip in found.examples:
+        yield f"example    {printable(clip.path)}: {clip.cap}"
+    kinds = (("missing", found.missing), ("unreadable", found.unreadable), ("wrong", found.contradicting))
+    for name, faults in kinds:
+        if faults.count or name == "missing":
+            yield f"{name:10} {faults.count:,} clip{'s' * (faults.count != 1)}"
+        yield from (f"{'':10} {video}" for video in faults.videos)
+        if faults.num_listed is not None and faults.count > faults.num_listed:
+            yield f"{'':10} ...; --open-videos lists all"
 
 
 def _histogram(name: str, bars: list[tuple[Any, int]], total: int) -> Iterator[str]:
@@ -150,6 +197,7 @@ def _ranges(counts: collections.Counter[int]) -> list[tuple[str, int]]:
 def plot_store(found: Inspection, directory: str | os.PathLike[str]) -> list[Path]:
     """Write bar charts of fps, frames, resolutions and caption lengths as PNG; see `report.check_plots`."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     charts: dict[str, Mapping[Any, int]] = {
         "fps": found.fps,
@@ -165,11 +213,22 @@ def plot_store(found: Inspection, directory: str | os.PathLike[str]) -> list[Pat
         if name == "resolution":
             axes.barh(values[::-1], weights[::-1])
             axes.set(xlabel="clips", ylabel=name)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
-            axes.hist(values, weights=weights, bins=40)
+            axes.hist(values, weights=weights, bins=_NUM_BINS if name == "fps" else _edges(values))
             axes.set(xlabel=name, ylabel="captions" if name == "caption_words" else "clips")
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            if name != "fps":
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         path = Path(directory) / f"{name}.png"
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=120)
         written.append(path)
     return written
+
+
+def _edges(values: list[int]) -> list[float]:
+    """Return bin edges between whole numbers, so that every bin spans equally many of them."""
+    low, high = (min(values), max(values)) if values else (0, 0)
+    width = (high - low) // _NUM_BINS + 1
+    return [low - 0.5 + width * number for number in range((high - low) // width + 2)]

@@ -24,6 +24,7 @@ from flashi2v_data.limits import (
     Size,
     first_drop,
     is_number,
+    is_positive,
     judge_length,
     judge_motion,
     judge_size,
@@ -40,7 +41,7 @@ FORMS: tuple[Reason, ...] = ("invalid_entry", "no_cap", "invalid_cut", "invalid_
 
 def form_fault(entry: Any) -> Reason | None:
     """Return what is wrong with an entry before its numbers are looked at; the reasons in the order of FORMS."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         return "invalid_entry"
     caption = entry.get("cap")
     is_list = isinstance(caption, list) and caption and all(isinstance(text, str) for text in caption)
@@ -48,16 +49,27 @@ def form_fault(entry: Any) -> Reason | None:
         return "no_cap"
     if "cut" in entry:
         cut = entry["cut"]
-        if not isinstance(cut, list) or not cut or not all(map(_is_index, cut)):
+        if not isinstance(cut, list) or not cut or not all(map(_is_index, cut)) or _is_empty(cut):
             return "invalid_cut"
     if "crop" in entry:
         crop = entry["crop"]
         if not isinstance(crop, list) or len(crop) != 4 or not all(map(_is_index, crop)):
             return "invalid_crop"
         left, right, top, bottom = crop
-        if left >= right or top >= bottom:
+        if left >= right or top >= bottom or ("resolution" in entry and _is_crop_too_large(entry)):
             return "invalid_crop"
     return None
+
+
+def _is_empty(cut: list[Any]) -> bool:
+    return len(cut) > 1 and bool(cut[1] <= cut[0])
+
+
+def _is_crop_too_large(entry: dict[str, Any]) -> bool:
+    """Tell whether a well-formed crop exceeds the picture; where that has no usable size, another rule says so."""
+    height, width = size_of(entry)
+    _, right, _, bottom = entry["crop"]
+    return (is_positive(height) and bottom > height) or (is_positive(width) and right > width)
 
 
 def _is_index(value: Any) -> bool:
@@ -71,7 +83,10 @@ def is_complete(entry: dict[str, Any]) -> bool:
 
 def complete(entry: dict[str, Any], info: VideoInfo) -> Drop | None:
     """Fill in what an entry leaves out."""
-    entry.setdefault("resolution", {"height": info.height, "width": info.width})
+    if "resolution" not in entry:
+        entry["resolution"] = {"height": info.height, "width": info.width}
+        if "crop" in entry and _is_crop_too_large(entry):
+            return Drop("invalid_crop")
     entry.setdefault("fps", info.fps)
     if "num_frames" not in entry:
         # Without a number of its own the clip is as long as its cut, within the video.
@@ -117,6 +132,8 @@ class Judge:
         entry["num_frames"] = int(entry["num_frames"])
         cut = entry.get("cut")
         entry["start_frame_idx"] = int(cut[0]) if cut else 0
+        if "crop" in entry:
+            entry["crop"] = [int(side) for side in entry["crop"]]
         return cast(Record, entry)
 
     def plain(self, entries: list[PlainEntry], root: str) -> tuple[list[PlainEntry], list[Drop]]:
@@ -125,6 +142,9 @@ class Judge:
         prefix, kept, drops = os.path.join(root, ""), [], []
         for entry in entries:
             resolution, motion, cut = entry.resolution, entry.motion, entry.cut
+            if cut is not UNSET and _is_empty(cut):
+                drops.append(Drop("invalid_cut"))
+                continue
             size = judge_size(resolution.height, resolution.width)
             length = judge_length(entry.fps, entry.num_frames)
             moved = None if motion is UNSET else judge_motion(motion)
@@ -166,8 +186,8 @@ class Judge:
             if info is None:
                 return [*lines, _line(False, "unreadable", str(fault))]
             lines.append(_line(True, "unreadable", f"the video says {info}"))
-            if complete(entry, info) is not None:
-                return [*lines, _line(False, "invalid_cut", f"the video has {info.num_frames} frames")]
+            if (drop := complete(entry, info)) is not None:
+                return [*lines, _line(False, drop.reason)]
         limits, size, length = self.limits, Size(*size_of(entry)), Length(entry["fps"], entry["num_frames"])
         motion = Motion(entry.get("motion", UNSET))
         malformed = {drop.reason for drop in self._parts(entry) if drop is not None and drop.reason in _MALFORMED}

@@ -32,7 +32,7 @@ REASONS: dict[Reason, str] = {
     "invalid_entry": "is no JSON object with a path, or holds values that cannot be stored",
     "no_cap": "has no caption",
     "invalid_cut": "cut is not [first frame, end], or leaves nothing of the video",
-    "invalid_crop": "crop is not [left, right, top, bottom] in pixels",
+    "invalid_crop": "crop is not [left, right, top, bottom] in pixels of the picture",
     "unreadable": "leaves out resolution, fps or num_frames, and the video cannot be read",
     "no_resolution": "height or width is not a positive number",
     "no_fps": "fps is not a positive number",
@@ -235,16 +235,16 @@ MOTION_RULES: tuple[Rule[Motion], ...] = (
 
 def judge_size(limits: Limits, height: Any, width: Any) -> Drop | None:
     """Return why a picture of this size is dropped, or None."""
-    if not _is_positive(height) or not _is_positive(width):
+    if not is_positive(height) or not is_positive(width):
         return Drop("no_resolution")
     return _apply(SIZE_RULES, Size(height, width), limits, f"{width:g}x{height:g}")
 
 
 def judge_length(limits: Limits, fps: Any, num_frames: Any) -> Drop | None:
     """Return why a clip of this length is dropped, or None."""
-    if not _is_positive(fps):
+    if not is_positive(fps):
         return Drop("no_fps")
-    if not _is_positive(num_frames) or num_frames != int(num_frames):
+    if not is_positive(num_frames) or num_frames != int(num_frames):
         return Drop("no_num_frames")
     return _apply(LENGTH_RULES, Length(fps, num_frames), limits, "")
 
@@ -288,5 +288,5 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 <= value <= 1e12
 
 
-def _is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> TypeGuard[float]:
     return is_number(value) and value >= 1e-6

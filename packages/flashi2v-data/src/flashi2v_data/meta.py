@@ -207,13 +207,13 @@ class PlainResolution(msgspec.Struct, forbid_unknown_fields=True):
     width: int | float
 
 
-_Index = Annotated[int, msgspec.Meta(ge=0)]
+_Index = Annotated[int, msgspec.Meta(ge=0, le=10**12)]  # see limits.is_number
 
 
 class PlainEntry(msgspec.Struct, forbid_unknown_fields=True):
     """A complete entry of the documented keys alone, all of the right type: it is read and judged fastest."""
 
-    path: str
+    path: Annotated[str, msgspec.Meta(min_length=1)]
     cap: str | Annotated[list[str], msgspec.Meta(min_length=1)]
     resolution: PlainResolution
     fps: int | float
@@ -258,7 +258,8 @@ def _join(entries: list[Any], root: str) -> None:
     for entry in entries:
         if isinstance(entry, dict):
             path = entry.get("path")
-            if isinstance(path, str) and not path.startswith("/"):
+            # Joined, an empty path would name the root, and no longer be seen to be missing.
+            if isinstance(path, str) and path and not path.startswith("/"):
                 entry["path"] = prefix + path
 
 

@@ -30,6 +30,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     import av
 
     name = os.fspath(path)
+    pyav.check_file(name)
     try:
         container, stream = pyav.open_video(name)
         with container:

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import lmdb
 import msgspec
 
+from flashi2v_data.atomic import check_directory
 from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.lmdb_files import FIRST_MAP_SIZE, storage, write
 from flashi2v_data.probe import VideoInfo, probe
 
-_FIRST_MAP_SIZE = 64 << 20
+_ADVICE = "free some space and continue by --resume"
 
 
 class Probed(NamedTuple):
@@ -28,8 +30,11 @@ class ProbeCache:
 
     def __init__(self, path: Path, *, readonly: bool = False) -> None:
         self._readonly = readonly
+        if not readonly:
+            check_directory(path, "probe_cache_path")
+            path.mkdir(parents=True, exist_ok=True)
         try:
-            self._environment = lmdb.open(str(path), map_size=_FIRST_MAP_SIZE, readonly=readonly, sync=False)
+            self._environment = lmdb.open(str(path), map_size=FIRST_MAP_SIZE, readonly=readonly, sync=False)
             self._environment.reader_check()  # forget readers that were killed
         except lmdb.Error as error:
             raise InputError(f"{path}: is no probe cache, remove it: {error}") from None
@@ -50,19 +55,20 @@ class ProbeCache:
         return known if (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns) else None
 
     def put(self, path: str, probed: Probed) -> None:
-        """Keep what was learned; it outlives a killed process from now on."""
-        try:
-            with self._environment.begin(write=True) as transaction:
-                transaction.put(_key(path), self._encode(probed))
-        except lmdb.MapFullError:
-            self._environment.set_mapsize(2 * self._environment.info()["map_size"])
-            self.put(path, probed)
+        """Keep what was learned; it outlives a killed process from now on.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        value = self._encode(probed)
+        write(self._environment, lambda transaction: transaction.put(_key(path), value), _ADVICE)
 
     def close(self) -> None:
         """Bring everything to the disk."""
-        if not self._readonly:
-            self._environment.sync(True)
-        self._environment.close()
+        with storage(self._environment.path(), _ADVICE):
+            if not self._readonly:
+                self._environment.sync(True)
+            self._environment.close()
 
 
 def _key(path: str) -> bytes:

@@ -5,6 +5,8 @@ list leaves out are not counted. Pictures are turned as the file's display matri
 """
 
 import bisect
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +53,16 @@ def read(path: str, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
     finally:
         if video is not None:
             video.close()
+
+
+def check_file(path: str) -> None:
+    """Refuse what is no regular file: opening a pipe may wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise DecodeError(path, getattr(error, "strerror", None) or str(error)) from error
+    if not stat.S_ISREG(mode):
+        raise DecodeError(path, "is a directory" if stat.S_ISDIR(mode) else "is no regular file")
 
 
 def open_video(path: str) -> tuple[Any, Any]:

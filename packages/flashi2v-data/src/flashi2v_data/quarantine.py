@@ -18,6 +18,7 @@ class Quarantine:
     `reason`, `is_partial`, and the file's `size` and `mtime_ns`. A file that has changed since, or has come to exist,
     is tried again; so is one whose line is removed, and always one of which other frames may be readable
     (`is_partial`): whether it can be read then depends on the crop in time alone, not on what a run has met before.
+    Faults of records (`is_of_record`) do not belong here: a mended record would still name the same unchanged file.
     Several processes may append to one list.
 
     Args:

@@ -15,7 +15,7 @@ from flashi2v_data.limits import REASONS, Drop, Miss, Reason
 
 # Groups of near misses (of one size, say) that are told apart; beyond twice as many the farthest are forgotten.
 MAX_GROUPS = 512
-# In the text; the JSON file holds them all.
+# In the text; the JSON file holds all groups that are told apart.
 NUM_SHOWN = 5
 
 
@@ -24,7 +24,7 @@ class FilterReport:
     """How many clips came in, were kept, and were dropped for which reason.
 
     Attributes:
-        misses: clips that a single changed setting would keep.
+        misses: clips that a single changed setting would keep; of too many groups the nearest (see MAX_GROUPS).
     """
 
     total: int = 0
@@ -91,10 +91,16 @@ def _sentences(misses: Counter[Miss], config: FilterConfig) -> Iterator[str]:
             short = _shortfall(miss, config)
             by = f"{100 * short:.2g} %" if getattr(config, setting) else f"{short:.2g}"
             cropped = f" after cropping to {config.sample_height}:{config.sample_width}" * (setting == "min_hxw")
-            yield f"{count} clips{which} miss {setting} by {by}{cropped}; {miss.value:.10g} would keep them"
+            who, them = _clips(count, "", which)
+            yield f"{who} {setting} by {by}{cropped}; {miss.value:.10g} would keep {them}"
         more = sum(count for _, count in of_setting[NUM_SHOWN:])
         if more:
-            yield f"{more} further clips miss {setting} alone, see report.json"
+            yield f"{_clips(more, 'further ')[0]} {setting} alone, see report.json"
+
+
+def _clips(count: int, kind: str, which: str = "") -> tuple[str, str]:
+    """Return the beginning of a sentence about clips that miss something, and the word that refers to them later."""
+    return (f"1 {kind}clip{which} misses", "it") if count == 1 else (f"{count} {kind}clips{which} miss", "them")
 
 
 def write_report(report: FilterReport, config: FilterConfig, directory: str | os.PathLike[str], plots: bool) -> None:
@@ -127,12 +133,14 @@ def check_plots() -> None:
 def _plot(report: FilterReport, config: FilterConfig, path: Path) -> None:
     """Draw the counts, and how many clips each setting would win if it were changed by so much."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     counts, near = figure.subplots(1, 2)
     bars = [("kept", report.kept), *((reason, count) for reason, count in report.dropped.items() if count)]
     counts.barh([name for name, _ in bars[::-1]], [count for _, count in bars[::-1]])
     counts.set(xlabel="clips", title=f"{report.total:,} clips")
+    counts.xaxis.set_major_locator(MaxNLocator(integer=True))
     for setting in dict.fromkeys(miss.setting for miss in sorted(report.misses)):
         steps = sorted(
             (100 * _shortfall(miss, config), count) for miss, count in report.misses.items() if miss.setting == setting
@@ -143,7 +151,11 @@ def _plot(report: FilterReport, config: FilterConfig, path: Path) -> None:
             won.append(total)
         near.step([0, *(short for short, _ in steps)], won, where="post", label=setting)
     near.set(xlabel="setting changed by, %", ylabel="clips kept in addition", title="near misses")
+    near.yaxis.set_major_locator(MaxNLocator(integer=True))
     if report.misses:
         near.legend()
+    else:
+        near.set_axis_off()
+        near.text(0.5, 0.5, "no clip that a single changed setting would keep", ha="center", transform=near.transAxes)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120)

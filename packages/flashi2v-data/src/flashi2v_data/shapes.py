@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -197,7 +198,7 @@ def write_shapes(
     file, for the filter's `ann_txt_path`) and `scenes.json` (what truly happens in each video, for evaluation).
 
     Raises:
-        InputError: the directory exists and is not empty, or a number is out of range.
+        InputError: the directory exists and is not empty, or cannot be made, or a number is out of range.
     """
     directory = Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -210,7 +211,11 @@ def write_shapes(
         raise InputError(f"height and width must be even and at least 32, got {height}x{width}")
 
     records, truths = [], []
-    with atomic_directory(directory) as temporary:
+    with ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(atomic_directory(directory))
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be made: {error.strerror}; choose another place") from None
         for index in tqdm(range(num), desc="shapes", unit="video", disable=None):
             scene = sample_scene(seed, index, seconds=frames / fps)
             path = f"videos/{index:06d}.mp4"

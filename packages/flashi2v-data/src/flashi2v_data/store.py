@@ -2,15 +2,14 @@
 
 A store of this package holds under the key `header` a msgpack map: `schema` (1), `count`, `compression` (null or
 "zstd"), `config` (what it was made with) and, where a filter wrote it, `report`. Records have keys of 12 digits, from
-000000000000 on; each is a msgpack map, compressed by itself. Stores of the public code have such keys too, pickled
-values and no header.
+000000000000 on; each is a msgpack map, compressed by itself. `!state` says how the writing went. Stores of the public
+code have such keys too, pickled values and no header.
 """
 
 import bisect
 import itertools
 import os
 import tempfile
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import msgspec
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.legacy import load_value
+from flashi2v_data.lmdb_files import open_shared
 from flashi2v_data.records import Record
 from flashi2v_data.store_writer import HEADER, SCHEMA, StoreWriter, key_of
 from flashi2v_data.values import ValueCodec
@@ -54,41 +54,6 @@ def write_store(path: str | os.PathLike[str], records: Iterable[Record], config:
             final = path.with_name(path.name.replace("{count}", str(writer.count)))
             writer.finish(final, None, config)
         return final
-
-
-# LMDB forbids opening a file twice in a process, and a forked child counts as having opened what its parent had.
-_environments: "weakref.WeakValueDictionary[str, lmdb.Environment]" = weakref.WeakValueDictionary()
-_owner = 0
-
-
-def _environment(path: str) -> lmdb.Environment:
-    global _owner
-    if _owner != os.getpid():
-        for inherited in list(_environments.values()):
-            inherited.close()
-        _environments.clear()
-        _owner = os.getpid()
-    path = os.path.realpath(path)
-    environment = _environments.get(path)
-    if environment is None:
-        # Without locks read-only media work, and no reader slots are left behind by workers that die. Read-ahead
-        # would only evict other pages: samples are read in random order.
-        try:
-            environment = lmdb.open(path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False)
-        except lmdb.Error as error:
-            raise InputError(f"{path}: cannot be opened as LMDB: {str(error).removeprefix(f'{path}: ')}") from None
-        _check_size(path, environment)
-        _environments[path] = environment
-    return environment
-
-
-def _check_size(path: str, environment: lmdb.Environment) -> None:
-    """Refuse a file that was not copied to its end: reading beyond would kill the process."""
-    file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
-    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if os.path.getsize(file) < needed:
-        environment.close()
-        raise InputError(f"{file}: has {os.path.getsize(file)} bytes of {needed}: copy it again")
 
 
 class LmdbStore:
@@ -156,7 +121,7 @@ class LmdbStore:
 
     def _environments(self) -> list[lmdb.Environment]:
         if self._open is None or self._open[0] != os.getpid():
-            self._open = os.getpid(), [_environment(str(path)) for path in self.paths]
+            self._open = os.getpid(), [open_shared(path) for path in self.paths]
         return self._open[1]
 
 
@@ -189,6 +154,8 @@ def _read_header(path: Path, environment: lmdb.Environment) -> dict[str, Any]:
         header = msgspec.msgpack.decode(value, type=dict[str, Any])
     except msgspec.DecodeError:
         header = {}
+    if header.get("schema") == SCHEMA and not {"count", "compression", "config"} <= header.keys():
+        raise InputError(f"{path}: is no store of clips; `flashi2v-data filter` writes them")  # features, for example
     if header.get("schema") != SCHEMA:
         raise InputError(
             f"{path}: has schema {header.get('schema')}, this version reads {SCHEMA}: update flashi2v-data"

@@ -4,24 +4,26 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import msgspec
 
-from flashi2v_data.errors import InputError, StorageError
+from flashi2v_data.errors import InputError
+from flashi2v_data.lmdb_files import FIRST_MAP_SIZE, storage, write
 from flashi2v_data.values import Compression
 
 SCHEMA = 1
 HEADER = b"header"
 # Before all digits, as records are appended behind the last key.
 _STATE = b"!state"
-_FIRST_MAP_SIZE = 64 << 20
 # What one transaction writes: enough to make its fixed cost small, little to lose by a kill.
 _BATCH = 2048
+# Where little is kept, so many calls of `append` are worth one too: what they dropped need not be judged again.
+_APPENDS = 64
+_ADVICE = "free some space and continue by --resume"
 
 
 # The key of a record: of fixed width, as LMDB orders keys by their bytes.
@@ -37,17 +39,19 @@ class StoreWriter:
         resume: continue the part that is there.
 
     Attributes:
-        state: what `append` was given last before something reached the disk.
+        state: what `append` was given last of what has reached the disk.
         count: records handed in.
 
     Raises:
-        InputError: there is a part and `resume` is not set, or none for the same purpose; or another process writes it.
+        InputError: there is a part and `resume` is not set, or it is for another purpose; or another process writes it.
     """
 
     def __init__(self, part: Path, purpose: Mapping[str, Any] | None = None, *, resume: bool = False) -> None:
         self._part = part
         self._purpose = dict(purpose or {})
         self._waiting: list[bytes | memoryview] = []
+        self._state_of: Callable[[], Any] = lambda: None
+        self._num_appended = 0
         self.state: Any = None
         self.count = 0
         if part.exists() and not resume:
@@ -56,7 +60,7 @@ class StoreWriter:
         self._lock: int | None = _lock(part)
         # Without sync after every batch: nothing may be read before the rename, and a last sync precedes it. Never
         # with a writable map, through which a full disk would kill the process.
-        self._environment = lmdb.open(str(part), map_size=_FIRST_MAP_SIZE, sync=False, lock=False)
+        self._environment = lmdb.open(str(part), map_size=FIRST_MAP_SIZE, sync=False, lock=False)
         try:
             self._continue()
         except BaseException:
@@ -67,7 +71,9 @@ class StoreWriter:
         with self._environment.begin() as transaction:
             value = transaction.get(_STATE)
         if value is None:
-            self.commit()  # so that even an empty part says what it is for
+            if self._environment.stat()["entries"]:
+                raise InputError(f"{self._part} is not what an unfinished run left: remove it")
+            self._commit()  # so that even an empty part says what it is for
             return
         saved = msgspec.msgpack.decode(value)
         if saved["purpose"] != self._purpose:
@@ -76,6 +82,7 @@ class StoreWriter:
                 f"{self._part} was begun with another {' and '.join(changed)}: use the same, or remove it to begin anew"
             )
         self.state, self.count = saved["state"], saved["count"]
+        self._state_of = lambda: saved["state"]
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -84,30 +91,22 @@ class StoreWriter:
         self.close()
 
     def append(self, values: Sequence[bytes | memoryview], state: Callable[[], Any] = lambda: None) -> None:
-        """Add values; `state` gives what to go on from if these are the last that reach the disk.
+        """Add values; `state` gives what to go on from behind these. It is called when they are written.
 
         Raises:
             StorageError: the disk is full.
         """
         self._waiting += values
         self.count += len(values)
-        if len(self._waiting) >= _BATCH:
-            self.state = state()
-            self.commit()
-
-    def commit(self) -> None:
-        """Write what waits, and the state.
-
-        Raises:
-            StorageError: the disk is full.
-        """
-        keys = map(key_of, range(self.count - len(self._waiting), self.count))
-        state = {"purpose": self._purpose, "state": self.state, "count": self.count}
-        self._put([*zip(keys, self._waiting)], (_STATE, msgspec.msgpack.encode(state)))
-        self._waiting.clear()
+        self._state_of = state
+        self._num_appended += 1
+        if len(self._waiting) >= _BATCH or self._num_appended >= _APPENDS:
+            self._commit()
 
     def finish(self, final: Path, compression: Compression | None, config: Mapping[str, Any], **more: Any) -> None:
-        """Write the header and give the store its name.
+        """Write what waits and the header, and give the store its name.
+
+        A writer that is killed before the rename leaves a part that can be resumed, with nothing left to append.
 
         Raises:
             InputError: something of that name is there already.
@@ -115,15 +114,31 @@ class StoreWriter:
         """
         if final.exists():
             raise InputError(f"{final} exists: remove it, or choose another place")
-        self.commit()
         header = {"schema": SCHEMA, "count": self.count, "compression": compression, "config": dict(config), **more}
-        self._put([(HEADER, msgspec.msgpack.encode(header))])
-        with _storage(self._part):
-            with self._environment.begin(write=True) as transaction:
-                transaction.delete(_STATE)
+        self._commit(msgspec.msgpack.encode(header))
+        with storage(self._part, _ADVICE):
             self._environment.sync(True)
             self.close()
             os.rename(self._part, final)
+
+    def _commit(self, header: bytes | None = None) -> None:
+        """Write what waits, from where to go on behind it, and the header, all or nothing."""
+        self.state = self._state_of()
+        keys = map(key_of, range(self.count - len(self._waiting), self.count))
+        items = [*zip(keys, self._waiting)]
+        state = msgspec.msgpack.encode({"purpose": self._purpose, "state": self.state, "count": self.count})
+
+        def put(transaction: lmdb.Transaction) -> None:
+            transaction.put(_STATE, state)
+            with transaction.cursor() as cursor:
+                written = cursor.putmulti(items, append=True)
+            assert written == (len(items), len(items)), written
+            if header is not None:
+                transaction.put(HEADER, header)
+
+        write(self._environment, put, _ADVICE)
+        self._waiting.clear()
+        self._num_appended = 0
 
     def close(self) -> None:
         """Let go of the part, which stays; harmless when repeated."""
@@ -136,19 +151,6 @@ class StoreWriter:
         """Remove the part."""
         self.close()
         shutil.rmtree(self._part)
-
-    def _put(self, items: list[tuple[bytes, bytes | memoryview]], state: tuple[bytes, bytes] | None = None) -> None:
-        while True:
-            try:
-                with _storage(self._part), self._environment.begin(write=True) as transaction:
-                    if state is not None:
-                        transaction.put(*state)
-                    with transaction.cursor() as cursor:
-                        cursor.putmulti(items, append=True)
-                return
-            except lmdb.MapFullError:
-                # The failed transaction left nothing behind.
-                self._environment.set_mapsize(2 * self._environment.info()["map_size"])
 
 
 def _lock(part: Path) -> int:
@@ -163,14 +165,3 @@ def _lock(part: Path) -> int:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # some network disks have no locks
             raise
     return descriptor
-
-
-@contextmanager
-def _storage(part: Path) -> Iterator[None]:
-    """Turn what a disk refuses into one line."""
-    try:
-        yield
-    except lmdb.MapFullError:
-        raise
-    except (lmdb.Error, OSError) as error:
-        raise StorageError(f"{part}: cannot be written: {error}; free some space and continue by --resume") from None
