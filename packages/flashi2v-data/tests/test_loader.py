@@ -291,7 +291,7 @@ def _nothing():
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize(
-    ("trap", "reason"), [(_hang, "no answer within 1.5 seconds"), (_die, "ended its reader 2 times")]
+    ("trap", "reason"), [(_hang, "no answer within 1.5 seconds"), (_die, "ended the process that read it 2 times")]
 )
 def test_a_clip_that_hangs_or_kills_its_reader_costs_one_sample(
     trapped, trap, reason, num_workers, tmp_path, store_path
@@ -328,9 +328,9 @@ def test_all_readers_killed_at_any_time_change_nothing(trapped):
     for number, batch in enumerate(islice(loader, 8)):
         assert _equal(expected[number], batch)
         if number % 2:
-            for seat in loader._pool._seats:
+            for worker in loader._readers.pool._workers:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(seat.process.pid, signal.SIGKILL)
+                    os.kill(worker.process.pid, signal.SIGKILL)
 
 
 def test_readers_that_retire_change_nothing(trapped):

@@ -1,6 +1,7 @@
 import os
 import signal
 import threading
+import time
 from contextlib import closing
 
 import av
@@ -119,16 +120,23 @@ def test_a_file_that_never_answers_costs_its_time_alone(tmp_path, video):
         assert prober.result(prober.submit(str(video.with_name("000002.mp4")))) == INFO
 
 
-def test_a_process_that_dies_costs_its_file_alone(tmp_path, video):
+def test_a_file_that_ends_its_processes_costs_itself_alone(tmp_path, video):
     os.mkfifo(tmp_path / "crashes.mp4")
+
+    def crash():
+        for _ in range(2):
+            with open(tmp_path / "crashes.mp4", "wb"):  # waits until a process reads from it
+                (worker,) = prober._pool._workers
+                os.kill(worker.process.pid, signal.SIGSEGV)
+                while worker in prober._pool._workers:
+                    time.sleep(0.01)
+
     with closing(Prober(1)) as prober:
         crashing = prober.submit(str(tmp_path / "crashes.mp4"))
-
-        (worker,) = prober._pool._workers
         other = prober.submit(str(video))
-        killer = threading.Timer(1.0, os.kill, (worker.process.pid, signal.SIGSEGV))
+        killer = threading.Thread(target=crash, daemon=True)
         killer.start()
-        with pytest.raises(DecodeError, match=r"the process that read it died \(SIGSEGV\)"):
+        with pytest.raises(DecodeError, match=r"ended the process that read it 2 times \(SIGSEGV\)"):
             prober.result(crashing)
         assert prober.result(other) == INFO
 

@@ -1,10 +1,10 @@
 """Batches of samples that can be resumed where they were delivered."""
 
 import logging
-import math
+import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 from flashi2v_data.config import DataConfig, DataloaderParam
 from flashi2v_data.dataset import FlashI2VDataset, Sample
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.reader_pool import Lost, ReaderPool
-from flashi2v_data.reader_process import Limits, Memory
 from flashi2v_data.sampler import SampleKey, SamplerState, StatefulDistributedSampler
+from flashi2v_data.shared_memory import SharedArray
 from flashi2v_data.store import open_store
 from flashi2v_data.transforms import empty_video
+from flashi2v_data.workers import Limits, Task, WorkerLost, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 DECODE_TIMEOUT_SECONDS = 120.0
 # A worker needs about 1 GiB with torch, transformers and a decoder of 4K video; more is a leak.
 WORKER_MEMORY_GIB = 4.0
+# Samples that each worker is given at a time, so that it works on while the trainer is busy.
+_DEPTH = 2
 
 
 class _Batch(TypedDict):
@@ -97,7 +99,7 @@ class StatefulLoader:
     """An endless iterable of batches; its state is what was delivered, however much workers have read ahead.
 
     With `num_workers` 0 videos are decoded in this process, which a decoder that hangs or crashes takes along; with
-    workers it costs one sample (see `reader_pool.ReaderPool`). Batches are the same either way.
+    workers it costs one sample (see `workers.WorkerPool`). Batches are the same either way.
 
     Attributes:
         skipped: unreadable videos met so far by this rank, each with its message once.
@@ -119,7 +121,7 @@ class StatefulLoader:
         self._config = config
         self._pins = config.pin_memory and torch.accelerator.is_available()
         self._device = device or torch.device("cpu")
-        self._pool: ReaderPool[_Task] | None = None
+        self._readers: _Readers | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches without end, from the first that was not delivered yet.
@@ -138,9 +140,9 @@ class StatefulLoader:
 
     def close(self) -> None:
         """End the workers now, rather than when the loader is collected; iterating again starts new ones."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        if self._readers is not None:
+            self._readers.pool.close()
+            self._readers = None
 
     def _read_here(self) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
         pictures = np.empty(self.dataset.pictures_shape, np.uint8)
@@ -148,40 +150,43 @@ class StatefulLoader:
             yield self.dataset.read_some(key, pictures), pictures
 
     def _read_ahead(self) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
-        if self._pool is None:
-            self._pool = self._start_pool()
-        pool, keys = self._pool, iter(self._sampler)
-        pool.forget()
-        pending: deque[tuple[SampleKey, int, list[str]]] = deque()
+        if self._readers is None:
+            self._readers = self._start_readers()
+        (pool, pictures), keys = self._readers, iter(self._sampler)
+        pool.forget()  # of an iteration that was left: its places are used again
+        free = [*range(len(pictures))]
+        pending: deque[tuple[_Read, list[str], _Reading]] = deque()
         while True:
-            while pool.has_room:
+            while free:
                 key, skipped = next(keys), list[str]()
-                index = self.dataset.choose(key, skipped)
-                pool.submit(_Task(key, index))
-                pending.append((key, index, skipped))
-            key, index, skipped = pending.popleft()
+                read = _Read(key, self.dataset.choose(key, skipped), free.pop())
+                pending.append((read, skipped, pool.submit(read)))
+            read, skipped, reading = pending.popleft()
             while True:
-                outcome, memory = pool.result()
-                if isinstance(outcome, Lost):
-                    error = DecodeError(self.dataset.store[index]["path"], outcome.reason)
-                elif isinstance(outcome, DecodeError):
-                    error = outcome
-                else:
+                try:
+                    outcome, whole_file = pool.result(reading), False
+                except WorkerLost as lost:
+                    outcome, whole_file = DecodeError(self.dataset.store[read.record]["path"], str(lost)), True
+                if not isinstance(outcome, DecodeError):
                     break
-                self.dataset.skip(index, error, skipped, whole_file=isinstance(outcome, Lost))
-                index = self.dataset.choose(key, skipped)
-                pool.submit(_Task(key, index), first=True)
+                self.dataset.skip(read.record, outcome, skipped, whole_file=whole_file)
+                read = read._replace(record=self.dataset.choose(read.key, skipped))
+                reading = pool.submit(read)
             outcome["skipped"] = skipped
-            yield outcome, memory.reshape(self.dataset.pictures_shape)
+            yield outcome, pictures[read.place]
+            free.append(read.place)
 
-    def _start_pool(self) -> "ReaderPool[_Task]":
+    def _start_readers(self) -> "_Readers":
         config = self._config
         limits = Limits(
             config.decode_timeout_seconds or DECODE_TIMEOUT_SECONDS,
             int((config.worker_memory_gib or WORKER_MEMORY_GIB) * 2**30),
             config.worker_max_samples,
         )
-        return ReaderPool(_Read(self.dataset), config.num_workers, math.prod(self.dataset.pictures_shape), limits)
+        memory = SharedArray((_DEPTH * config.num_workers, *self.dataset.pictures_shape))
+        reader = _Reader(self.dataset, memory)
+        pool = WorkerPool(reader, config.num_workers, limits, start=_start_method(), depth=_DEPTH)
+        return _Readers(pool, memory.array)
 
     def _collate(self, samples: Iterator[tuple[Sample, NDArray[np.uint8]]]) -> Batch:
         """Stack the next samples; pictures are taken from memory that is used again for the next ones."""
@@ -255,23 +260,44 @@ class StatefulLoader:
         self._delivered = {**state}
 
 
-class _Task(NamedTuple):
-    """A record to read for a sample."""
+class _Read(NamedTuple):
+    """A sample to read."""
 
     key: SampleKey
     record: int
+    place: int  # of the pictures
 
 
-class _Read:
+_Reading = Task[_Read, Sample | DecodeError]
+
+
+class _Reader:
     """What a worker does; an unreadable clip is an outcome, not an error."""
 
-    def __init__(self, dataset: FlashI2VDataset) -> None:
+    def __init__(self, dataset: FlashI2VDataset, memory: SharedArray) -> None:
         self.dataset = dataset
+        self.memory = memory
 
-    def __call__(self, task: _Task, memory: Memory) -> Sample | DecodeError:
+    def __call__(self, read: _Read) -> Sample | DecodeError:
         # Each worker works on one thread; more of them, not more threads, make use of a machine.
         torch.set_num_threads(1)
         try:
-            return self.dataset.read(task.key, task.record, memory.reshape(self.dataset.pictures_shape))
+            return self.dataset.read(read.key, read.record, self.memory.array[read.place])
         except DecodeError as error:
             return error
+
+
+class _Readers(NamedTuple):
+    """The workers, and the memory in which they leave pictures: (places, T, 3, H, W)."""
+
+    pool: WorkerPool[_Read, Sample | DecodeError]
+    pictures: NDArray[np.uint8]
+
+
+def _start_method() -> Literal["spawn", "forkserver"]:
+    """Start workers from a clean process: forked from one that has decoded or computed, they may deadlock."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    # Torch is then imported once, not by every worker.
+    multiprocessing.set_forkserver_preload(["flashi2v_data.dataset"])
+    return "forkserver"

@@ -6,7 +6,7 @@ from pathlib import Path
 from flashi2v_data.errors import DecodeError
 from flashi2v_data.probe import VideoInfo
 from flashi2v_data.probe_cache import ProbeCache, Probed, ProbeFile
-from flashi2v_data.workers import Task, WorkerLost, WorkerPool
+from flashi2v_data.workers import Limits, Task, WorkerLost, WorkerPool
 
 PROBE_TIMEOUT_SECONDS = 60.0
 # Many clips of one long video usually stand together: so many videos are remembered without a look into the cache.
@@ -32,7 +32,7 @@ class Prober:
             cache = None
         self._written = None if readonly else cache
         self._cache: ProbeCache | None = None
-        self._pool = WorkerPool(ProbeFile(cache), jobs, timeout=timeout, on_result=self._keep)
+        self._pool = WorkerPool(ProbeFile(cache), jobs, Limits(timeout), on_result=self._keep)
         self._recent: OrderedDict[str, Probing] = OrderedDict()
 
     def submit(self, path: str) -> Probing:

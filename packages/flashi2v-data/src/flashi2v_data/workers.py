@@ -1,32 +1,79 @@
-"""Processes for work that may hang or crash: what happens to one costs its task alone."""
+"""Processes for work that may hang, crash or leak: what happens to one of them costs its task alone.
 
+A process that dies is replaced and its task tried again; one that takes too long over a task is killed, and the task is
+lost. Processes retire when they hold too much memory; nothing is lost by that. They end with their parent, ignore
+interrupts (Ctrl-C is the parent's to handle), and are killed by `close`, which also runs when the pool is collected or
+the interpreter ends.
+"""
+
+import contextlib
+import logging
 import multiprocessing
+import os
+import pickle
+import resource
 import signal
 import sys
+import threading
 import time
+import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 R = TypeVar("R")
 
 # Forking a process of one thread is safe, and 100 times faster than starting afresh; elsewhere it is neither.
 QUICK_START: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"
+# A process killed by someone else (out of memory, say) is no fault of its task; two of them over one task are.
+_ATTEMPTS = 2
+# So many in a row that end before they are ready will never be.
+_STILLBORN = 3
+# To import libraries and unpickle the function, on a busy machine with a slow disk.
+_STARTUP_SECONDS = 300.0
+
+
+class Limits(NamedTuple):
+    """What a worker may take; None for no limit.
+
+    Attributes:
+        timeout_seconds: for one task.
+        memory_bytes: of its own, shared memory not counted; looked at after every task.
+        max_tasks: after so many it is replaced.
+    """
+
+    timeout_seconds: float | None = None
+    memory_bytes: int | None = None
+    max_tasks: int | None = None
+
+
+NO_LIMITS = Limits()
 
 
 class WorkerLost(RuntimeError):
-    """The process that worked on a task did not answer in time, or died."""
+    """A task was not done in time, or ended the processes that worked on it."""
 
 
-@dataclass
+class WorkerError(Exception):
+    """Stands as the cause of an error that a worker raised; its text is the worker's traceback."""
+
+    def __str__(self) -> str:
+        """Return the traceback."""
+        return f"in a worker:\n{self.args[0]}"
+
+
+@dataclass(eq=False)
 class Task(Generic[A, R]):
     """One call in a worker."""
 
     argument: A
+    num_deaths: int = 0  # of processes that worked on it
     done: bool = False
     result: R | None = None
     error: Exception | None = None
@@ -35,34 +82,34 @@ class Task(Generic[A, R]):
 class _Worker:
     """The parent's side of one process."""
 
-    def __init__(self, context: Any, function: Callable[[Any], Any], timeout: float | None) -> None:
-        self.connection, theirs = context.Pipe()
-        # A forked child must close its copy of the parent's end, or it would not learn of the parent's death.
-        inherited = self.connection if context.get_start_method() == "fork" else None
-        self.process = context.Process(target=_serve, args=(theirs, inherited, function, timeout), daemon=True)
+    def __init__(self, context: Any, function: Callable[[Any], Any], limits: Limits) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)
         self.process.start()
         theirs.close()
         self.is_ready = False
         self.tasks: deque[Task[Any, Any]] = deque()  # at the first of these it works
-        self.deadline = float("inf")
+        self.deadline = time.monotonic() + _STARTUP_SECONDS
 
-    def stop(self) -> int | None:
+    def stop(self) -> str:
+        """End the process; return how it ended, if it had done so before."""
         self.process.kill()
-        self.process.join(1)  # one that cannot even be killed (a dead network disk) is left behind
-        self.connection.close()
-        return self.process.exitcode
+        self.process.join(5)  # one that cannot even be killed (a dead network disk) is left behind
+        self.pipe.close()
+        code = self.process.exitcode
+        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 class WorkerPool(Generic[A, R]):
-    """Calls a function in processes that are killed and replaced where they hang or crash.
+    """Calls a function in processes that are replaced where they hang, crash or reach a limit.
 
     It has no threads: work is handed out and answers are taken whenever `submit` or `result` is called.
 
     Args:
-        function: picklable where the start method is "spawn".
+        function: picklable where the start method is not "fork", as are arguments and results everywhere.
         jobs: processes; they start when there is work for them.
-        timeout: seconds for one task.
-        start: "spawn" for work with threads of its own, such as decoders.
+        limits: of each process.
+        start: how; not "fork" for work with threads of its own, such as decoders.
         depth: tasks that a process is given at a time; more than one where the parent is busy for longer than a task.
         on_result: called with every task that was done, as soon as the parent hears of it.
     """
@@ -71,32 +118,34 @@ class WorkerPool(Generic[A, R]):
         self,
         function: Callable[[A], R],
         jobs: int,
+        limits: Limits = NO_LIMITS,
         *,
-        timeout: float | None = None,
-        start: Literal["fork", "spawn"] = "spawn",
+        start: Literal["fork", "spawn", "forkserver"] = "spawn",
         depth: int = 1,
         on_result: Callable[[Task[A, R]], None] | None = None,
     ) -> None:
         self._context = multiprocessing.get_context(start)
         self._function = function
         self._jobs = jobs
-        self._timeout = timeout
+        self._limits = limits
         self._depth = depth
         self._on_result = on_result
         self._workers: list[_Worker] = []
         self._waiting: deque[Task[A, R]] = deque()
+        self._num_stillborn = 0
+        self.close: Callable[[], object] = weakref.finalize(self, _close, self._workers)
 
     def start(self) -> None:
         """Start all processes now."""
         while len(self._workers) < self._jobs:
-            self._workers.append(_Worker(self._context, self._function, self._timeout))
+            self._workers.append(self._new_worker())
 
     def submit(self, argument: A) -> Task[A, R]:
         """Hand in a task; `result` waits for it."""
         task: Task[A, R] = Task(argument)
         self._waiting.append(task)
         if len(self._workers) < self._jobs and all(worker.tasks or not worker.is_ready for worker in self._workers):
-            self._workers.append(_Worker(self._context, self._function, self._timeout))
+            self._workers.append(self._new_worker())
         self._advance(0)
         return task
 
@@ -104,7 +153,7 @@ class WorkerPool(Generic[A, R]):
         """Wait for a task and return what the function returned, or raise what it raised.
 
         Raises:
-            WorkerLost: the worker hung or crashed.
+            WorkerLost: it hung, or crashed two processes.
         """
         while not task.done:
             self._advance(None)
@@ -112,25 +161,26 @@ class WorkerPool(Generic[A, R]):
             raise task.error
         return task.result  # type: ignore[return-value]
 
-    def close(self) -> None:
-        """End all processes, whatever they do."""
-        for worker in self._workers:
-            worker.stop()
-        self._workers.clear()
+    def forget(self) -> None:
+        """Drop the tasks that no process was given yet, and wait until the others are done."""
+        self._waiting.clear()
+        while any(worker.tasks for worker in self._workers):
+            self._advance(None)
 
     def _advance(self, seconds: float | None) -> None:
         """Take answers, waiting for one so long (None: as long as it takes), and hand out what waits."""
+        assert self._workers, "the pool is closed"
+        # Read before the wait, so that answers come first after a time in which the parent was away.
         now = time.monotonic()
-        until = min((worker.deadline for worker in self._workers), default=now)
         if seconds is None:
+            until = min(worker.deadline for worker in self._workers)
             seconds = None if until == float("inf") else max(0.0, until - now)
-        ready = wait([worker.connection for worker in self._workers], seconds)
-        now = time.monotonic()
+        ready = wait([worker.pipe for worker in self._workers], seconds)
         for worker in list(self._workers):
-            if worker.connection in ready:
+            if worker.pipe in ready:
                 self._receive(worker)
             elif now >= worker.deadline:
-                self._lose(worker, f"no answer within {self._timeout:g} s")
+                self._lose(worker, is_late=True)
         for depth in range(1, self._depth + 1):  # one for each before a second for any
             for worker in self._workers:
                 if self._waiting and worker.is_ready and len(worker.tasks) < depth:
@@ -138,17 +188,27 @@ class WorkerPool(Generic[A, R]):
 
     def _receive(self, worker: _Worker) -> None:
         try:
-            answer = worker.connection.recv()
+            answer = pickle.loads(worker.pipe.recv_bytes())
         except (EOFError, OSError):
-            self._lose(worker, None)
+            worker.process.join(1)  # it may be about to say why
+            self._lose(worker, is_late=False)
             return
-        if not worker.is_ready:
+        if answer is None:
             worker.is_ready = True
+            worker.deadline = float("inf")
+            self._num_stillborn = 0
             return
         task = worker.tasks.popleft()
-        task.result, task.error = answer
+        task.result, failure, retires = answer
+        if failure is not None:
+            task.error, text = failure
+            task.error.__cause__ = WorkerError(text)
         task.done = True
         self._set_deadline(worker)
+        if retires:
+            logger.info("a worker has reached a limit and is replaced")
+            worker.stop()
+            self._replace(worker)
         if self._on_result is not None and task.error is None:
             self._on_result(task)
 
@@ -156,62 +216,96 @@ class WorkerPool(Generic[A, R]):
         worker.tasks.append(task)
         if len(worker.tasks) == 1:
             self._set_deadline(worker)
-        with suppress(OSError):  # it died meanwhile, as the next wait will tell
-            worker.connection.send(task.argument)
+        with contextlib.suppress(OSError):  # it died meanwhile, as the next wait will tell
+            worker.pipe.send_bytes(pickle.dumps(task.argument))
 
     def _set_deadline(self, worker: _Worker) -> None:
         worker.deadline = float("inf")
-        if self._timeout is not None and worker.tasks:
-            worker.deadline = time.monotonic() + self._timeout
+        if self._limits.timeout_seconds is not None and worker.tasks:
+            worker.deadline = time.monotonic() + self._limits.timeout_seconds
 
-    def _lose(self, worker: _Worker, reason: str | None) -> None:
-        self._workers.remove(worker)
-        code = worker.stop()
+    def _lose(self, worker: _Worker, *, is_late: bool) -> None:
+        how = worker.stop()
         if not worker.is_ready:
+            self._num_stillborn += 1
+        elif is_late:
+            self._fail(worker.tasks.popleft(), f"no answer within {self._limits.timeout_seconds:g} seconds")
+        else:
+            logger.warning("a worker has ended (%s) and is replaced", how)
+            if worker.tasks:
+                worker.tasks[0].num_deaths += 1
+                if worker.tasks[0].num_deaths == _ATTEMPTS:
+                    self._fail(worker.tasks.popleft(), f"ended the process that read it {_ATTEMPTS} times ({how})")
+        if self._num_stillborn == _STILLBORN:
+            self.close()
             raise RuntimeError(
-                "a worker process ended before it began: scripts need `if __name__ == '__main__':` around their calls"
+                f"{_STILLBORN} workers in a row ended while starting ({how}): "
+                "scripts need `if __name__ == '__main__':` around their calls"
             )
-        if worker.tasks:
-            lost = worker.tasks.popleft()
-            lost.error = WorkerLost(reason or f"the process that read it died ({_name(code)})")
-            lost.done = True
-            self._waiting.extendleft(reversed(worker.tasks))
-        if self._waiting:
-            self._workers.append(_Worker(self._context, self._function, self._timeout))
+        self._replace(worker)
+
+    def _fail(self, task: Task[A, R], reason: str) -> None:
+        task.error = WorkerLost(reason)
+        task.done = True
+
+    def _replace(self, worker: _Worker) -> None:
+        """Put another in the place of a worker that has ended; its tasks wait again."""
+        self._waiting.extendleft(reversed(worker.tasks))
+        self._workers[self._workers.index(worker)] = self._new_worker()
+
+    def _new_worker(self) -> _Worker:
+        return _Worker(self._context, self._function, self._limits)
 
 
-def _name(code: int | None) -> str:
-    if code is not None and code < 0:
-        return signal.Signals(-code).name
-    return f"exit code {code}"
+def _close(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.stop()
+    workers.clear()
 
 
-def _serve(
-    connection: Connection, inherited: Connection | None, function: Callable[[Any], Any], timeout: float | None
-) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    if inherited is not None:
-        inherited.close()
-    connection.send(None)  # ready
-    while True:
+def _serve(pipe: Connection, function: Callable[[Any], Any], limits: Limits) -> None:
+    """Be a worker: until the parent ends, or a limit is reached."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    num_tasks, retires = 0, False
+    with contextlib.suppress(EOFError, OSError):  # the parent has closed the pool
+        pipe.send_bytes(pickle.dumps(None))  # ready
+        while not retires:
+            # Plain pickle: a pipe's own `send` would pass tensors as open files, which die with their sender.
+            result, failure = _attempt(function, pickle.loads(pipe.recv_bytes()))
+            num_tasks += 1
+            retires = num_tasks == limits.max_tasks or (
+                limits.memory_bytes is not None and _own_bytes() > limits.memory_bytes
+            )
+            pipe.send_bytes(pickle.dumps((result, failure, retires)))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has, also while the main thread hangs in a decoder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _attempt(function: Callable[[Any], Any], argument: Any) -> tuple[Any, tuple[Exception, str] | None]:
+    """Return what the function returns, or its error with the traceback."""
+    try:
+        return function(argument), None
+    except Exception as error:
+        text = traceback.format_exc()
         try:
-            argument = connection.recv()
-        except EOFError:
-            return
-        # Should the parent be killed while this hangs, the kernel's alarm ends it.
-        _alarm(0 if timeout is None else 2 * timeout + 10)
-        answer: tuple[Any, Exception | None]
-        try:
-            answer = function(argument), None
-        except Exception as error:
-            answer = None, error
-        _alarm(0)
-        try:
-            connection.send(answer)
-        except OSError:
-            return
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        return None, (error, text)
 
 
-def _alarm(seconds: float) -> None:
-    if hasattr(signal, "setitimer"):  # not on Windows
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+def _own_bytes() -> int:
+    """Return the resident memory that this process shares with no other; its peak where the present is not told."""
+    try:
+        with open("/proc/self/statm") as file:
+            resident, shared = map(int, file.read().split()[1:3])
+        return (resident - shared) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
