@@ -11,7 +11,7 @@ nox.needs_version = ">=2024.4"
 nox.options.sessions = ["lint", "imports", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
-# The one place that decides which torch is tested, and what is built for just one torch; the packages themselves ask for a range.
+# The one place that decides which torch is tested, and what is built for just one; packages themselves ask for ranges.
 CONSTRAINTS = ["torch==2.13.0", "torch_npu==2.13.0", "torchcodec==0.13.0"]
 
 # In the order of the arrows: each needs only those before it.

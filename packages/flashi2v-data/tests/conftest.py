@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def tokenizer_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def write_hanging_video():
+    """Write a file, regular to look at, whose end a decoder never sees: it leads to a pipe, which is returned."""
+
+    def write(path: Path) -> Path:
+        pipe = path.with_suffix(".pipe")
+        os.mkfifo(pipe)
+        path.write_text(f"ffconcat version 1.0\nfile {pipe.name}\n")
+        return pipe
+
+    return write
 
 
 def filter_settings(**changes: Any) -> dict[str, Any]:

@@ -78,8 +78,8 @@ def test_a_second_filter_with_other_limits_opens_no_video(place):
     assert not (place / "other/probe_cache").exists()
 
 
-def test_an_interrupted_filter_goes_on_where_it_stopped_and_opens_no_video_twice(place):
-    os.mkfifo(place / "videos/hangs.mp4")
+def test_an_interrupted_filter_goes_on_where_it_stopped_and_opens_no_video_twice(place, write_hanging_video):
+    write_hanging_video(place / "videos/hangs.mp4")
     entries = json.loads((place / "meta.json").read_text())
     _write(place, [*entries, {"path": "videos/hangs.mp4", "cap": "never answers"}])
     process = subprocess.Popen(
@@ -198,7 +198,7 @@ def test_a_file_size_limit_is_a_full_disk(place):
     assert len(_store(place)) == json.loads((place / "lmdb/report.json").read_text())["kept"] > 0
 
 
-def test_bad_videos_cost_themselves_alone(place, shapes):
+def test_bad_videos_cost_themselves_alone(place, write_hanging_video):
     videos = place / "videos"
     whole = (videos / "000000.mp4").read_bytes()
     (videos / "truncated.mp4").write_bytes(whole[:-300])
@@ -206,9 +206,10 @@ def test_bad_videos_cost_themselves_alone(place, shapes):
     (videos / "text.mp4").write_text("no video")
     (videos / "directory.mp4").mkdir()
     os.mkfifo(videos / "fifo.mp4")
+    write_hanging_video(videos / "hangs.mp4")
     with open(os.fsencode(videos) + b"/caf\xe9.mp4", "wb") as file:
         file.write(whole)
-    names = ["truncated", "empty", "text", "directory", "fifo", "missing", "caf\udce9"]
+    names = ["truncated", "empty", "text", "directory", "fifo", "hangs", "missing", "caf\udce9"]
     entries = [{"path": f"videos/{name}.mp4", "cap": "long " * 20_000} for name in names]
     _write(place, [*entries, {"path": "videos/000001.mp4", "cap": ["a", "b"], "cut": [2, 9]}])
     result = _filter(place, "--probe-timeout", "2")
@@ -218,7 +219,7 @@ def test_bad_videos_cost_themselves_alone(place, shapes):
     assert os.path.isfile(first["path"])
     assert first["cap"] == "long " * 20_000
     assert (second["start_frame_idx"], second["num_frames"]) == (2, 7)
-    assert json.loads((place / "lmdb/report.json").read_text())["dropped"]["unreadable"] == 6
+    assert json.loads((place / "lmdb/report.json").read_text())["dropped"]["unreadable"] == 7
 
     explained = _filter(place, "--explain", "videos/text.mp4")
     assert explained.returncode == 0
