@@ -198,6 +198,22 @@ def test_a_file_size_limit_is_a_full_disk(place):
     assert len(_store(place)) == json.loads((place / "lmdb/report.json").read_text())["kept"] > 0
 
 
+def test_a_probe_cache_that_cannot_grow_says_one_line_and_goes_on_when_it_can(place):
+    entries = [{"path": f"videos/{number:06d}.mp4", "cap": "moves"} for number in range(12)]
+    links = [{"path": f"videos/{number}.mp4", "cap": "moves"} for number in range(300)]
+    for entry in links:
+        os.link(place / "videos/000000.mp4", place / entry["path"])
+    _write(place, entries + links)
+    limit = (20_000, 20_000)
+    full = _filter(place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert full.returncode == 1
+    assert full.stderr.count("\n") == 1
+    assert "lmdb/probe_cache: cannot be written: " in full.stderr
+    assert "free some space and continue by --resume" in full.stderr
+    assert _filter(place, "--resume").returncode == 0
+    assert len(_store(place)) == 312
+
+
 def test_bad_videos_cost_themselves_alone(place, write_hanging_video):
     videos = place / "videos"
     whole = (videos / "000000.mp4").read_bytes()

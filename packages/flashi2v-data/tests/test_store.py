@@ -3,6 +3,7 @@ import operator
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
@@ -10,6 +11,7 @@ import lmdb
 import pytest
 
 from flashi2v_data.errors import InputError
+from flashi2v_data.features import FeatureWriter
 from flashi2v_data.store import open_store, write_store
 from flashi2v_data.store_writer import StoreWriter
 from flashi2v_data.values import ValueCodec
@@ -214,3 +216,48 @@ def test_an_unfinished_part_is_continued_for_the_same_purpose_alone(tmp_path):
         writer.append([b"\x03"])
         writer.finish(tmp_path / "a.lmdb", None, {})
     assert list(open_store(tmp_path / "a.lmdb")) == [1, 2] * 5000 + [3]
+
+
+@pytest.mark.parametrize("stage", ["storage", "os.rename"])
+def test_a_writer_that_is_killed_while_it_finishes_can_be_resumed(tmp_path, stage):
+    """Killed after the last transaction, or before the rename."""
+    values = [ValueCodec().pack(record) for record in _records(10)]
+    code = f"""
+import os
+from pathlib import Path
+from flashi2v_data import store_writer
+with store_writer.StoreWriter(Path("part"), {{"limit": 1}}) as writer:
+    writer.append({values!r}, lambda: "all")
+    store_writer.{stage} = lambda *arguments: os._exit(9)
+    writer.finish(Path("a.lmdb"), None, {{}})
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 9
+    assert not (tmp_path / "a.lmdb").exists()
+    with pytest.raises(InputError, match="was begun with another limit"):
+        StoreWriter(tmp_path / "part", {"limit": 2}, resume=True)
+    with StoreWriter(tmp_path / "part", {"limit": 1}, resume=True) as writer:
+        assert (writer.state, writer.count) == ("all", 10)
+        writer.finish(tmp_path / "a.lmdb", None, {})
+    assert list(open_store(tmp_path / "a.lmdb")) == _records(10)
+
+
+def test_progress_is_kept_where_hardly_anything_is(tmp_path):
+    with StoreWriter(tmp_path / "part") as writer:
+        for number in range(200):
+            writer.append([], lambda number=number: number)
+    with StoreWriter(tmp_path / "part", resume=True) as writer:
+        assert writer.state > 100
+
+
+def test_an_lmdb_of_another_kind_is_no_unfinished_part(tmp_path):
+    write_store(tmp_path / "part", _records(3), {})
+    with lmdb.open(str(tmp_path / "part")) as environment, environment.begin(write=True) as transaction:
+        transaction.delete(b"!state")
+    with pytest.raises(InputError, match="is not what an unfinished run left"):
+        StoreWriter(tmp_path / "part", resume=True)
+
+
+def test_a_store_of_features_is_no_store_of_clips(tmp_path):
+    FeatureWriter(tmp_path / "features.lmdb", {"vae": 1}).close()
+    with pytest.raises(InputError, match="is no store of clips"):
+        open_store(tmp_path / "features.lmdb")
