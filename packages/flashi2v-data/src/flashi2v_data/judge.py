@@ -142,7 +142,7 @@ class Judge:
         prefix, kept, drops = os.path.join(root, ""), [], []
         for entry in entries:
             resolution, motion, cut = entry.resolution, entry.motion, entry.cut
-            if cut is not UNSET and _is_empty(cut):
+            if cut is not UNSET and len(cut) > 1 and cut[1] <= cut[0]:  # `_is_empty`, without a call for every entry
                 drops.append(Drop("invalid_cut"))
                 continue
             size = judge_size(resolution.height, resolution.width)
