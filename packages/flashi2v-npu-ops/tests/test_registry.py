@@ -26,7 +26,9 @@ HOPPER_CASE = ("cuda", torch.bfloat16, True, 128, True, False)
 
 
 @pytest.fixture(autouse=True)
-def _fresh_choices():
+def _fresh_choices(monkeypatch):
+    monkeypatch.setattr(registry, "_overrides", {})  # what other packages' tests have chosen
+
     def clear() -> None:
         for cached in (registry._choose_once, registry._report_once, registry._environment):
             cached.cache_clear()
