@@ -10,6 +10,7 @@ import numpy as np
 from bench_filter import entries
 
 from flashi2v_data import open_store, write_store
+from flashi2v_data.lmdb_files import open_shared
 
 NUM_RECORDS, NUM_READS, NUM_ROUNDS = 100_000, 100_000, 5
 
@@ -27,7 +28,7 @@ def main() -> None:
 
         def get_values(begin_each: bool) -> None:
             # One process may open an LMDB once only, so the store's own environment serves both.
-            (environment,) = store._environments()
+            environment = open_shared(path)
             if begin_each:
                 for index in order:
                     with environment.begin() as transaction:

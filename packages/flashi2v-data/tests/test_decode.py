@@ -1,4 +1,5 @@
 import functools
+import itertools
 import logging
 import os
 import struct
@@ -346,6 +347,19 @@ def test_frames_are_converted_as_they_are_decoded(kinds):
     result = read_frames(path, [5, 1, 5], convert=lambda frame, place: np.copyto(place, frame[::2]), out=out)
     assert result is out
     assert np.array_equal(out, _played(path)[[5, 1, 5], ::2])
+
+
+@pytest.mark.parametrize("number", [0, 4])
+def test_a_fault_of_the_conversion_is_the_callers_to_see(kinds, number):
+    def convert(frame, place):
+        if next(calls) == number:
+            raise ZeroDivisionError
+
+    calls = itertools.count()
+    out = np.empty((5, 1), np.uint8)
+    with pytest.raises(ZeroDivisionError):
+        read_frames(kinds / "vp9.mp4", range(5), convert=convert, out=out)
+    assert next(calls) == number + 1  # nothing is converted after it
 
 
 def test_auto_is_pyav_and_what_is_missing_says_how_to_get_it(monkeypatch):

@@ -102,7 +102,7 @@ def test_an_interrupted_filter_goes_on_where_it_stopped_and_opens_no_video_twice
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "flashi2v-data: interrupted\n")
+    assert (process.returncode, errors) == (130, "flashi2v-data: interrupted: continue by --resume\n")
     assert sorted(path.name for path in (place / "lmdb").iterdir()) == ["probe_cache", "unfinished"]
 
     again = _filter(place)

@@ -40,11 +40,12 @@ def test_entries_come_with_their_root_joined(tmp_path, text):
         ('[{"path": "a"}, {"path"', "not valid JSON after entry 1 "),
         ('{"path": "a"}\n{"path" "b"}\n', "line 2: not valid JSON"),
         ("", "is empty"),
+        ('[{"path": "a"}]'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
     ],
 )
 def test_broken_meta_json_says_where(tmp_path, text, expected):
     path = tmp_path / "meta.json"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=expected) as caught:
         list(read_entries(Annotation("", str(path))))
     assert str(path) in str(caught.value)

@@ -5,7 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import lmdb
 import pytest
@@ -127,6 +127,13 @@ def test_a_forked_child_reads_through_the_store_it_inherited(tmp_path):
     child.join(60)
     assert child.exitcode == 0
     assert store[3]["path"] == "v3.mp4"
+
+
+def test_threads_may_share_a_store(tmp_path):
+    store = open_store(write_store(tmp_path / "a.lmdb", _records(50), {}))
+    with ThreadPoolExecutor(8) as pool:
+        records = list(pool.map(store.__getitem__, [*range(50)] * 40))
+    assert records == list(store) * 40
 
 
 def test_a_pickled_store_is_small_and_opens_again(tmp_path):

@@ -46,8 +46,8 @@ def run(app: cyclopts.App, *, errors: tuple[type[Exception], ...] = (InputError,
         _fail(app, str(error), 2)
     except StorageError as error:
         _fail(app, str(error), 1)
-    except KeyboardInterrupt:
-        _fail(app, "interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        _fail(app, ": ".join(["interrupted", *map(str, interrupt.args)]), 130)
     sys.exit(0)
 
 

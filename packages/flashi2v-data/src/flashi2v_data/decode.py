@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -63,7 +64,7 @@ def read_frames(
 
     All backends give the same frames, turned as the file's display matrix says, without those that its edit list
     leaves out. Where a decoder is known to differ from the others (`_difference`), PyAV stands in, which is logged
-    once for every reason.
+    once for every reason. Two threads work: one decodes, the other calls `convert`.
 
     Args:
         path: of a regular file.
@@ -92,22 +93,40 @@ def read_frames(
         raise DecodeError(name, f"there is no frame {wanted[0]}")
     pyav.check_file(name)
     size: tuple[int, ...] | None = None
-    for frame, index in zip(_frames(name, wanted, resolve_backend(backend)), wanted):
-        if size is None:
-            size = frame.shape
-            out = np.empty((len(indices), *size), np.uint8) if out is None else out
-        elif frame.shape != size:
-            raise DecodeError(name, f"changes its size from {size[0]}x{size[1]} to {frame.shape[0]}x{frame.shape[1]}")
-        assert out is not None
-        first, *others = positions[index]
-        if convert is None:
-            out[first] = frame
-        else:
-            convert(frame, out[first])
-        for position in others:
-            out[position] = out[first]
+    # While one frame is converted, the next is decoded: no more than two are held at full size.
+    with ThreadPoolExecutor(1, "convert") as converter:
+        converted: Future[None] | None = None
+        for frame, index in zip(_frames(name, wanted, resolve_backend(backend)), wanted):
+            if size is None:
+                size = frame.shape
+                out = np.empty((len(indices), *size), np.uint8) if out is None else out
+            elif frame.shape != size:
+                raise DecodeError(
+                    name, f"changes its size from {size[0]}x{size[1]} to {frame.shape[0]}x{frame.shape[1]}"
+                )
+            assert out is not None
+            if converted is not None:
+                converted.result()
+            converted = converter.submit(_place, frame, out, positions[index], convert)
+        if converted is not None:
+            converted.result()
     assert out is not None
     return out
+
+
+def _place(
+    frame: NDArray[np.uint8],
+    out: NDArray[np.uint8],
+    positions: list[int],
+    convert: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None] | None,
+) -> None:
+    first, *others = positions
+    if convert is None:
+        out[first] = frame
+    else:
+        convert(frame, out[first])
+    for position in others:
+        out[position] = out[first]
 
 
 def _frames(path: str, indices: list[int], decoder: _Decoder) -> Iterator[NDArray[np.uint8]]:

@@ -59,6 +59,8 @@ def filter_files(
         except InputError:
             writer.discard()  # once the input is mended, this part fits no more
             raise
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("continue by --resume") from None
         path = directory / f"filtered_samples_{writer.count}.lmdb"
         with storage(directory, "free some space and continue by --resume"):
             write_report(report, config, directory, plots)  # first: a store that is there is whole, report and all

@@ -14,7 +14,20 @@ FIRST_MAP_SIZE = 64 << 20
 
 # LMDB forbids opening a file twice in a process, and a forked child counts as having opened what its parent had.
 _environments: "weakref.WeakValueDictionary[str, lmdb.Environment]" = weakref.WeakValueDictionary()
-_owner = 0
+
+# Changes when this process is a fork: what its parent had open is then closed.
+generation = 0
+
+
+def _forget_inherited() -> None:
+    global generation
+    generation += 1
+    for inherited in list(_environments.values()):
+        inherited.close()
+    _environments.clear()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)
 
 
 def open_shared(path: str | os.PathLike[str]) -> lmdb.Environment:
@@ -23,12 +36,6 @@ def open_shared(path: str | os.PathLike[str]) -> lmdb.Environment:
     Raises:
         InputError: it is none, or was not copied to its end.
     """
-    global _owner
-    if _owner != os.getpid():
-        for inherited in list(_environments.values()):
-            inherited.close()
-        _environments.clear()
-        _owner = os.getpid()
     name = os.path.realpath(path)
     environment = _environments.get(name)
     if environment is None:

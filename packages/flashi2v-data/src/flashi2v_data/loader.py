@@ -279,7 +279,7 @@ class _Reader:
         self.memory = memory
 
     def __call__(self, read: _Read) -> Sample | DecodeError:
-        # Each worker works on one thread; more of them, not more threads, make use of a machine.
+        # More workers, not more threads in each, make use of a machine.
         torch.set_num_threads(1)
         try:
             return self.dataset.read(read.key, read.record, self.memory.array[read.place])

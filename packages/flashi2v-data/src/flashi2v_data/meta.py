@@ -134,6 +134,8 @@ def _cut(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
         block = next(blocks, None)
         if block is None:
             raise InputError(f"{annotation.meta}: is empty; write a JSON array of entries")
+        if block.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise InputError(f"{annotation.meta}: is UTF-16; save it as UTF-8")
         text = block.removeprefix(b"\xef\xbb\xbf").lstrip()
     is_lines = not text.startswith(b"[")
     if not is_lines:

@@ -10,6 +10,7 @@ import bisect
 import itertools
 import os
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import lmdb
 import msgspec
 
+from flashi2v_data import lmdb_files
 from flashi2v_data.errors import InputError
 from flashi2v_data.legacy import load_value
 from flashi2v_data.lmdb_files import open_shared
@@ -70,8 +72,8 @@ class LmdbStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.paths = _parts(Path(path))
-        self._open: tuple[int, list[lmdb.Environment]] | None = None
-        headers = [_read_header(path, environment) for path, environment in zip(self.paths, self._environments())]
+        self._open = _OpenStores()
+        headers = [_read_header(path, opened) for path, opened in zip(self.paths, self._transactions())]
         self.config: dict[str, Any] = headers[0]["config"]
         self.reports: list[dict[str, Any]] = [header["report"] for header in headers if "report" in header]
         for path, header in zip(self.paths, headers):
@@ -100,8 +102,7 @@ class LmdbStore:
             raise IndexError(f"record {index} of {len(self)}")
         part = bisect.bisect_right(ends, index)
         number = index - ends[part - 1] if part else index
-        # The value is a copy, and the transaction ends with this line.
-        value = self._environments()[part].begin().get(key_of(number))
+        value: Any = self._transactions()[part].get(key_of(number))
         if value is None:
             raise InputError(f"{self.paths[part]}: record {number} is missing")
         try:
@@ -117,12 +118,26 @@ class LmdbStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the open files behind: they belong to this process."""
-        return {**self.__dict__, "_open": None}
+        return {key: value for key, value in self.__dict__.items() if key != "_open"}
 
-    def _environments(self) -> list[lmdb.Environment]:
-        if self._open is None or self._open[0] != os.getpid():
-            self._open = os.getpid(), [open_shared(path) for path in self.paths]
-        return self._open[1]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the files anew when they are needed."""
+        self.__dict__.update(state, _open=_OpenStores())
+
+    def _transactions(self) -> list[lmdb.Transaction]:
+        """Return one for each LMDB. They stay open: beginning one costs a tenth of a read, and stores never change."""
+        opened = self._open
+        if opened.generation != lmdb_files.generation:
+            opened.transactions = [open_shared(path).begin() for path in self.paths]
+            opened.generation = lmdb_files.generation
+        return opened.transactions
+
+
+class _OpenStores(threading.local):
+    """What one thread of one process has open; LMDB's transactions must not be shared."""
+
+    generation: int | None = None
+    transactions: list[lmdb.Transaction]
 
 
 def open_store(path: str | os.PathLike[str]) -> LmdbStore:
@@ -145,11 +160,10 @@ def _parts(path: Path) -> list[Path]:
     return parts
 
 
-def _read_header(path: Path, environment: lmdb.Environment) -> dict[str, Any]:
-    with environment.begin() as transaction:
-        value = transaction.get(HEADER)
-        if value is None:
-            return {"schema": None, "count": _count_records(path, transaction), "compression": None, "config": {}}
+def _read_header(path: Path, transaction: lmdb.Transaction) -> dict[str, Any]:
+    value = transaction.get(HEADER)
+    if value is None:
+        return {"schema": None, "count": _count_records(path, transaction), "compression": None, "config": {}}
     try:
         header = msgspec.msgpack.decode(value, type=dict[str, Any])
     except msgspec.DecodeError:

@@ -63,7 +63,7 @@ class StoreWriter:
         self._environment = lmdb.open(str(part), map_size=FIRST_MAP_SIZE, sync=False, lock=False)
         try:
             self._continue()
-        except BaseException:
+        except BaseException:  # an interrupt, too, must let go of the part
             self.close()
             raise
 
@@ -124,15 +124,15 @@ class StoreWriter:
     def _commit(self, header: bytes | None = None) -> None:
         """Write what waits, from where to go on behind it, and the header, all or nothing."""
         self.state = self._state_of()
-        keys = map(key_of, range(self.count - len(self._waiting), self.count))
-        items = [*zip(keys, self._waiting)]
+        first, num_values = self.count - len(self._waiting), len(self._waiting)
         state = msgspec.msgpack.encode({"purpose": self._purpose, "state": self.state, "count": self.count})
 
         def put(transaction: lmdb.Transaction) -> None:
             transaction.put(_STATE, state)
             with transaction.cursor() as cursor:
+                items = zip(map(key_of, range(first, self.count)), self._waiting)
                 written = cursor.putmulti(items, append=True)
-            assert written == (len(items), len(items)), written
+            assert written == (num_values, num_values), written
             if header is not None:
                 transaction.put(HEADER, header)
 
