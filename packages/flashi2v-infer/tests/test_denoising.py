@@ -1,19 +1,20 @@
 """The sampling loop against reference numbers, and with other schedulers."""
 
+import itertools
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import DDIMScheduler, DEISMultistepScheduler, FlowMatchLCMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
 from flashi2v_infer.denoising import denoise, set_timesteps
 from flashi2v_infer.settings import InputError
 from flashi2v_model import FlashI2VTransformer3DModel, Guidance, convert_state_dict, guide
-from flashi2v_model.scheduler import euler_scheduler
+from flashi2v_model.scheduler import euler_scheduler, make_scheduler
 
 CPU = torch.device("cpu")
 # Computed once with the public FlashI2V code (NPU release) in fp32: four steps at shift 7, guidance 5, ratio 0.1.
@@ -66,13 +67,11 @@ def reference_guidance(reference_model) -> Guidance:
 
 @pytest.fixture
 def integrate(reference_model, reference_guidance):
-    def run(scheduler, steps, guidance_scale=5.0, generator=None, noise=None):
+    def run(scheduler, steps, guidance_scale=5.0, noise=None, **options):
         set_timesteps(scheduler, steps, CPU)
         noise = latent("sc:noise", (16, 3, 8, 12)) if noise is None else noise
         text, negative = GOLDEN["prompt"], GOLDEN["negative_prompt"]
-        return denoise(
-            reference_model, scheduler, noise, reference_guidance, text, negative, guidance_scale, generator=generator
-        )
+        return denoise(reference_model, scheduler, noise, reference_guidance, text, negative, guidance_scale, **options)
 
     return run
 
@@ -81,11 +80,106 @@ def test_four_guided_steps_equal_the_reference(integrate):
     assert_close(integrate(euler_scheduler(7.0), 4), GOLDEN["final"], atol=1e-4, rtol=0.0)
 
 
-def test_a_scheduler_of_second_order_may_replace_the_default(integrate):
-    exact = integrate(euler_scheduler(7.0), 60, guidance_scale=1.0)
-    euler = integrate(euler_scheduler(7.0), 6, guidance_scale=1.0)
-    heun = integrate(FlowMatchHeunDiscreteScheduler(shift=7.0), 6, guidance_scale=1.0)
-    assert (heun - exact).norm() < (euler - exact).norm()
+@torch.no_grad()
+def test_what_is_computed_once_gives_the_numbers_of_the_plain_loop(integrate, reference_model, reference_guidance):
+    y, text, negative = latent("sc:noise", (16, 3, 8, 12)), GOLDEN["prompt"], GOLDEN["negative_prompt"]
+    sigmas = [7 * s / (1 + 6 * s) for s in torch.linspace(1, 0, 5, dtype=torch.float64).tolist()]
+    for sigma, following in itertools.pairwise(sigmas):
+        t = torch.tensor([1000 * sigma])
+        v, v_negative = (
+            reference_model(y - reference_guidance.shift, t, context, reference_guidance.fourier).sample
+            for context in (text, negative)
+        )
+        y = y + (v_negative + 5.0 * (v - v_negative)) * (following - sigma)
+    assert_close(integrate(euler_scheduler(7.0), 4), y, atol=2e-5, rtol=0.0)
+
+
+def test_text_time_and_features_are_embedded_once(integrate, reference_model):
+    block = reference_model.blocks[0]
+    embedder = reference_model.condition_embedder
+    parts = {
+        "text": embedder.text_embedder,
+        "keys": block.attn2.to_k,
+        "values": block.attn2.to_v,
+        "time": embedder.time_proj,
+        "fourier": reference_model.fourier_embedding,
+        "queries": block.attn2.to_q,
+    }
+    calls = dict.fromkeys(parts, 0)
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    handles = [part.register_forward_hook(count(name)) for name, part in parts.items()]
+    integrate(euler_scheduler(7.0), 4)
+    for handle in handles:
+        handle.remove()
+    assert calls == {"text": 2, "keys": 2, "values": 2, "time": 1, "fourier": 1, "queries": 8}
+
+
+def test_both_branches_may_run_as_one_batch(integrate):
+    assert_close(
+        integrate(euler_scheduler(7.0), 3, cfg_batch=True), integrate(euler_scheduler(7.0), 3), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["heun", "unipc", "dpm++"])
+def test_schedulers_of_second_order_come_nearer_to_an_exact_flow_than_euler(name):
+    """From noise to a Gaussian of deviation 1.5: the flow scales every number by just that."""
+    deviation = 1.5
+
+    def network(x, timestep, text, features, return_dict, cache):
+        sigma = timestep.view(-1, 1, 1, 1, 1) / 1000
+        return (x * (sigma - (1 - sigma) * deviation**2) / (sigma**2 + (1 - sigma) ** 2 * deviation**2),)
+
+    noise = latent("sc:noise", (16, 3, 8, 12))
+    still = Guidance(torch.zeros_like(noise), noise)
+    errors = {}
+    for kind in ("euler", name):
+        scheduler = make_scheduler(kind, 3.0)
+        set_timesteps(scheduler, 25, CPU)
+        result = denoise(network, scheduler, noise, still, GOLDEN["prompt"], None, 1.0)
+        errors[kind] = (result - deviation * noise).norm() / (deviation * noise).norm()
+    assert errors[name] < errors["euler"] / 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["unipc", "dpm++"])
+def test_schedulers_that_round_their_timesteps_take_exact_euler_steps_at_first_order(
+    integrate, reference_model, reference_guidance, name
+):
+    scheduler = make_scheduler(name, 7.0)
+    scheduler.register_to_config(solver_order=1, disable_corrector=[0, 1, 2, 3])
+    scheduler.disable_corrector = [0, 1, 2, 3]
+    result = integrate(scheduler, 4, guidance_scale=1.0)
+    assert not scheduler.timesteps.is_floating_point()
+    y = latent("sc:noise", (16, 3, 8, 12))
+    for sigma, following in itertools.pairwise(scheduler.sigmas):
+        t = (1000 * sigma).expand(1)
+        v = reference_model(y - reference_guidance.shift, t, GOLDEN["prompt"], reference_guidance.fourier).sample
+        y = y + v * (following - sigma)
+    assert_close(result, y, atol=1e-4, rtol=0.0)
+
+
+def test_an_observer_may_change_or_end_the_run(integrate):
+    seen = []
+
+    def stop_after_two(step, timestep, y):
+        seen.append((step, timestep.item()))
+        return None if step == 1 else y
+
+    def halve(step, timestep, y):
+        return y / 2
+
+    whole = integrate(euler_scheduler(7.0), 4)
+    ended = integrate(euler_scheduler(7.0), 4, on_step=stop_after_two)
+    assert [step for step, _ in seen] == [0, 1]
+    assert seen[0][1] == 1000.0
+    assert not torch.allclose(ended, whole)
+    assert not torch.allclose(integrate(euler_scheduler(7.0), 4, on_step=halve), whole)
 
 
 def test_schedulers_that_draw_noise_draw_it_from_the_generator(integrate):
@@ -97,9 +191,20 @@ def test_schedulers_that_draw_noise_draw_it_from_the_generator(integrate):
     assert not torch.allclose(first, other)
 
 
-def test_a_scheduler_of_another_kind_is_refused():
-    with pytest.raises(InputError, match=r"DDIMScheduler expects 'epsilon'.*FlowMatchEulerDiscreteScheduler"):
-        set_timesteps(DDIMScheduler(), 4, CPU)
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDIMScheduler(), "DDIMScheduler is set up for 'epsilon'.*: use FlowMatchEulerDiscreteScheduler, or give"),
+        (DEISMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=True"),
+        (
+            DEISMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+            r"stop at sigma 0\.\d+, with noise left: give it final_sigmas_type='zero'",
+        ),
+    ],
+)
+def test_a_scheduler_that_does_not_integrate_the_flow_is_refused(scheduler, message):
+    with pytest.raises(InputError, match=message):
+        set_timesteps(scheduler, 4, CPU)
 
 
 def test_infinite_latents_are_an_error_rather_than_a_black_video(integrate):

@@ -69,6 +69,86 @@ def test_latents_take_the_place_of_drawn_noise(sampled, photograph):
     assert torch.equal(sampled(image=photograph, latents=noise, generator=None), sampled(image=photograph))
 
 
+def test_encoded_prompts_take_the_place_of_prompts(pipe, sampled, photograph):
+    text, negative = pipe.encode_prompt(["a red circle"], 24), pipe.encode_prompt(["blurry"], 24)
+    plain = sampled(image=photograph, negative_prompt="blurry")
+    encoded = sampled(image=photograph, prompt=None, prompt_embeds=text, negative_prompt_embeds=negative)
+    assert torch.equal(encoded, plain)
+
+
+def test_each_distinct_prompt_is_encoded_once(pipe):
+    rows = []
+    handle = pipe.text_encoder.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    states = pipe.encode_prompt(["a cat", "a dog", " a  cat ", "a dog"], 24)
+    handle.remove()
+    assert rows == [2]
+    assert torch.equal(states[[0, 1]], states[[2, 3]])
+    assert torch.equal(states[0], pipe.encode_prompt(["a cat"], 24)[0])
+
+
+def test_without_a_text_encoder_encoded_prompts_are_sampled(pipe, sampled, photograph, tmp_path):
+    text, negative = pipe.encode_prompt(["a red circle"], 24), pipe.encode_prompt([""], 24)
+    bare = FlashI2VPipeline(**{**pipe.components, "tokenizer": None, "text_encoder": None})
+    bare.save_pretrained(tmp_path / "bare")
+    bare = FlashI2VPipeline.from_pretrained(tmp_path / "bare")
+    bare.set_progress_bar_config(disable=True)
+    arguments = {"image": photograph, "num_frames": 5, "height": 32, "width": 48, "num_inference_steps": 2}
+    arguments |= {"output_type": "latent", "return_dict": False}
+    with pytest.raises(InputError, match="there is no text encoder: give prompt_embeds and negative_prompt_embeds"):
+        bare(prompt_embeds=text, **arguments)
+    (video,) = bare(
+        prompt_embeds=text, negative_prompt_embeds=negative, generator=torch.Generator().manual_seed(1), **arguments
+    )
+    assert torch.equal(video, sampled(image=photograph))
+
+
+def test_a_callback_sees_changes_and_ends_the_run(pipe, sampled, photograph):
+    seen = []
+
+    def watch(pipeline, step, timestep, values):
+        seen.append((pipeline is pipe, step, float(timestep), values["latents"].shape))
+        return {}
+
+    def zero(pipeline, step, timestep, values):
+        return {"latents": torch.zeros_like(values["latents"])} if step == 2 else {}
+
+    def stop(pipeline, step, timestep, values):
+        pipeline._interrupt = step == 0
+        seen.append(step)
+        return values
+
+    plain = sampled(image=photograph, num_inference_steps=3)
+    assert torch.equal(sampled(image=photograph, num_inference_steps=3, callback_on_step_end=watch), plain)
+    assert [(same, step) for same, step, *_ in seen] == [(True, 0), (True, 1), (True, 2)]
+    assert seen[0][2:] == (1000.0, (1, 16, 2, 4, 6))
+    assert (sampled(image=photograph, num_inference_steps=3, callback_on_step_end=zero) == 0).all()
+    seen.clear()
+    ended = sampled(image=photograph, num_inference_steps=3, callback_on_step_end=stop)
+    assert seen == [0]
+    assert not torch.allclose(ended, plain)
+    assert torch.equal(sampled(image=photograph, num_inference_steps=3), plain)  # nothing of it stays
+
+
+def test_branches_of_guidance_in_one_batch_give_the_same_video(sampled, photograph):
+    assert_close(sampled(image=photograph, cfg_batch=True), sampled(image=photograph), atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about this machine
+def test_compiled_blocks_give_the_same_video_from_two_graphs(pipe, sampled, photograph):
+    plain = sampled(image=photograph, num_inference_steps=3)
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks()
+    try:
+        compiled = sampled(image=photograph, num_inference_steps=3)
+        # One that fills the cache of a prompt, one that reads it.
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    finally:
+        for block in pipe.transformer.blocks:
+            block._compiled_call_impl = None
+        torch._dynamo.reset()
+    assert_close(compiled, plain, atol=1e-4, rtol=0.0)
+
+
 @pytest.mark.parametrize(("guidance_scale", "per_step"), [(5.0, 2), (1.0, 1), (0.0, 1)])
 def test_the_network_runs_once_per_step_without_guidance(pipe, sampled, photograph, guidance_scale, per_step):
     calls = []
@@ -164,6 +244,21 @@ def test_a_prompt_that_is_cut_is_reported(pipe, caplog):
         ({"max_sequence_length": 0}, "max_sequence_length must be at least 1"),
         ({"output_type": "mp4"}, "output_type must be 'pil', 'np', 'pt' or 'latent', got 'mp4'"),
         ({"prompt": ["a", "b"]}, "got 1 images and 2 prompts"),
+        ({"prompt": None}, "give one of prompt and prompt_embeds"),
+        ({"prompt_embeds": torch.zeros(1, 24, 64)}, "give one of prompt and prompt_embeds"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 24, 64)}, "got 1 images and 2 prompts"),
+        (
+            {"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 24, 64)},
+            "give one of negative_prompt and negative_prompt_embeds",
+        ),
+        (
+            {"negative_prompt_embeds": torch.zeros(1, 24, 64), "guidance_scale": 1.0},
+            "negative_prompt_embeds have no effect with guidance_scale 1.0",
+        ),
+        (
+            {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+            r"there is only 'latents', not \['prompt_embeds'\]",
+        ),
         ({"image": [], "prompt": []}, "got 0 images and 0 prompts"),
         ({"negative_prompt": ["a", "b"]}, "one for each of 1 prompts, got 2"),
         ({"negative_prompt": "dark", "guidance_scale": 1.0}, "negative_prompt has no effect with guidance_scale 1.0"),

@@ -4,9 +4,9 @@ B videos, C latent channels, T video frames, F latent frames, H W latent grid, L
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 OutputType: TypeAlias = Literal["pil", "np", "pt", "latent"]
 AnyFrames: TypeAlias = list[list[Image.Image]] | NDArray[np.float32] | Tensor
+StepCallback: TypeAlias = Callable[["FlashI2VPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 @dataclass
@@ -50,7 +51,7 @@ class FlashI2VPipeline(DiffusionPipeline):
 
     Args:
         tokenizer: of the text encoder.
-        text_encoder: UMT5.
+        text_encoder: UMT5. Both may be None where every call gives `prompt_embeds`.
         vae: Wan2.1's.
         transformer: the velocity network.
         scheduler: flow-matching; its `shift` is 7 in the released model.
@@ -60,10 +61,14 @@ class FlashI2VPipeline(DiffusionPipeline):
         InputError: the transformer is not one of FlashI2V.
     """
 
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["tokenizer", "text_encoder"]  # noqa: RUF012 (diffusers declares it so)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers declares it so)
+
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
-        text_encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: UMT5EncoderModel | None,
         vae: AutoencoderKLWan,
         transformer: FlashI2VTransformer3DModel,
         scheduler: SchedulerMixin,
@@ -80,12 +85,18 @@ class FlashI2VPipeline(DiffusionPipeline):
         )
         self.register_to_config(use_attention_mask=use_attention_mask)
         self.video_processor = VideoProcessor(vae_scale_factor=SPATIAL_STRIDE)
+        self._interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether sampling stops after this step: a callback may set `pipe._interrupt`."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
         self,
         image: AnyImage | Sequence[AnyImage],
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         num_frames: int = 49,
         height: int = 480,
@@ -95,16 +106,21 @@ class FlashI2VPipeline(DiffusionPipeline):
         low_freq_energy_ratio: float = 0.1,
         generator: Generators | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         output_type: OutputType = "pil",
         max_sequence_length: int | None = None,
+        cfg_batch: bool = False,
         return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> FlashI2VPipelineOutput | tuple[AnyFrames]:
         """Sample one video for every image and prompt.
 
         Args:
             image: the first frame, any size: resized to cover height and width, then cropped in the middle. PIL, an
                 array (height, width, 3), a tensor (3, height, width), numbers uint8 or floats in [0, 1]; or a list.
-            prompt: what happens; as many as images.
+            prompt: what happens; as many as images. None where `prompt_embeds` says it.
             negative_prompt: what should not; one for all videos or one for each. None is the empty prompt.
             num_frames: T, 4k + 1.
             height: in pixels, divisible by 16.
@@ -114,10 +130,16 @@ class FlashI2VPipeline(DiffusionPipeline):
             low_freq_energy_ratio: in [0, 1], where the frequencies of the first frame that guide the video start.
             generator: of the noise; a list of one for each video makes a batch equal to its videos one by one.
             latents: (B, C, F, H, W), standard normal noise to start from, instead of drawing it.
+            prompt_embeds: (B, L, text_dim), from `encode_prompt`, instead of `prompt`.
+            negative_prompt_embeds: likewise, instead of `negative_prompt`; it goes with `prompt_embeds`.
             output_type: see `FlashI2VPipelineOutput`.
             max_sequence_length: L, text tokens that the transformer attends to, padding included; it should be the
                 number that it was trained with. None: the transformer config's `text_len`.
+            cfg_batch: run both branches of guidance as one batch: a little faster where memory allows it.
             return_dict: return a `FlashI2VPipelineOutput` instead of a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": y})` after every step; the
+                "latents" of the dict that it returns take the place of y. It ends the run by `pipe._interrupt = True`.
+            callback_on_step_end_tensor_inputs: what the callback is given; there is nothing but "latents".
 
         Raises:
             InputError: an argument cannot be used; the message says what can.
@@ -134,15 +156,25 @@ class FlashI2VPipeline(DiffusionPipeline):
         )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-        images, prompts, negatives = _requests(image, prompt, negative_prompt, settings)
+        if callback_on_step_end is not None and (unknown := {*callback_on_step_end_tensor_inputs} - {"latents"}):
+            raise InputError(f"callback_on_step_end_tensor_inputs: there is only 'latents', not {sorted(unknown)}")
+        images = _as_list(image)
+        prompts = _prompts(prompt, prompt_embeds, len(images))
+        negatives = _negative_prompts(negative_prompt, negative_prompt_embeds, len(images), settings)
         device = self._execution_device
-        noise = self._noise(len(prompts), settings, generator, latents)
+        noise = self._noise(len(images), settings, generator, latents)
+        self._interrupt = False
 
+        text = self._embedded(prompts, max_sequence_length)
+        negative_text = self._embedded(negatives, max_sequence_length) if settings.uses_negative_prompt else None
         first_frames = torch.stack([prepare_image(image, height, width) for image in images])  # (B, 3, 1, 8H, 8W)
         condition = encode_video(self.vae, first_frames.to(device))  # (B, C, 1, H, W)
         guidance = guide(self.transformer, condition, noise.shape[2], low_freq_energy_ratio)
-        text = self.encode_prompt(prompts, max_sequence_length)
-        negative_text = self.encode_prompt(negatives, max_sequence_length) if settings.uses_negative_prompt else None
+
+        def on_step(step: int, timestep: Tensor, y: Tensor) -> Tensor | None:
+            if callback_on_step_end is not None:
+                y = callback_on_step_end(self, step, timestep, {"latents": y}).get("latents", y)
+            return None if self._interrupt else y
 
         set_timesteps(self.scheduler, num_inference_steps, device)
         denoised = denoise(
@@ -153,22 +185,32 @@ class FlashI2VPipeline(DiffusionPipeline):
             text,
             negative_text,
             guidance_scale,
+            cfg_batch=cfg_batch,
             generator=generator,
             progress=self.progress_bar,
+            on_step=on_step,
         )
         frames = denoised
         if output_type != "latent":
             frames = self.video_processor.postprocess_video(decode_video(self.vae, denoised), output_type)
         return FlashI2VPipelineOutput(frames=frames) if return_dict else (frames,)
 
+    @torch.no_grad()
     def encode_prompt(self, prompts: list[str], max_sequence_length: int | None = None) -> Tensor:
-        """Return the text encoder's states, padding zeroed: (B, L, text_dim). Cuts long prompts, with a warning."""
+        """Return the text encoder's states, padding zeroed: (B, L, text_dim). Cuts long prompts, with a warning.
+
+        Raises:
+            InputError: there is no text encoder.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise InputError("there is no text encoder: give prompt_embeds and negative_prompt_embeds")
         prompts = [tidy(prompt) for prompt in prompts]
+        distinct = list(dict.fromkeys(prompts))
         max_sequence_length = max_sequence_length or self.transformer.config.text_len
         tokens = self.tokenizer(
-            prompts, max_length=max_sequence_length, padding="max_length", truncation=True, return_tensors="pt"
+            distinct, max_length=max_sequence_length, padding="max_length", truncation=True, return_tensors="pt"
         )
-        for prompt, full in zip(prompts, tokens.attention_mask.bool().all(1).tolist()):
+        for prompt, full in zip(distinct, tokens.attention_mask.bool().all(1).tolist()):
             # Only a full row may have been cut.
             if full and (length := len(self.tokenizer(prompt).input_ids)) > max_sequence_length:
                 logger.warning(
@@ -178,7 +220,13 @@ class FlashI2VPipeline(DiffusionPipeline):
                     prompt,
                 )
         ids, mask = tokens.input_ids.to(self._execution_device), tokens.attention_mask
-        return encode_text(self.text_encoder, ids, mask, use_mask=self.config.use_attention_mask)
+        states = encode_text(self.text_encoder, ids, mask, use_mask=self.config.use_attention_mask)
+        return states[[distinct.index(prompt) for prompt in prompts]]
+
+    def _embedded(self, prompts: list[str] | Tensor, max_sequence_length: int | None) -> Tensor:
+        if isinstance(prompts, Tensor):
+            return prompts.to(self._execution_device)
+        return self.encode_prompt(prompts, max_sequence_length)
 
     def _noise(
         self, num_videos: int, settings: SamplingSettings, generator: Generators | None, latents: Tensor | None
@@ -212,23 +260,29 @@ def prepare_image(image: AnyImage, height: int, width: int) -> Tensor:
     return normalise(to_tensor(center_crop_resize(as_pixels(image)[None], height, width)))
 
 
-def _requests(
-    image: AnyImage | Sequence[AnyImage],
-    prompt: str | list[str],
-    negative_prompt: str | list[str] | None,
-    settings: SamplingSettings,
-) -> tuple[list[AnyImage], list[str], list[str]]:
-    """Turn one or many into lists of the same length."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    images = _as_list(image)
-    if len(images) != len(prompts) or not prompts:
-        raise InputError(f"give one image for every prompt, got {len(images)} images and {len(prompts)} prompts")
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        negatives = [negative_prompt or ""] * len(prompts)
-    else:
-        negatives = list(negative_prompt)
-    if len(negatives) != len(prompts):
-        raise InputError(f"give one negative prompt, or one for each of {len(prompts)} prompts, got {len(negatives)}")
-    for negative in negatives:
-        check_negative_prompt(negative, settings)
-    return images, prompts, negatives
+def _prompts(prompt: str | list[str] | None, embeds: Tensor | None, num_images: int) -> list[str] | Tensor:
+    """Return what was given, one for every image."""
+    if (prompt is None) == (embeds is None):
+        raise InputError("give one of prompt and prompt_embeds")
+    prompts = embeds if embeds is not None else [prompt] if isinstance(prompt, str) else list(prompt or ())
+    if len(prompts) != num_images or not num_images:
+        raise InputError(f"give one image for every prompt, got {num_images} images and {len(prompts)} prompts")
+    return prompts
+
+
+def _negative_prompts(
+    prompt: str | list[str] | None, embeds: Tensor | None, num_videos: int, settings: SamplingSettings
+) -> list[str] | Tensor:
+    """Return what was given, one for every video."""
+    if embeds is None:
+        negatives = [prompt or ""] * num_videos if prompt is None or isinstance(prompt, str) else list(prompt)
+        for negative in negatives:
+            check_negative_prompt(negative, settings)
+    elif prompt is not None:
+        raise InputError("give one of negative_prompt and negative_prompt_embeds")
+    elif not settings.uses_negative_prompt:
+        raise InputError(f"negative_prompt_embeds have no effect with guidance_scale {settings.guidance_scale}")
+    given = negatives if embeds is None else embeds
+    if len(given) != num_videos:
+        raise InputError(f"give one negative prompt, or one for each of {num_videos} prompts, got {len(given)}")
+    return given

@@ -5,12 +5,14 @@ Module names follow diffusers' `WanTransformer3DModel`, so its weights and LoRA 
 in bf16, norms, modulation, gated residual adds, time embedding and head still compute in fp32.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashi2v_model.caching import Store, remembered
 from flashi2v_npu_ops import apply_rope, attention, gated_residual, gelu_tanh, layer_norm_modulate, rms_norm
 
 
@@ -45,11 +47,16 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; self attention turns queries and keys by `rope`, cross attention reads `context`."""
+    """Multi-head attention; self attention turns queries and keys by `rope`, cross attention reads `context`.
+
+    Attributes:
+        attend: takes query, key, value, (B, N, K, d) each; see `flashi2v_model.parallel`.
+    """
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
@@ -57,15 +64,26 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, *, context: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        context = x if context is None else context
-        heads = (self.num_heads, -1)
-        query = self.norm_q(self.to_q(x)).unflatten(-1, heads)  # (B, N, K, d)
-        key = self.norm_k(self.to_k(context)).unflatten(-1, heads)  # (B, N or L, K, d)
-        value = self.to_v(context).unflatten(-1, heads)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        store: Store | None = None,
+    ) -> Tensor:
+        source = x if context is None else context
+        query = self._heads(self.norm_q(self.to_q(x)))  # (B, N, K, d)
+        key, value = remembered(store, "key, value", lambda: self._keys_values(source))  # (B, N or L, K, d) each
         if rope is not None:
             query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-        return self.to_out[0](attention(query, key, value).flatten(-2))  # (B, N, D)
+        return self.to_out[0](self.attend(query, key, value).flatten(-2))  # (B, N, D)
+
+    def _keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        return self._heads(self.norm_k(self.to_k(source))), self._heads(self.to_v(source))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
 
 
 class GELUProjection(nn.Module):
@@ -104,12 +122,17 @@ class Block(nn.Module):
         self.attn2 = Attention(dim, num_heads, qk_norm, eps)
         self.ffn = FeedForward(dim, ffn_dim)
 
-    def forward(self, x: Tensor, context: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Take x (B, N, D), text context (B, L, D) and time modulation (B, 6, D); return (B, N, D)."""
+    def forward(
+        self, x: Tensor, context: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], store: Store | None = None
+    ) -> Tensor:
+        """Take x (B, N, D), text context (B, L, D) and time modulation (B, 6, D); return (B, N, D).
+
+        `store` keeps keys and values of the context from one call to the next.
+        """
         modulation = self.scale_shift_table.to(time.dtype) + time  # (B, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # (B, 1, D) each
         x = gated_residual(x, self.attn1(layer_norm_modulate(x, shift1, scale1, self.eps), rope=rope), gate1)
-        x = x + self.attn2(self.norm2(x), context=context)
+        x = x + self.attn2(self.norm2(x), context=context, store=store)
         return gated_residual(x, self.ffn(layer_norm_modulate(x, shift2, scale2, self.eps)), gate2)
 
 
@@ -149,9 +172,12 @@ class ConditionEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take timestep (B,), text (B, L, text_dim); return time (B, D), its projection (B, 6, D), text (B, L, D)."""
-        sinusoid = timestep_embedding(timestep, self.freq_dim).to(text.device)
-        time = self.time_embedder(sinusoid)
-        return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1)), self.text_embedder(text)
+        return *self.embed_time(timestep, text.device), self.text_embedder(text)
+
+    def embed_time(self, timestep: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Take timestep (B,); return time (B, D) and its projection (B, 6, D) on the device."""
+        time = self.time_embedder(timestep_embedding(timestep, self.freq_dim).to(device))
+        return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1))
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:

@@ -1,14 +1,21 @@
 """Flow matching: sigmas, interpolation, target.
 
-sigma runs from 0 (video) to 1 (noise); the network sees t = 1000 * sigma.  The Euler integration itself is diffusers'
-`FlowMatchEulerDiscreteScheduler`, given the sigmas of `inference_sigmas`.
+sigma runs from 0 (video) to 1 (noise); the network sees t = 1000 * sigma.  The integration itself is that of diffusers'
+schedulers, given the sigmas of `inference_sigmas` where they take them.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
@@ -37,6 +44,21 @@ def inference_sigmas(num_steps: int) -> list[float]:
 def euler_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
     """Return the default sampler."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS, shift=shift)
+
+
+SchedulerName = Literal["euler", "heun", "unipc", "dpm++"]
+
+
+def make_scheduler(name: SchedulerName, shift: float) -> SchedulerMixin:
+    """Return a sampler: Euler is the reference's; the others are of second order and need fewer steps."""
+    if name == "euler":
+        return euler_scheduler(shift)
+    if name == "heun":
+        return FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS, shift=shift)
+    multistep = UniPCMultistepScheduler if name == "unipc" else DPMSolverMultistepScheduler
+    return multistep(
+        num_train_timesteps=NUM_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
 
 
 def draw_sigmas(generators: Sequence[torch.Generator], *, logit_normal: bool, shift: float | None) -> Tensor:

@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
+from flashi2v_model.caching import CachedStep, remembered
 from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, rope_tables
 from flashi2v_npu_ops import layer_norm_modulate
 
@@ -42,6 +43,7 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers declares it so)
+    _repeated_blocks = ["Block"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
     _keep_in_fp32_modules = ["time_embedder", "time_proj", "scale_shift_table", "norm2"]  # noqa: RUF012
 
     @register_to_config
@@ -111,6 +113,7 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         encoder_hidden_states: Tensor,
         fourier_features: Tensor,
         return_dict: bool = True,
+        cache: CachedStep | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity eps - z.
 
@@ -120,6 +123,8 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             encoder_hidden_states: (B, L, text_dim), padding positions zeroed.
             fourier_features: (B, C, F, H, W), from `flashi2v_model.guide`.
             return_dict: return a `Transformer2DModelOutput` instead of a tuple.
+            cache: of a sampling run (`SamplingCache.at`). Features, text and time are then embedded in its first step
+                only, and not looked at later: they must be the same in every step.
 
         Returns:
             (B, C, F, H, W) in fp32.
@@ -129,12 +134,21 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         grid = self._token_grid(hidden_states, timestep, fourier_features)
         dtype = self.patch_embedding.weight.dtype
-        tokens = self.patch_embedding(hidden_states.to(dtype)) + self.fourier_embedding(fourier_features.to(dtype))
-        x = rearrange(tokens, "b d f h w -> b (f h w) d")
+        embedder = self.condition_embedder
+        if cache is None:
+            fourier = self.fourier_embedding(fourier_features.to(dtype))
+            time, modulation, context = embedder(timestep, encoder_hidden_states)
+        else:
+            fourier = remembered(cache.video, "fourier", lambda: self.fourier_embedding(fourier_features.to(dtype)))
+            context = remembered(cache.prompt, "text", lambda: embedder.text_embedder(encoder_hidden_states))
+            times = remembered(
+                cache.video, "time", lambda: embedder.embed_time(cache.timesteps, hidden_states.device)
+            )  # (S, D), (S, 6, D)
+            time, modulation = (table[cache.step].expand(len(timestep), *table.shape[1:]) for table in times)
+        x = rearrange(self.patch_embedding(hidden_states.to(dtype)) + fourier, "b d f h w -> b (f h w) d")
         rope = rope_tables(grid, self.config.attention_head_dim, x.device)
-        time, modulation, context = self.condition_embedder(timestep, encoder_hidden_states)
-        for block in self.blocks:
-            x = block(x, context, modulation, rope)
+        for number, block in enumerate(self.blocks):
+            x = block(x, context, modulation, rope, None if cache is None else cache.blocks[number])
 
         shift, scale = (self.scale_shift_table.to(time.dtype) + time[:, None]).chunk(2, dim=1)  # (B, 1, D) each
         head = layer_norm_modulate(x.to(shift.dtype), shift, scale, self.config.eps)
