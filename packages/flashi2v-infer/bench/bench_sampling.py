@@ -1,8 +1,9 @@
-"""What sampling costs beyond the bare calls of the network, as ratios within one run.
+"""What sampling costs beyond the bare calls of the network, and what computing once saves, as ratios within one run.
 
     python bench/bench_sampling.py [--device cuda] [--repeats 5]
 
-The network is a tiny one, so that what surrounds it weighs far more than with a real model: these are upper bounds.
+The network is a tiny one, so that what surrounds it weighs far more than with a real model: these are upper bounds. So
+is what is saved: the fewer tokens a video has, the more the text weighs.
 """
 
 import argparse
@@ -49,9 +50,19 @@ def main() -> None:
         for _ in range(num_calls):
             pipe.transformer(noise, torch.full((1,), 500.0, device=device), text, guidance.fourier)
 
-    def loop() -> None:
+    def plain_loop() -> None:
         set_timesteps(pipe.scheduler, NUM_STEPS, device)
-        denoise(pipe.transformer, pipe.scheduler, noise, guidance, text, text, 5.0)
+        y = noise
+        for t in pipe.scheduler.timesteps:
+            v, v_negative = (
+                pipe.transformer(y - guidance.shift, t.expand(1), context, guidance.fourier).sample
+                for context in (text, text)
+            )
+            y = pipe.scheduler.step(v_negative + 5.0 * (v - v_negative), t, y).prev_sample
+
+    def loop(cfg_batch: bool = False) -> None:
+        set_timesteps(pipe.scheduler, NUM_STEPS, device)
+        denoise(pipe.transformer, pipe.scheduler, noise, guidance, text, text, 5.0, cfg_batch=cfg_batch)
 
     def whole(output_type: str, guidance_scale: float = 5.0) -> None:
         pipe(
@@ -69,7 +80,9 @@ def main() -> None:
     bare = f"{2 * NUM_STEPS} bare calls of the network"
     cases: dict[str, Callable[[], None]] = {
         bare: lambda: network(2 * NUM_STEPS),
-        f"loop of {NUM_STEPS} guided steps": loop,
+        f"plain loop of {NUM_STEPS} guided steps, nothing kept": plain_loop,
+        "the same, text, time and features once": loop,
+        "the same, both branches in one batch": lambda: loop(cfg_batch=True),
         "pipeline to latents": lambda: whole("latent"),
         "pipeline to images (VAE decoding)": lambda: whole("pil"),
         "pipeline to latents, guidance_scale 1": lambda: whole("latent", 1.0),
