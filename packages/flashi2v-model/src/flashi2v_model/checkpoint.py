@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from flashi2v_model.errors import InputError
+from flashi2v_model.errors import InputError, reason_of
 
 _METADATA = ".metadata"
 _RAW, _EMA = "model.", "ema."
@@ -99,7 +99,8 @@ def load_stored(path: Path, into: Mapping[str, Tensor]) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(dict(into), storage_reader=SafeReader(path), no_dist=True)
     except (CheckpointException, pickle.UnpicklingError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = reason_of(cause)
         raise InputError(f"{path} is damaged or holds more than tensors, and is not loaded: {reason}") from error
 
 

@@ -205,7 +205,7 @@ def main() -> None:
     """Run the command line: exit code 2 and one line for what the user gave, 1 for what could not be written."""
     app.suppress_keyboard_interrupt = False  # cyclopts would exit without a word
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except (CycloptsError, InputError) as error:
         _fail(error, 2)
     except _WriteError as error:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint, load_stored, stored_weights, weight_name
-from flashi2v_model.errors import InputError
+from flashi2v_model.errors import InputError, reason_of
 
 _STANDARD = "diffusion_pytorch_model.safetensors"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -97,8 +97,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{path} is damaged or holds more than tensors, and is not loaded: {reason}") from error
+        raise InputError(
+            f"{path} is damaged or holds more than tensors, and is not loaded: {reason_of(error)}"
+        ) from error
     if _is_state_dict(loaded):
         return dict(loaded)
     # {"model": weights, "iteration": 7} and the like
