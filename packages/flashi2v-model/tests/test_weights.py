@@ -7,11 +7,12 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import DiffusionPipeline, WanTransformer3DModel
 from golden import SMALL, small_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -343,6 +344,14 @@ def test_other_models_are_refused():
         convert_state_dict({"encoder.layer.0.weight": torch.zeros(1)})
 
 
+class TransformerOnly(DiffusionPipeline):
+    """The smallest pipeline with our transformer in it."""
+
+    def __init__(self, transformer: FlashI2VTransformer3DModel) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer)
+
+
 class TestFromPretrained:
     """`FlashI2VTransformer3DModel.from_pretrained` is as strict as `load_weights`."""
 
@@ -367,6 +376,12 @@ class TestFromPretrained:
         message = faults_of(lambda: FlashI2VTransformer3DModel.from_pretrained(saved))
         assert "missing proj_out.bias" in message
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+    def test_weights_that_lack_their_scales_are_refused(self, saved, dtype):
+        self.spoil(saved, patch_embedding__bias=torch.zeros(96, dtype=dtype))
+        message = faults_of(lambda: FlashI2VTransformer3DModel.from_pretrained(saved, torch_dtype=torch.bfloat16))
+        assert f"patch_embedding.bias is {str(dtype).removeprefix('torch.')}" in message
+
     def test_ignoring_shapes_is_refused(self, saved):
         with pytest.raises(InputError, match="ignore_mismatched_sizes"):
             FlashI2VTransformer3DModel.from_pretrained(saved, ignore_mismatched_sizes=True)
@@ -385,6 +400,19 @@ class TestFromPretrained:
             str(tmp_path / "pipeline"), subfolder="transformer", low_cpu_mem_usage=True, device_map="cpu"
         )
         assert torch.equal(mapped.proj_out.weight, small_model().proj_out.weight)
+
+    def test_pipelines_load_it_as_strictly(self, saved, tmp_path):
+        (tmp_path / "pipeline").mkdir()
+        shutil.move(saved, tmp_path / "pipeline" / "transformer")
+        index = {
+            "_class_name": "DiffusionPipeline",
+            "transformer": ["flashi2v_model.transformer", "FlashI2VTransformer3DModel"],
+        }
+        (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))
+        load = partial(TransformerOnly.from_pretrained, tmp_path / "pipeline")
+        assert load(torch_dtype=torch.bfloat16).transformer.proj_out.weight.dtype == torch.bfloat16
+        self.spoil(tmp_path / "pipeline" / "transformer", proj_out__bias=None)
+        assert "missing proj_out.bias" in faults_of(load)
 
 
 def test_a_checkpoint_whose_table_of_contents_runs_code_is_refused(tmp_path):

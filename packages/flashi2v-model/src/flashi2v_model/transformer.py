@@ -4,6 +4,7 @@ B batch, C latent channels, F frames, H W latent grid, N tokens, L text tokens, 
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from flashi2v_model.errors import InputError
 from flashi2v_model.faults import FLOATS, fault_phrases
 from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, rope_tables
+from flashi2v_model.reading import read_state_dict
 from flashi2v_npu_ops import layer_norm_modulate
 
 
@@ -110,9 +112,7 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 nn.init.zeros_(parameter)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> "FlashI2VTransformer3DModel | tuple[FlashI2VTransformer3DModel, dict[str, Any]]":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a directory in diffusers' layout or a model of the hub, exactly or not at all.
 
         Args:
@@ -140,11 +140,12 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         misshapen = [(name, tuple(given), tuple(own)) for name, given, own in report.get("mismatched_keys", ())]
         if kwargs.get("device_map") is None:  # which may leave parameters on the disk
             missing |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        missing -= {name for name, _, _ in misshapen}
         faults = fault_phrases(
-            missing=[name for name in model.state_dict() if name in missing - {name for name, _, _ in misshapen}],
+            missing=[name for name in model.state_dict() if name in missing],
             unexpected=sorted(report.get("unexpected_keys", ())),
             misshapen=misshapen,
-            mistyped=[] if quantized else [(n, p.dtype) for n, p in model.named_parameters() if p.dtype not in FLOATS],
+            mistyped=[] if quantized else _mistyped(Path(path, kwargs.get("subfolder") or "")),
         )
         if faults:
             raise InputError(f"{path} does not fit the transformer: {'; '.join(faults)}")
@@ -217,3 +218,11 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"token grid {(frames, height, width)} exceeds rope_max_seq_len = {self.config.rope_max_seq_len}"
             )
         return frames, height, width
+
+
+def _mistyped(directory: Path) -> list[tuple[str, torch.dtype]]:
+    """Return the tensors of a directory that are no floats of 16 bits or more, which diffusers would cast."""
+    if not directory.is_dir():
+        return []  # a hub id
+    stored = read_state_dict(directory, device="meta")
+    return [(name, tensor.dtype) for name, tensor in stored.items() if tensor.dtype not in FLOATS]
