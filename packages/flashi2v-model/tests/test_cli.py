@@ -3,6 +3,7 @@
 import json
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoin
 
 from flashi2v_model import FlashI2VTransformer3DModel, InputError, cli, convert_state_dict, load_weights
 from flashi2v_model.layouts import NEW_LAYERS
+from flashi2v_model.presets import TRANSFORMERS
 from flashi2v_model.weights import read_state_dict
 
 SCRIPT = Path(sys.executable).with_name("flashi2v-model")
@@ -143,6 +145,23 @@ def test_inspect_says_what_the_weights_tell_and_what_is_assumed(run, tmp_path):
     assert facts["text_len"].startswith("512  (assumed")
 
 
+def test_inspect_reads_the_header_alone_of_a_file_larger_than_any_memory(run, tmp_path):
+    with torch.device("meta"):
+        model = FlashI2VTransformer3DModel(**TRANSFORMERS["14b"])
+    header, end = {}, 0
+    for name, tensor in convert_state_dict(model.state_dict(), target="npu").items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    words = json.dumps(header).encode()
+    with open(tmp_path / "large.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(words)) + words)
+        file.truncate(8 + len(words) + end)  # all holes
+    assert (tmp_path / "large.safetensors").stat().st_size > 57e9
+    printed = run("inspect", tmp_path / "large.safetensors")
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,} in float32" in printed
+    assert "57.2" in printed
+
+
 def test_inspect_warns_that_the_other_release_orders_its_3x3x3_convolutions_otherwise(run, tmp_path):
     for layout in ("main", "npu"):
         torch.save(convert_state_dict(small_model().state_dict(), target=layout), tmp_path / f"{layout}.pt")
@@ -237,6 +256,16 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path):
         out, err = process.communicate()
     assert (process.returncode, out, err) == (130, "", "flashi2v-model: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    with subprocess.Popen(
+        [SCRIPT, "inspect", tmp_path / "model"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_help_shows_an_example_of_every_command():

@@ -1,5 +1,6 @@
 """`flashi2v-model inspect | convert | init`."""
 
+import os
 import re
 import sys
 import tempfile
@@ -206,12 +207,15 @@ def main() -> None:
     app.suppress_keyboard_interrupt = False  # cyclopts would exit without a word
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except (CycloptsError, InputError) as error:
         _fail(error, 2)
     except _WriteError as error:
         _fail(error, 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: object, code: int) -> NoReturn:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,7 +19,12 @@ from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint, load_
 from flashi2v_model.errors import InputError, reason_of
 
 _STANDARD = "diffusion_pytorch_model.safetensors"
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_SAFETENSORS = ".safetensors"
+_SUFFIXES = (_SAFETENSORS, ".pt", ".pth", ".bin")
+# What a safetensors header calls a dtype. Others are no weights; a byte stands for them.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool}
+_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 def read_state_dict(path: str | Path, *, ema: bool = True, device: str = "cpu") -> dict[str, Tensor]:
@@ -46,7 +51,7 @@ def read_state_dict(path: str | Path, *, ema: bool = True, device: str = "cpu") 
         return {weight_name(key): tensor for key, tensor in stored.items()}
     state_dict: dict[str, Tensor] = {}
     for file in weight_files(path):
-        tensors = _read_file(file)
+        tensors = _read_header(file) if device == "meta" and file.suffix == _SAFETENSORS else _read_file(file)
         if twice := tensors.keys() & state_dict.keys():
             raise InputError(f"{path} is damaged: {file.name} and another file both hold {sorted(twice)[0]}")
         state_dict.update(tensors)
@@ -93,13 +98,14 @@ def weight_files(path: Path) -> list[Path]:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == _SAFETENSORS:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path} is damaged or holds more than tensors, and is not loaded: {reason_of(error)}"
-        ) from error
+        if "Cannot allocate memory" in str(error):
+            gigabytes = path.stat().st_size / 1e9
+            raise InputError(f"{path} ({gigabytes:.1f} GB) is larger than this machine's memory can map") from error
+        raise _unreadable(path, error) from error
     if _is_state_dict(loaded):
         return dict(loaded)
     # {"model": weights, "iteration": 7} and the like
@@ -109,6 +115,23 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if not nested:
         raise InputError(f"{path} does not hold a state dict (names with tensors)")
     return dict(next(iter(nested.values())))
+
+
+def _read_header(path: Path) -> dict[str, Tensor]:
+    """Read names, shapes and dtypes of a safetensors file, whatever its size."""
+    try:
+        with safe_open(path, framework="numpy") as file:  # which maps nothing, unlike "pt"
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return {
+                name: torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is damaged or holds more than tensors, and is not loaded: {reason_of(error)}")
 
 
 def _can_be_mapped(path: Path) -> bool:

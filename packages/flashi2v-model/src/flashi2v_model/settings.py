@@ -80,7 +80,7 @@ def _from_header(file: Path) -> dict[str, Any]:
     if file.suffix != ".safetensors":
         return {}
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="numpy") as opened:
             written = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
         return _in_form({key: written[key] for key in DEFAULTS if key in written})
     except (SafetensorError, ValueError, TypeError) as error:
