@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import pickle
+import random
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -245,6 +246,7 @@ class Trap:
         return (Path.touch, (self.path,))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("content", ["pickle", "torch", "legacy", "renamed", "garbage", "empty", "list", "nested"])
 def test_files_that_hold_more_than_tensors_are_refused(tmp_path, content):
     path = tmp_path / ("weights.safetensors" if content == "renamed" else "weights.pt")
@@ -455,6 +457,39 @@ def test_a_checkpoint_gives_its_moving_average_or_its_raw_weights(run, ema, allo
 def test_the_settings_of_a_checkpoint_are_held_against_the_model(run):
     message = faults_of(lambda: load_weights(FlashI2VTransformer3DModel(**SMALL), run))
     assert "predictor.low_freq_proj" in message
+
+
+def test_a_checkpoint_that_lacks_a_part_of_a_tensor_is_refused(run):
+    path = run / "iter_0000007" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["ema.proj_out.weight"].chunks.clear()
+    path.write_bytes(pickle.dumps(metadata))
+    assert "holds only a part of ema.proj_out.weight" in faults_of(lambda: read_state_dict(run))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_bytes_are_an_input_error_or_harmless(tmp_path):
+    weights = {f"blocks.{i}.weight": torch.zeros(3, 4) for i in range(3)}
+    torch.save(weights, tmp_path / "zip.pt")
+    torch.save(weights, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    save_file(weights, tmp_path / "weights.safetensors")
+    save_checkpoint({"model": weights}, checkpoint_id=tmp_path / "run")
+    chance = random.Random(0)
+    for name in ("zip.pt", "legacy.pt", "weights.safetensors", "run/.metadata", "run/__0_0.distcp"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        refused = 0
+        for _ in range(100):
+            damaged = bytearray(whole)
+            for _ in range(chance.randint(1, 4)):
+                damaged[chance.randrange(min(len(whole), 900))] = chance.randrange(256)
+            path.write_bytes(damaged)
+            try:
+                read_state_dict(path.parent if name.startswith("run") else path)
+            except InputError:
+                refused += 1
+        assert refused > 20, name
+        path.write_bytes(whole)
 
 
 def test_checkpoint_data_that_runs_code_is_refused(run, tmp_path):

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from flashi2v_model.errors import InputError, reason_of
+from flashi2v_model.errors import UNREADABLE, InputError, reason_of
 
 _METADATA = ".metadata"
 _RAW, _EMA = "model.", "ema."
@@ -57,11 +57,22 @@ def stored_weights(path: Path, *, ema: bool) -> dict[str, Tensor]:
     Raises:
         InputError: the table of contents is damaged, holds more than tensors, or names no transformer.
     """
-    tensors = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for key, entry in SafeReader(path).read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    contents = SafeReader(path).read_metadata().state_dict_metadata
+    entries = {key: entry for key, entry in contents.items() if isinstance(entry, TensorStorageMetadata)}
+    try:
+        tensors = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for key, entry in entries.items()
+        }
+        # What no chunk covers would stay as the memory was.
+        partial = [
+            key
+            for key, entry in entries.items()
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel()
+        ]
+    except UNREADABLE as error:
+        raise InputError(f"{path / _METADATA} is damaged: {reason_of(error)}") from error
+    if partial:
+        raise InputError(f"{path} is damaged: it holds only a part of {partial[0]}")
     part = _EMA if ema and any(key.startswith(_EMA) for key in tensors) else _RAW
     chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(part)}
     if not chosen:
@@ -98,7 +109,7 @@ def load_stored(path: Path, into: Mapping[str, Tensor]) -> None:
             # It warns that there is one process, which is what was asked for.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(dict(into), storage_reader=SafeReader(path), no_dist=True)
-    except (CheckpointException, pickle.UnpicklingError, OSError, RuntimeError) as error:
+    except (CheckpointException, *UNREADABLE) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         reason = reason_of(cause)
         raise InputError(f"{path} is damaged or holds more than tensors, and is not loaded: {reason}") from error
@@ -111,14 +122,18 @@ class SafeReader(FileSystemReader):
         path = Path(self.path) / _METADATA
         try:
             metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        except (pickle.UnpicklingError, OSError, EOFError, AttributeError, TypeError, ValueError, LookupError) as error:
-            raise InputError(f"{path} is damaged or holds more than a table of tensors: {error}") from error
-        if not isinstance(metadata, Metadata):
+        except UNREADABLE as error:
+            raise InputError(f"{path} is damaged or holds more than a table of tensors: {reason_of(error)}") from error
+        contents = getattr(metadata, "state_dict_metadata", None)
+        if not isinstance(metadata, Metadata) or not isinstance(contents, dict) or not all(map(_is_name, contents)):
             raise InputError(f"{path} is damaged: it is no table of tensors")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _is_name(key: object) -> bool:
+    return isinstance(key, str)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

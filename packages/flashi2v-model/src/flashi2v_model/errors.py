@@ -1,10 +1,28 @@
 """The error for what a user can mend."""
 
 import pickle
+import struct
 
 
 class InputError(ValueError):
     """A file, key or value given by the user is wrong; the message is one line that says which and what to change."""
+
+
+# All that unpicklers were seen to raise on damaged bytes.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 def reason_of(error: BaseException) -> str:

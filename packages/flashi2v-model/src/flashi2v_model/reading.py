@@ -4,7 +4,6 @@ Nothing is unpickled but tensors.
 """
 
 import json
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint, load_stored, stored_weights, weight_name
-from flashi2v_model.errors import InputError, reason_of
+from flashi2v_model.errors import UNREADABLE, InputError, reason_of
 
 _STANDARD = "diffusion_pytorch_model.safetensors"
 _SAFETENSORS = ".safetensors"
@@ -101,7 +100,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == _SAFETENSORS:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except (SafetensorError, *UNREADABLE) as error:
         if "Cannot allocate memory" in str(error):
             gigabytes = path.stat().st_size / 1e9
             raise InputError(f"{path} ({gigabytes:.1f} GB) is larger than this machine's memory can map") from error
