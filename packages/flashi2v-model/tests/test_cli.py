@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -212,6 +213,8 @@ def test_settings_that_contradict_the_weights_beside_them_are_refused(run, tmp_p
         (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers", "--max-shard-size", "big"], "such as 5GB"),
         (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers", "--num-heads", "3"], "says 4"),
         (["convert", "{tmp}/lone.safetensors", "{tmp}/out", "--to", "diffusers"], "--num-heads"),
+        (["inspect", "{tmp}/lone.safetensors", "--num-heads", "0"], "not divisible by 0 heads"),
+        (["inspect", "{tmp}/odd"], "odd/config.json: eps must be like 1e-06, got 'tiny'"),
         (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers", "--weights", "raw"], "run of flashi2v-train"),
         (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers", "--encoders", "{tmp}"], "no directory vae"),
         (["convert", "{tmp}/source", "{tmp}/source", "--to", "diffusers"], "exists"),
@@ -223,6 +226,9 @@ def test_settings_that_contradict_the_weights_beside_them_are_refused(run, tmp_p
 def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, arguments, words):
     small_model().save_pretrained(tmp_path / "source")
     save_file(small_model().state_dict(), tmp_path / "lone.safetensors")
+    shutil.copytree(tmp_path / "source", tmp_path / "odd")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"eps": "tiny"}))
     before = {path.name for path in tmp_path.iterdir()}
     assert words in run(*(argument.format(tmp=tmp_path) for argument in arguments), code=2)
     assert {path.name for path in tmp_path.iterdir()} == before

@@ -64,8 +64,8 @@ def _from_config(file: Path) -> dict[str, Any]:
     if kind == "WanModel":
         settings = {ours: values[wan] for wan, ours in _WAN.items() if wan in values}
         if {"dim", "num_heads"} <= values.keys():
-            settings["attention_head_dim"] = values["dim"] // values["num_heads"]
-        return _in_form(settings)
+            settings["attention_head_dim"] = values["dim"] // (values["num_heads"] or 1)
+        return _checked(file, settings)
     if kind not in (None, "FlashI2VTransformer3DModel", "WanTransformer3DModel") or "num_attention_heads" not in values:
         return {}  # a run's, say, or another library's
     values = {key: value for key, value in values.items() if not key.startswith("_")}
@@ -73,7 +73,7 @@ def _from_config(file: Path) -> dict[str, Any]:
     foreign = [key for key, value in values.items() if key not in DEFAULTS and value is not None]
     if foreign:
         raise InputError(f"{file}: a FlashI2V transformer has no {', '.join(foreign)}")
-    return _in_form({key: value for key, value in values.items() if key in DEFAULTS})
+    return _checked(file, {key: value for key, value in values.items() if key in DEFAULTS})
 
 
 def _from_header(file: Path) -> dict[str, Any]:
@@ -82,9 +82,21 @@ def _from_header(file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, framework="numpy") as opened:
             written = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
-        return _in_form({key: written[key] for key in DEFAULTS if key in written})
+        return _checked(file, {key: written[key] for key in DEFAULTS if key in written})
+    except InputError:
+        raise
     except (SafetensorError, ValueError, TypeError) as error:
         raise InputError(f"{file} is damaged: its header cannot be read: {error}") from error
+
+
+def _checked(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    settings = _in_form(settings)
+    for key, value in settings.items():
+        default = DEFAULTS[key]
+        fits = type(value) is type(default) or (type(value), type(default)) == (int, float)
+        if not fits and not (key == "qk_norm" and value is None):
+            raise InputError(f"{file}: {key} must be like {default!r}, got {value!r}")
+    return settings
 
 
 def _in_form(settings: dict[str, Any]) -> dict[str, Any]:

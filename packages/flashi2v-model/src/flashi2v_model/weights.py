@@ -107,8 +107,8 @@ def architecture(state_dict: Mapping[str, Tensor], num_attention_heads: int | No
     dim, patch_size = patch.shape[0], tuple(patch.shape[2:])
     if num_attention_heads is None and dim % 128:
         raise InputError(f"width {dim} is no multiple of 128, so heads cannot be told: give --num-heads")
-    heads = num_attention_heads or dim // 128
-    if dim % heads:
+    heads = dim // 128 if num_attention_heads is None else num_attention_heads
+    if heads < 1 or dim % heads:
         raise InputError(f"width {dim} is not divisible by {heads} heads")
     return {
         "patch_size": patch_size,
@@ -165,8 +165,9 @@ def load_weights(
 ) -> list[str]:
     """Load weights of any layout into a model, exactly or not at all.
 
-    Beside the model no second copy of the weights is allocated. A model on the meta device is not allocated either: its
-    parameters become the file's own tensors, memory-mapped on the CPU, and are copied only where their dtype differs.
+    Beside the model no second copy of the weights is allocated (legacy `.pt` files excepted). Nor is a model on the
+    meta device: its parameters become the file's own tensors, memory-mapped on the CPU, and are copied only where their
+    dtype differs.
 
     Args:
         model: on any device; its dtypes stay.
