@@ -129,7 +129,7 @@ ONE = {"--model": "{model}", "--image": "first.png", "--prompt": "a cat", "-o": 
         ({"--model": "nowhere"}, "--model: no directory 'nowhere'"),
         ({"--model": "{model}/vae"}, "holds no model_index.json"),
         ({"--model": "broken"}, "--model: cannot load broken"),
-        ({"--model": "foreign"}, "--model: the transformer of foreign does not fit"),
+        ({"--model": "foreign"}, "foreign does not fit the transformer: missing "),
         ({"--device": "npu"}, "device 'npu': torch_npu is not installed"),
         ({"--device": "tpu"}, "unknown device type 'tpu'"),
     ],

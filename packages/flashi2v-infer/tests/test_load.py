@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -41,13 +43,15 @@ def test_use_fused_rmsnorm_chooses_the_operator(config, monkeypatch, fused, back
     set_backend("rms_norm", "auto")
 
 
-def test_settings_of_the_parts_reach_the_pipeline(config):
+def test_settings_of_the_parts_reach_the_pipeline(config, model_directory, tmp_path):
+    # A copy without the config.json that would contradict the file.
+    weights = shutil.copy(model_directory / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path)
     pipeline = load_from_config(
         config(
             text_encoder={"use_attention_mask": False},
             ae={"enable_tiling": True},
             diffusion={"shift": 3.0},
-            predictor={"fft_return_abs": False, "low_freq_proj": True},
+            predictor={"fft_return_abs": False, "low_freq_proj": True, "from_pretrained": str(weights)},
         ),
         CPU,
     )

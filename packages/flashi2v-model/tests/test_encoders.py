@@ -1,18 +1,13 @@
-"""VAE and text encoder: normalisation, causality, padding; the commands that make and convert models."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""VAE and text encoder: normalisation, causality, padding."""
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from golden import number, small_model, tensor
-from safetensors.torch import save_file
+from golden import number, tensor
 from torch.testing import assert_close
 from transformers import AutoTokenizer
 
-from flashi2v_model import FlashI2VTransformer3DModel, InputError
+from flashi2v_model import InputError, presets
 from flashi2v_model.config import AEConfig, TextEncoderConfig
 from flashi2v_model.encoders import (
     decode_video,
@@ -29,15 +24,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    run("init", directory, "--preset", "tiny", "--seed", "3")
+    torch.manual_seed(3)
+    presets.save("tiny", directory)
     return directory
-
-
-def run(*arguments, code=0):
-    command = [Path(sys.executable).with_name("flashi2v-model"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done.stderr if code else done.stdout
 
 
 def vae_at(directory) -> AutoencoderKLWan:
@@ -112,44 +101,3 @@ def test_a_directory_without_the_model_is_one_clear_line(tiny, where):
     with pytest.raises(InputError, match=f"ae.from_pretrained.*{where}") as error:
         load_vae(config, CPU)
     assert "\n" not in str(error.value)
-
-
-def test_init_is_reproducible_and_never_overwrites(tiny, tmp_path):
-    run("init", tmp_path / "again", "--preset", "tiny", "--seed", "3")
-    name = "transformer/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "again" / name).read_bytes() == (tiny / name).read_bytes()
-    assert "exists" in run("init", tmp_path / "again", "--preset", "tiny", code=2)
-
-
-def test_converting_there_and_back_gives_the_same_model(tmp_path):
-    model = small_model()
-    model.save_pretrained(tmp_path / "source")
-    run("convert", tmp_path / "source", tmp_path / "npu.safetensors", "--to", "npu")
-    run("convert", tmp_path / "npu.safetensors", tmp_path / "back", "--to", "diffusers", "--num-heads", "4")
-    back = FlashI2VTransformer3DModel.from_pretrained(tmp_path / "back")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values()))
-    assert back.config.attention_head_dim == 24
-    printed = run("inspect", tmp_path / "npu.safetensors", "--num-heads", "4")
-    assert "layout      npu" in printed
-    assert "num_layers           3" in printed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["inspect", "nothing.pt"], "nothing.pt"),
-        (["convert", "{tmp}/source", "{tmp}/out", "--to", "npu"], ".safetensors"),
-        (["convert", "{tmp}/weights.safetensors", "{tmp}/out", "--to", "diffusers"], "--num-heads"),
-        (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers", "--weights", "raw"], "run of flashi2v-train"),
-        (["convert", "{tmp}/source", "{tmp}/out", "--to", "wam"], "wam"),
-        (["init", "{tmp}/new", "--preset", "small"], "small"),
-        (["inspekt", "x"], "inspekt"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, words):
-    small_model().save_pretrained(tmp_path / "source")
-    save_file(small_model().state_dict(), tmp_path / "weights.safetensors")
-    message = run(*(argument.format(tmp=tmp_path) for argument in arguments), code=2)
-    assert words in message
-    assert len(message.strip().splitlines()) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "weights.safetensors"}

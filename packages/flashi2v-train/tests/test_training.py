@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flashi2v_data.config import load_config
+from flashi2v_model import FlashI2VTransformer3DModel, convert_state_dict
 from flashi2v_model.weights import read_state_dict
 from flashi2v_train.config import TrainModelConfig, TrainOptions, read_run_config
 from flashi2v_train.trainer import train
@@ -134,6 +135,23 @@ def test_an_unreadable_video_is_skipped_counted_and_named(workspace, inputs, tmp
     last = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["skipped_videos"] == 1
     assert str(broken) in caplog.text
+
+
+def test_a_text_to_video_trunk_is_started_from_and_its_new_layers_are_said_aloud(workspace, tmp_path, caplog):
+    arguments = read_run_config(options(workspace)).model.predictor.transformer_arguments()
+    model = FlashI2VTransformer3DModel(**arguments).state_dict()
+    new = {key for key in model if key.startswith(("fourier_embedding.", "learnable_proj."))}
+    trunk = {key: tensor for key, tensor in model.items() if key not in new}
+    torch.save(convert_state_dict(trunk, target="wan"), tmp_path / "wan.pt")
+    caplog.set_level("INFO")
+    start = {"model.predictor.from_pretrained": str(tmp_path / "wan.pt")}
+    run(workspace, changes=start, train_iters=1, lr=1e-9)
+    assert "wan.pt is a text-to-video trunk: FlashI2V's new layers start at zero" in caplog.text
+    trained = weights(workspace.directory / "run", ema=False)
+    for key, tensor in trunk.items():
+        torch.testing.assert_close(trained[key], tensor, atol=1e-7, rtol=1e-6)
+    assert trained["fourier_embedding.1.weight"].abs().max() < 1e-7
+    assert trained["learnable_proj.proj.2.weight"].abs().max() < 1e-7
 
 
 def test_a_non_finite_gradient_is_skipped_and_a_diverged_run_stops(workspace, monkeypatch):

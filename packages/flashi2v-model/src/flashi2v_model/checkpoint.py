@@ -3,6 +3,7 @@
 import io
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from flashi2v_model.errors import InputError
+from flashi2v_model.errors import UNREADABLE, InputError, reason_of
 
 _METADATA = ".metadata"
+_RAW, _EMA = "model.", "ema."
 LATEST = "latest_checkpointed_iteration.txt"
 
 
@@ -45,33 +47,72 @@ def is_checkpoint(path: Path) -> bool:
     return (path / _METADATA).is_file()
 
 
-def read_checkpoint(path: Path, *, ema: bool) -> dict[str, Tensor]:
-    """Read a checkpoint's transformer: the moving average where there is one and `ema` is true, else the weights.
+def stored_weights(path: Path, *, ema: bool) -> dict[str, Tensor]:
+    """Return a checkpoint's weights as tensors on the meta device, under the checkpoint's own keys.
+
+    Args:
+        path: the checkpoint.
+        ema: the moving average where there is one, instead of the raw weights.
 
     Raises:
-        InputError: the directory is damaged, or holds more than tensors.
+        InputError: the table of contents is damaged, holds more than tensors, or names no transformer.
     """
-    reader = SafeReader(path)
-    tensors = {
-        key: entry for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }  # fmt: skip
-    part = "ema." if ema and any(key.startswith("ema.") for key in tensors) else "model."
-    state: dict[str, Any] = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in tensors.items()
-        if key.startswith(part)
-    }
-    if not state:
+    contents = SafeReader(path).read_metadata().state_dict_metadata
+    entries = {key: entry for key, entry in contents.items() if isinstance(entry, TensorStorageMetadata)}
+    try:
+        tensors = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for key, entry in entries.items()
+        }
+        # What no chunk covers would stay as the memory was.
+        partial = [
+            key
+            for key, entry in entries.items()
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel()
+        ]
+    except UNREADABLE as error:
+        raise InputError(f"{path / _METADATA} is damaged: {reason_of(error)}") from error
+    if partial:
+        raise InputError(f"{path} is damaged: it holds only a part of {partial[0]}")
+    part = _EMA if ema and any(key.startswith(_EMA) for key in tensors) else _RAW
+    chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(part)}
+    if not chosen:
         raise InputError(f"{path} is a checkpoint, but not of flashi2v-train: it names no {part}* tensors")
+    return chosen
+
+
+def has_ema(path: Path) -> bool:
+    """Tell whether a checkpoint holds a moving average of the weights.
+
+    Raises:
+        InputError: the table of contents is damaged or holds more than tensors.
+    """
+    return any(key.startswith(_EMA) for key in SafeReader(path).read_metadata().state_dict_metadata)
+
+
+def weight_name(key: str) -> str:
+    """Return the parameter's name of a checkpoint's key."""
+    return key.removeprefix(_EMA).removeprefix(_RAW)
+
+
+def load_stored(path: Path, into: Mapping[str, Tensor]) -> None:
+    """Read tensors of a checkpoint, one after the other, into allocated ones of any device and float type.
+
+    Args:
+        path: the checkpoint.
+        into: what to fill, by the checkpoint's keys.
+
+    Raises:
+        InputError: the checkpoint is damaged, or holds more than tensors.
+    """
     try:
         with warnings.catch_warnings():
             # It warns that there is one process, which is what was asked for.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(state, storage_reader=reader, no_dist=True)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from error
-    return {key.removeprefix(part): tensor for key, tensor in state.items()}
+            load(dict(into), storage_reader=SafeReader(path), no_dist=True)
+    except (CheckpointException, *UNREADABLE) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = reason_of(cause)
+        raise InputError(f"{path} is damaged or holds more than tensors, and is not loaded: {reason}") from error
 
 
 class SafeReader(FileSystemReader):
@@ -80,13 +121,19 @@ class SafeReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / _METADATA
         try:
-            metadata: Metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is damaged or holds more than a table of tensors: {error}") from error
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
+            metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        except UNREADABLE as error:
+            raise InputError(f"{path} is damaged or holds more than a table of tensors: {reason_of(error)}") from error
+        contents = getattr(metadata, "state_dict_metadata", None)
+        if not isinstance(metadata, Metadata) or not isinstance(contents, dict) or not all(map(_is_name, contents)):
+            raise InputError(f"{path} is damaged: it is no table of tensors")
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _is_name(key: object) -> bool:
+    return isinstance(key, str)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -1,16 +1,21 @@
 """`flashi2v-model inspect | convert | init`."""
 
+import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from cyclopts import App, CycloptsError
 
 import flashi2v_model
 from flashi2v_model.errors import InputError
+
+_TRUNK = " (text-to-video trunk, without the layers of FlashI2V)"
+_OF_NEW_LAYERS = ("conv3x3x3_proj", "low_freq_proj", "fft_return_abs")
 
 app = App(
     name="flashi2v-model",
@@ -36,17 +41,38 @@ def inspect(path: Path, *, num_heads: int | None = None) -> None:
     num_heads
         attention heads, where neither a config.json nor a width of 128 per head tells them
     """
-    from flashi2v_model import weights
+    from flashi2v_model import layouts, reading, weights
+    from flashi2v_model.checkpoint import checkpoint_directory, has_ema, is_checkpoint
 
-    state_dict = weights.read_state_dict(path)
+    state_dict = reading.read_state_dict(path, device="meta")
     layout = weights.detect_layout(state_dict)
-    sizes = weights.sizes_of(path, weights.convert_state_dict(state_dict, layout), num_heads)
-    new_layers = any(key.startswith(weights.NEW_LAYERS) for key in state_dict)
+    arguments, assumed = weights.model_arguments(path, weights.convert_state_dict(state_dict, layout), num_heads)
+    files = reading.weight_files(path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
-    print(f"layout      {layout}{'' if new_layers else ' (text-to-video trunk, without the layers of FlashI2V)'}")
-    print(f"parameters  {sum(tensor.numel() for tensor in state_dict.values()):,} in {', '.join(dtypes)}")
-    for name, value in sizes.items():
-        print(f"{name:<20} {value}")
+    trunk = layouts.is_trunk(state_dict)
+    facts: dict[str, object] = {
+        "layout": layout + (_TRUNK if trunk else ""),
+        "parameters": f"{sum(tensor.numel() for tensor in state_dict.values()):,} in {', '.join(dtypes)}",
+        "size": f"{sum(file.stat().st_size for file in files) / 1e9:,.3f} GB in {len(files)} file(s)",
+    }
+    checkpoint = checkpoint_directory(path)
+    if is_checkpoint(checkpoint):
+        facts["size"] = f"{facts['size']}, the whole checkpoint"
+        facts["checkpoint"] = checkpoint.name
+        kept = "kept (convert takes it; --weights raw takes the raw weights)"
+        facts["moving average"] = kept if has_ema(checkpoint) else "not kept: raw weights only"
+    for name, value in arguments.items():
+        if not (trunk and name in _OF_NEW_LAYERS):
+            facts[name] = (
+                f"{value}{'  (assumed: neither weights nor a config.json tell it)' if name in assumed else ''}"
+            )
+    for name, fact in facts.items():
+        print(f"{name:<20} {fact}")
+    if layout == "main" and arguments["conv3x3x3_proj"]:
+        print(
+            "note: the code of the FSDP2 release projects one frame and repeats the result; with 3x3x3 convolutions "
+            "flashi2v repeats first, as the NPU release does, so its videos differ from that code's"
+        )
 
 
 @app.command
@@ -57,6 +83,7 @@ def convert(
     to: Literal["diffusers", "wan", "npu", "main"],
     weights: Literal["ema", "raw"] = "ema",
     encoders: Path | None = None,
+    max_shard_size: str | None = None,
     num_heads: int | None = None,
 ) -> None:
     """Rewrite a model's weights in another published layout, or turn a training run into a model.
@@ -65,49 +92,64 @@ def convert(
 
     flashi2v-model convert runs/first my-model --to diffusers --encoders Wan2.1-T2V-1.3B-Diffusers
 
+    flashi2v-model convert my-model my-model.pt --to npu
+
     Parameters
     ----------
     source
         a .safetensors or .pt file, a diffusers directory, or a run of flashi2v-train (its newest checkpoint)
     destination
-        a new directory for diffusers; otherwise a new .safetensors file
+        a new directory for diffusers; otherwise a new .safetensors or .pt file (MindSpeed-MM loads npu as .pt)
     to
         the layout to write
     weights
         of a run: the moving average where it kept one, or the raw weights
     encoders
         a directory with vae, text_encoder and tokenizer: write a whole pipeline that flashi2v-infer --model takes
+    max_shard_size
+        of a file of the diffusers directory, such as 5GB; larger models are sharded (default 10GB)
     num_heads
         attention heads, where neither a config.json nor a width of 128 per head tells them
     """
-    from safetensors.torch import save_file
-
-    from flashi2v_model import libraries, presets
-    from flashi2v_model import weights as layouts
+    from flashi2v_model import layouts, libraries, presets, reading, settings, writing
     from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint
+    from flashi2v_model.weights import as_model, convert_state_dict, model_arguments
 
     if destination.exists():
         raise InputError(f"{destination} exists: name a new place, or remove it first")
-    if to != "diffusers" and destination.suffix != ".safetensors":
-        raise InputError(f"{destination}: the {to} layout is written as one file that ends in .safetensors")
-    if to != "diffusers" and encoders is not None:
-        raise InputError("--encoders makes a pipeline, which is always --to diffusers")
+    single = (".safetensors", *writing.TORCH_SUFFIXES)
+    if to != "diffusers" and destination.suffix not in single:
+        raise InputError(f"{destination}: the {to} layout is written as one file that ends in .safetensors or .pt")
+    if to == "diffusers" and destination.suffix in single:
+        raise InputError(f"{destination}: the diffusers layout is a directory: name one without {destination.suffix}")
+    if to != "diffusers" and (encoders is not None or max_shard_size is not None):
+        raise InputError("--encoders and --max-shard-size are of a directory, which is always --to diffusers")
+    if max_shard_size is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size.upper()):
+        raise InputError(f"--max-shard-size is a number with KB, MB, GB or TB, such as 5GB; got {max_shard_size}")
     if weights == "raw" and not is_checkpoint(checkpoint_directory(source)):
         raise InputError(f"--weights raw is for a run of flashi2v-train, which {source} is not")
     libraries.quieten()
-    state_dict = layouts.read_state_dict(source, ema=weights == "ema")
-    with _appearing_whole(destination) as temporary:
-        if to == "diffusers":
-            state_dict = layouts.convert_state_dict(state_dict)
-            model = layouts.as_model(state_dict, layouts.sizes_of(source, state_dict, num_heads))
+    state_dict = reading.read_state_dict(source, ema=weights == "ema")
+    ours = convert_state_dict(state_dict)
+    arguments, assumed = model_arguments(source, ours, num_heads)
+    if to == "diffusers":
+        model = as_model(writing.independent(ours), arguments)
+        shards = "10GB" if max_shard_size is None else max_shard_size
+        with _appearing_whole(destination) as temporary:
             if encoders is None:
-                model.save_pretrained(temporary)
+                model.save_pretrained(temporary, max_shard_size=shards)
             else:
-                presets.save_pipeline(model, temporary, encoders)
-        else:
-            converted = layouts.convert_state_dict(state_dict, target=to)
-            save_file({key: tensor.contiguous() for key, tensor in converted.items()}, temporary)
-    print(f"wrote {destination}")
+                presets.save_pipeline(model, temporary, encoders, max_shard_size=shards)
+    else:
+        converted = convert_state_dict(ours, "diffusers", to)
+        with _appearing_whole(destination) as temporary:
+            writing.write_file(converted, temporary, {k: v for k, v in arguments.items() if k not in assumed})
+    print(f"wrote {destination}{_TRUNK if layouts.is_trunk(ours) else ''}")
+    if to == "diffusers" and assumed:
+        told = ", ".join(f"{key} {arguments[key]}" for key in assumed)
+        print(f"assumed, as neither the weights nor a config.json tell: {told}")
+    if destination.suffix in writing.TORCH_SUFFIXES and (unusual := settings.unusual(arguments)):
+        print(f"a {destination.suffix} carries no settings: set {', '.join(unusual)} where you load it")
 
 
 @app.command
@@ -144,17 +186,38 @@ def init(directory: Path, *, preset: Literal["tiny", "1.3b", "14b"], seed: int =
 @contextmanager
 def _appearing_whole(path: Path) -> Iterator[Path]:
     """Yield a place to write a file or directory, which gets its name when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
-        temporary = Path(directory) / path.name
-        yield temporary
-        temporary.rename(path)
+    from safetensors import SafetensorError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
+            temporary = Path(directory) / path.name
+            yield temporary
+            temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise _WriteError(f"cannot write {path}: {error}") from error
+
+
+class _WriteError(Exception):
+    """The output could not be written; the message says why."""
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line and exit code 2."""
+    """Run the command line: exit code 2 and one line for what the user gave, 1 for what could not be written."""
+    app.suppress_keyboard_interrupt = False  # cyclopts would exit without a word
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except (CycloptsError, InputError) as error:
-        print(f"{app.name[0]}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error, 2)
+    except _WriteError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: object, code: int) -> NoReturn:
+    print(f"{app.name[0]}: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(code)

@@ -47,7 +47,9 @@ def save(name: str, directory: Path) -> None:
         _write_index(directory)
 
 
-def save_pipeline(transformer: FlashI2VTransformer3DModel, directory: Path, encoders: Path) -> None:
+def save_pipeline(
+    transformer: FlashI2VTransformer3DModel, directory: Path, encoders: Path, max_shard_size: str = "10GB"
+) -> None:
     """Write a transformer as a whole pipeline, with copies of the encoders' directories.
 
     Raises:
@@ -57,14 +59,14 @@ def save_pipeline(transformer: FlashI2VTransformer3DModel, directory: Path, enco
     missing = [part for part in parts if not (encoders / part).is_dir()]
     if missing:
         raise InputError(f"--encoders {encoders}: holds no directory {' or '.join(missing)}")
-    _save_sampler(transformer, directory)
+    _save_sampler(transformer, directory, max_shard_size)
     for part in parts:
         shutil.copytree(encoders / part, directory / part)
     _write_index(directory)
 
 
-def _save_sampler(transformer: FlashI2VTransformer3DModel, directory: Path) -> None:
-    transformer.save_pretrained(directory / "transformer")
+def _save_sampler(transformer: FlashI2VTransformer3DModel, directory: Path, max_shard_size: str = "10GB") -> None:
+    transformer.save_pretrained(directory / "transformer", max_shard_size=max_shard_size)
     euler_scheduler(DiffusionConfig(model_id="flow_matching").shift).save_pretrained(directory / "scheduler")
 
 

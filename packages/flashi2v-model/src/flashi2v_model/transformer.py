@@ -3,6 +3,10 @@
 B batch, C latent channels, F frames, H W latent grid, N tokens, L text tokens, D width.
 """
 
+import os
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
@@ -12,7 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flashi2v_model.caching import CachedStep, remembered
+from flashi2v_model.errors import InputError
+from flashi2v_model.faults import FLOATS, fault_phrases
 from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, rope_tables
+from flashi2v_model.reading import read_state_dict
 from flashi2v_npu_ops import layer_norm_modulate
 
 
@@ -106,6 +113,46 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a directory in diffusers' layout or a model of the hub, exactly or not at all.
+
+        Args:
+            pretrained_model_name_or_path: the directory or hub id.
+            kwargs: as of `diffusers.ModelMixin.from_pretrained`, which warns where this one raises.
+
+        Returns:
+            the model in evaluation mode; with `output_loading_info=True` diffusers' report beside it.
+
+        Raises:
+            InputError: listing every missing, unexpected and misshapen key; or `ignore_mismatched_sizes` is asked for.
+            OSError: there are no weights, or they cannot be read.
+        """
+        if kwargs.pop("ignore_mismatched_sizes", False):
+            raise InputError("ignore_mismatched_sizes would leave weights at random numbers: name weights that fit")
+        wants_report = kwargs.pop("output_loading_info", False)
+        path = pretrained_model_name_or_path
+        # Quantised weights have shapes of their own, which diffusers' quantisers check.
+        quantized = {**cls.load_config(path, **kwargs), **kwargs}.get("quantization_config") is not None
+        # Ignoring them makes diffusers report them all instead of stopping at the first.
+        model, report = super().from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=not quantized, **kwargs
+        )
+        missing = set(report.get("missing_keys", ()))
+        misshapen = [(name, tuple(given), tuple(own)) for name, given, own in report.get("mismatched_keys", ())]
+        if kwargs.get("device_map") is None:  # which may leave parameters on the disk
+            missing |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        missing -= {name for name, _, _ in misshapen}
+        faults = fault_phrases(
+            missing=[name for name in model.state_dict() if name in missing],
+            unexpected=sorted(report.get("unexpected_keys", ())),
+            misshapen=misshapen,
+            mistyped=[] if quantized else _mistyped(Path(path, kwargs.get("subfolder") or "")),
+        )
+        if faults:
+            raise InputError(f"{path} does not fit the transformer: {'; '.join(faults)}")
+        return (model, report) if wants_report else model
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -185,3 +232,11 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"token grid {(frames, height, width)} exceeds rope_max_seq_len = {self.config.rope_max_seq_len}"
             )
         return frames, height, width
+
+
+def _mistyped(directory: Path) -> list[tuple[str, torch.dtype]]:
+    """Return the tensors of a directory that are no floats of 16 bits or more, which diffusers would cast."""
+    if not directory.is_dir():
+        return []  # a hub id
+    stored = read_state_dict(directory, device="meta")
+    return [(name, tensor.dtype) for name, tensor in stored.items() if tensor.dtype not in FLOATS]
