@@ -47,21 +47,25 @@ def main() -> None:
     text = torch.randn(1, 512, 4096, device=device, dtype=dtype)
     cache = SamplingCache(timestep)
 
-    ours = _random(lambda: FlashI2VTransformer3DModel(**sizes), dtype, device)
-    calls: dict[str, Callable[[], Tensor]] = {
-        "FlashI2V, first step": lambda: ours(latents, timestep, text, latents, return_dict=False)[0],
-        "FlashI2V, later steps": lambda: ours(latents, timestep, text, latents, return_dict=False, cache=cache.at(0))[0],
-    }
+    def calls_of_ours() -> dict[str, Callable[[], Tensor]]:
+        model = _random(lambda: FlashI2VTransformer3DModel(**sizes), dtype, device)
+        step = SamplingCache(timestep).at(0)
+        return {
+            "FlashI2V, first step": lambda: model(latents, timestep, text, latents, return_dict=False)[0],
+            "FlashI2V, later steps": lambda: model(latents, timestep, text, latents, return_dict=False, cache=step)[0],
+        }
+
+    def calls_of_wan() -> dict[str, Callable[[], Tensor]]:
+        model, noisy = _random(lambda: WanTransformer3DModel(**sizes), dtype, device), latents.to(dtype)
+        return {"diffusers' WanTransformer3DModel": lambda: model(noisy, timestep, text, return_dict=False)[0]}
+
+    results: dict[str, tuple[float, int]] = {}
+    for make_calls in (calls_of_ours, calls_of_wan):  # one model at a time in the memory
+        for name, call in make_calls().items():
+            results[name] = _measure(call, device, arguments.repeats)
     with FlopCounterMode(display=False) as counter:
-        calls["FlashI2V, first step"]()
+        calls_of_ours()["FlashI2V, first step"]()
     flops = counter.get_total_flops()
-    results = {name: _measure(call, device, arguments.repeats) for name, call in calls.items()}
-    del ours, cache, calls
-    wan = _random(lambda: WanTransformer3DModel(**sizes), dtype, device)
-    low_precision = latents.to(dtype)
-    results["diffusers' WanTransformer3DModel"] = _measure(
-        lambda: wan(low_precision, timestep, text, return_dict=False)[0], device, arguments.repeats
-    )
     rate = _matmul_rate(dtype, device)
 
     print(f"{devices.name(device.type)}; torch {version('torch')}, diffusers {version('diffusers')}; {dtype}")
