@@ -1,0 +1,106 @@
+"""What a video's record says: all that made it, so that it can be made again, or recognised as finished."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flashi2v_infer.settings import Request
+
+_PACKAGES = ("flashi2v-infer", "flashi2v-model", "flashi2v-npu-ops", "torch", "diffusers", "transformers")
+
+# Names, by which the same things may go elsewhere: their contents count.
+_NAMES = ("image", "model")
+
+_BLOCK, _NUM_BLOCKS = 4096, 256
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a video depends on."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that videos come from.
+
+    Attributes:
+        name: of the model, as it was given.
+        settings: of its parts.
+        weights: fingerprints of its parts.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    weights: Mapping[str, str]
+
+
+def origin(request: Request, image_contents: str, source: Source) -> dict[str, Any]:
+    """Return the part of a record that is known before sampling, as JSON gives it back.
+
+    Args:
+        request: what is to be sampled.
+        image_contents: hash of the image's file.
+        source: the model.
+    """
+    facts = {
+        **asdict(request),
+        "image_contents": image_contents,
+        "model": source.name,
+        "model_settings": source.settings,
+        "weights": source.weights,
+    }
+    return dict(json.loads(json.dumps(facts)))
+
+
+def differences(record: Mapping[str, Any], origin: Mapping[str, Any]) -> list[str]:
+    """Say in which facts a record differs from an `origin`; versions and devices are no such facts."""
+    then, now = dict(_flatten(record)), dict(_flatten(origin))
+    return [
+        f"{key} was {_short(then.get(key))}, is {_short(value)}"
+        for key, value in now.items()
+        if key not in _NAMES and (key not in then or then[key] != value)
+    ]
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def fingerprint(path: str | Path) -> str:
+    """Return a hash by which the files of a model are known again wherever they lie; of a hub id, the id.
+
+    Of large files it reads 1 MiB, spread evenly: training changes weights everywhere, and nobody should wait for the
+    hash of 28 GB. Hidden files, such as a download's own notes, do not count.
+    """
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    if not files:
+        return str(path)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        name = file.relative_to(root)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{name.as_posix() if file != root else ''}\0{size}\0".encode(errors="surrogateescape"))
+        with file.open("rb") as stream:
+            if size <= _BLOCK * _NUM_BLOCKS:
+                digest.update(stream.read())
+                continue
+            for number in range(_NUM_BLOCKS):
+                stream.seek((size - _BLOCK) * number // (_NUM_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK))
+    return f"blake2b:{digest.hexdigest()}"
