@@ -226,7 +226,7 @@ def _mp4_comment(path: Path) -> str:
         with av.open(str(path)) as container:
             return str(container.metadata.get("comment", ""))
     except (av.FFmpegError, OSError) as error:
-        raise DecodeError(str(path), str(error)) from None
+        raise DecodeError(str(path), error.strerror or str(error)) from None
 
 
 def _picture_comment(path: Path) -> str | bytes:

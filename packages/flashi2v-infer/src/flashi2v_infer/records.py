@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,7 +16,7 @@ _PACKAGES = ("flashi2v-infer", "flashi2v-model", "flashi2v-npu-ops", "torch", "d
 # Names, by which the same things may go elsewhere: their contents count.
 _NAMES = ("image", "model")
 
-_BLOCK, _NUM_BLOCKS = 4096, 256
+_BLOCK = 4096
 
 
 def versions() -> dict[str, str]:
@@ -82,8 +83,11 @@ def _short(value: Any) -> str:
 def fingerprint(path: str | Path) -> str:
     """Return a hash by which the files of a model are known again wherever they lie; of a hub id, the id.
 
-    Of large files it reads 1 MiB, spread evenly: training changes weights everywhere, and nobody should wait for the
-    hash of 28 GB. Hidden files, such as a download's own notes, do not count.
+    Nobody should wait while 28 GB are read for it, and yet training a few layers makes another model: every tensor
+    counts, by its first bytes or its checksum. Hidden files, such as a download's own notes, do not.
+
+    Args:
+        path: a file of weights, a directory, or a hub id.
     """
     root = Path(path)
     files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
@@ -91,16 +95,32 @@ def fingerprint(path: str | Path) -> str:
         return str(path)
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        name = file.relative_to(root)
-        if any(part.startswith(".") for part in name.parts):
-            continue
-        size = file.stat().st_size
-        digest.update(f"{name.as_posix() if file != root else ''}\0{size}\0".encode(errors="surrogateescape"))
-        with file.open("rb") as stream:
-            if size <= _BLOCK * _NUM_BLOCKS:
-                digest.update(stream.read())
-                continue
-            for number in range(_NUM_BLOCKS):
-                stream.seek((size - _BLOCK) * number // (_NUM_BLOCKS - 1))
-                digest.update(stream.read(_BLOCK))
+        name = file.relative_to(root).as_posix() if file != root else ""
+        if not any(part.startswith(".") for part in name.split("/")):
+            digest.update(f"{name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+            for piece in _pieces(file):
+                digest.update(piece)
     return f"blake2b:{digest.hexdigest()}"
+
+
+def _pieces(file: Path) -> Iterator[bytes]:
+    if zipfile.is_zipfile(file):  # torch.save
+        with zipfile.ZipFile(file) as archive:
+            yield from (f"{entry.filename}\0{entry.CRC}\0".encode() for entry in archive.infolist())
+        return
+    with file.open("rb") as stream:
+        if file.suffix != ".safetensors":
+            while block := stream.read(_BLOCK):
+                yield block
+            return
+        # Eight bytes with the length of the header, which says where each tensor starts; then the tensors.
+        start = stream.read(8)
+        header = stream.read(min(int.from_bytes(start, "little"), file.stat().st_size))
+        yield start + header
+        try:
+            tensors = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        except (ValueError, AttributeError, KeyError, TypeError):
+            return  # damaged; loading it says so
+        for first, last in tensors:
+            stream.seek(8 + len(header) + first)
+            yield stream.read(min(_BLOCK, last - first))
