@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,7 @@ def _copy_model(source: Path, target: Path, *, with_weights: bool) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"use_prompt_preprocess": True, "prompt": "links.txt"}, "links.txt line 2: nothing is left of 'http://a.com'"),
         ({"fsp": 16}, "inference_model.json: fsp: unknown key, did you mean 'fps'?"),
         ({"seed": "seven"}, 'inference_model.json: seed: input should be a valid integer, got "seven"'),
         ({"prompt": "first.png"}, "prompt: first.png: line 1 is not UTF-8 text"),
@@ -180,6 +182,7 @@ def _copy_model(source: Path, target: Path, *, with_weights: bool) -> None:
 )
 def test_a_batch_that_cannot_be_sampled_is_one_line(rejected, job, model_directory, changes, message):
     Path("one.txt").write_text("first.png\n")
+    Path("links.txt").write_text("a cat\nhttp://a.com\n")
     for key in ("ae", "tokenizer", "text_encoder", "predictor"):
         if key in changes:
             changes = {key: {"from_pretrained": str(model_directory / changes[key])}}
@@ -194,6 +197,24 @@ def test_the_text_encoder_and_the_predictor_must_be_of_one_width(rejected, job):
     ).save_pretrained("narrow")
     path = job(text_encoder={"from_pretrained": "./narrow"})
     assert "predictor.text_dim is 64, the text encoder's is 32" in rejected("--mm-model", path)
+
+
+def test_the_strips_of_a_batch_go_into_a_directory(rejected, job):
+    message = "--strip: cat.png: of a batch, name a directory"
+    assert message in rejected("--mm-model", job(), "--strip", "cat.png")
+    assert "--strip: cannot write below" in rejected("--mm-model", job(), "--strip", "first.png/x")
+
+
+def test_an_interrupted_batch_says_how_to_go_on(job):
+    Path("prompts.txt").write_text(f"{'long ' * 200}\nshort\n")
+    path = job(diffusion={"num_inference_steps": 100_000})
+    with subprocess.Popen([SCRIPT, "--mm-model", path], stderr=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # of the prompt, which is cut: sampling begins
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().endswith("interrupted: the same command with --resume goes on from here\n")
+    assert process.returncode == 130
+    assert list(Path("samples").iterdir() if Path("samples").exists() else []) == []
 
 
 def test_help_shows_both_modes():

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from flashi2v_data import read_frames
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.errors import DecodeError, InputError
@@ -133,7 +135,11 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
             f"--resume: {conflicts[0]}{more}: set save_path to another directory, restore the settings, or remove "
             "what is there"
         )
-    return [job for job in jobs if read_back(job) is None]
+    missing = [job for job in tqdm(jobs, "finished?", leave=False, disable=None) if read_back(job) is None]
+    for job in missing:
+        if job.path.exists():
+            logger.warning("%s is not whole, or lacks its record: it is sampled again", job.path)
+    return missing
 
 
 def _conflicts(job: Job) -> list[str]:
@@ -159,8 +165,7 @@ def read_back(job: Job) -> Frames | None:
             if not path.exists() or differences(read_record(path), job.origin):
                 return None
         frames = read_frames(job.path, range(job.request.settings.num_frames))
-    except (InputError, DecodeError) as error:
-        logger.warning("%s is not whole: %s", job.path, error)
+    except (InputError, DecodeError):
         return None
     return frames if frames.shape[1:] == job.image.shape else None
 
@@ -176,7 +181,7 @@ def write_together(batch: Batch, strips: Path | None = None) -> list[Job]:
     missing: list[Job] = []
 
     def videos() -> Iterator[Frames | None]:
-        for index in range(batch.num_videos):
+        for index in tqdm(range(batch.num_videos), "grid", leave=False, disable=None):
             job = jobs.get(index)
             frames = None if job is None else read_back(job)
             if job is not None and frames is None:

@@ -50,11 +50,13 @@ def sample_batch(
         SamplingError: at the end where some videos could not be sampled.
     """
     if strips is not None:
+        if strips.suffix == ".png":
+            raise InputError(f"--strip: {strips}: of a batch, name a directory, which gets video_0.png, ...")
         check_directory(strips, "--strip")
     batch = read_batch(config, config.seed if seed is None else seed)
     jobs = unfinished(batch.jobs) if resume else batch.jobs
-    torch_device = find_device(device or config.device)
     if jobs:
+        torch_device = find_device(device or config.device)
         quieten()
         pipeline = load_from_config(config, torch_device)
         try:

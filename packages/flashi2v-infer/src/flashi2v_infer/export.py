@@ -92,7 +92,7 @@ def record_path(video: Path) -> Path:
     return video.with_name(f"{video.name}.json") if video.suffix in SUFFIXES else video / "record.json"
 
 
-def save_video(path: Path, frames: Frames, fps: float, record: Record) -> None:
+def save_video(path: str | Path, frames: Frames, fps: float, record: Record) -> None:
     """Write a video and then its record beside it: a record stands for a whole video, whenever a run is killed.
 
     Args:
@@ -101,6 +101,7 @@ def save_video(path: Path, frames: Frames, fps: float, record: Record) -> None:
         fps: frames per second.
         record: how the video was made; it also goes into the file itself.
     """
+    path = Path(path)
     if path.suffix not in SUFFIXES:
         write_frames(path, frames, record)
         return
