@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_pictures_of_every_mode_become_rgb(tmp_path, photograph, mode):
         (lambda path: None, "images.txt line 3: {path}: no such file"),
         (lambda path: path.write_bytes(b"GIF? no"), "images.txt line 3: {path}: not an image of a known format"),
         (lambda path: path.mkdir(), "images.txt line 3: {path}: cannot be read"),
+        (lambda path: os.mkfifo(path), "images.txt line 3: {path}: cannot be read: not a regular file"),
         (lambda path: path.write_bytes(_png()[:900]), "images.txt line 3: {path}: cannot be read"),
         (lambda path: Image.fromarray(np.ones((9, 9), np.uint16)).save(path), "more than 8 bits per channel"),
     ],

@@ -81,6 +81,8 @@ def read_image(path: str | Path, where: str) -> Pixels:
         InputError: naming `where`, the option or the line of a list that gave `path`.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("not a regular file")  # a pipe would be waited for
         with Image.open(path) as image:
             return as_pixels(image)
     except FileNotFoundError:

@@ -104,9 +104,13 @@ def fingerprint(path: str | Path) -> str:
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
-    if zipfile.is_zipfile(file):  # torch.save
-        with zipfile.ZipFile(file) as archive:
-            yield from (f"{entry.filename}\0{entry.CRC}\0".encode() for entry in archive.infolist())
+    # What torch.save wrote; the files of a distributed checkpoint, several such in a row, are read as a whole.
+    if file.suffix in (".pt", ".pth", ".bin", ".ckpt") and zipfile.is_zipfile(file):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                yield from (f"{entry.filename}\0{entry.CRC}\0".encode() for entry in archive.infolist())
+        except zipfile.BadZipFile:
+            pass  # damaged; loading it says so
         return
     with file.open("rb") as stream:
         if file.suffix != ".safetensors":
