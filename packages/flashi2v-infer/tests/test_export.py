@@ -35,6 +35,13 @@ def pictures(path: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
+def test_a_video_of_one_frame_is_a_video(tmp_path, frames, name):
+    path = check_output(f"{tmp_path}/{name}", 8, "--output")
+    save_video(path, frames[:1], 8, RECORD)
+    assert read_record(path) == RECORD
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_every_kind_of_output_carries_its_record_and_has_it_beside(tmp_path, frames, name):
     path = check_output(f"{tmp_path}/new/{name}", 8, "--output")
     assert not (tmp_path / "new").exists()
@@ -149,6 +156,7 @@ def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path):
     (tmp_path / "directory.mp4").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
+    (tmp_path / "link").symlink_to("empty")
     (tmp_path / "full" / "thesis.txt").write_text("")
     check_output(str(tmp_path / "empty"), 8, "--output")
     for name, message in (
@@ -159,12 +167,17 @@ def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path):
         ("directory.mp4", r"--output: .* is a directory: name a file"),
         ("file/video.mp4", r"--output: cannot write below .*file"),
         ("file/", r"file/ is a file: name another directory"),
+        ("..", r"has no name"),
+        ("link", r"link is a link: name another"),
         ("full", r"full exists and is not empty: name another directory"),
         ("photo.mp4", r"photo.json holds no record .*: the video's record would go there; choose another name"),
         ("\udcff.mp4", r"--output: not UTF-8 text"),
     ):
         with pytest.raises(InputError, match=message):
             check_output(f"{tmp_path}/{name}", 8, "--output")
+    for name in ("", ".", "./", "/"):
+        with pytest.raises(InputError, match="has no name: name a new directory"):
+            check_output(name, 8, "--output")
     with pytest.raises(InputError, match=r"--fps: .gif shows at most 50 frames per second, got 60"):
         check_output(str(tmp_path / "video.gif"), 60, "--output")
     for name, message in (("strip.jpg", "must end in .png"), ("directory.mp4/..", "must end in .png")):

@@ -126,7 +126,7 @@ def sample_one(
     path = check_output(output, request.fps, "--output")
     if strip is not None:
         check_picture(strip, "--strip")
-    image = read_image(request.image, "--image")
+    image, contents = read_image(request.image, "--image"), hash_file(request.image)
     image = center_crop_resize(image[None], request.settings.height, request.settings.width)[0]
     torch_device = find_device(device)
     quieten()
@@ -139,7 +139,7 @@ def sample_one(
         sample = Sampler(pipeline)(request, image)
     except FloatingPointError as error:
         raise SamplingError(str(error)) from None
-    record = _record(pipeline, origin(request, hash_file(request.image), source), sample)
+    record = _record(pipeline, origin(request, contents, source), sample)
     save_video(path, sample.frames, request.fps, record)
     if strip is not None:
         write_picture(strip, film_strip(image, sample.frames), record)

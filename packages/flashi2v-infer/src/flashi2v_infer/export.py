@@ -48,10 +48,13 @@ def check_output(text: str, fps: float, option: str) -> Path:
     if is_directory:
         if path.suffix in SUFFIXES or path.name in SUFFIXES:
             raise InputError(f"{option}: {text} is a directory by its form and a {path.suffix or path.name} by its end")
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            what = "exists and is not empty" if path.is_dir() else "is a file"
+        if path.name in ("", ".."):
+            raise InputError(f"{option}: {text!r} has no name: name a new directory for the frames")
+        # It will be put in place by renaming, which replaces nothing but an empty directory.
+        if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+            what = "is a link" if path.is_symlink() else "is a file" if path.is_file() else "exists and is not empty"
             raise InputError(f"{option}: {text} {what}: name another directory for the frames")
-        check_directory(path, option)
+        check_directory(path.parent, option)
         return path
     if path.suffix not in SUFFIXES:
         raise InputError(f"{option}: {text} must end in .mp4, .gif or .webp, or in / for a directory of PNGs")
@@ -239,6 +242,6 @@ def _picture_comment(path: Path) -> str | bytes:
             if image.format == "GIF":
                 return bytes(image.info.get("comment", b""))
             comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-            return bytes(comment).removeprefix(_ASCII)
+            return str(comment) if isinstance(comment, str) else bytes(comment).removeprefix(_ASCII)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise DecodeError(str(path), str(error)) from None
