@@ -1,6 +1,7 @@
 """A tiny pipeline on disk, a photograph and files as users have them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,20 @@ def photograph() -> np.ndarray:
     picture = np.stack([red, 0.7 * light, 255 - light], -1)
     picture += np.random.default_rng(0).normal(0, 6, picture.shape)
     return picture.clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def poisoned(model_directory: Path, tmp_path_factory) -> Path:
+    """A text encoder for which every "z" is NaN, so that one video of a batch fails and others do not."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    directory = tmp_path_factory.mktemp("poisoned") / "text_encoder"
+    shutil.copytree(model_directory / "text_encoder", directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["shared.weight"][AutoTokenizer.from_pretrained(model_directory / "tokenizer")("z").input_ids[0]] = torch.nan
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
 
 
 @pytest.fixture

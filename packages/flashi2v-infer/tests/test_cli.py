@@ -1,6 +1,8 @@
 """The console script, on real files."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from flashi2v_data import read_frames
-from flashi2v_infer import cli
+from flashi2v_infer import cli, read_record
 
 SCRIPT = Path(sys.executable).with_name("flashi2v-infer")
 TINY = ["--num-frames", "5", "--height", "32", "--width", "48", "--num-inference-steps", "2", "--fps", "8"]
@@ -75,7 +77,8 @@ def test_a_batch_and_its_first_video_alone(job, model_directory):
     with Image.open("new/cat.png") as strip:
         assert strip.width > 5 * 240
     ours, theirs = (json.loads(Path(path).read_text()) for path in ("new/cat.json", "samples/video_0.json"))
-    assert {key for key in ours if ours[key] != theirs[key]} == {"model"}
+    # The weights are those of a directory here, and named part by part there.
+    assert {key for key in ours if ours[key] != theirs[key]} == {"model", "model_settings", "weights"}
 
 
 def test_prompts_are_preprocessed_when_the_file_says_so(job, monkeypatch):
@@ -94,6 +97,7 @@ def test_prompts_are_preprocessed_when_the_file_says_so(job, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "y", "--resume"], "--resume: only together with --mm-model"),
         ([], "give one of --mm-model FILE (a batch) and --model DIR (one video)"),
         (["--mm-model", "x.json", "--model", "y"], "give one of --mm-model FILE"),
         (["--mm-model", "x.json", "--prompt", "a cat", "--num-frames", "9"], "--prompt, --num-frames: not together"),
@@ -121,8 +125,9 @@ ONE = {"--model": "{model}", "--image": "first.png", "--prompt": "a cat", "-o": 
         ({"--num-frames": 50}, "num_frames must be 4k + 1, got 50: use 49 or 53"),
         ({"--fps": 0}, "fps must be positive, got 0"),
         ({"--guidance-scale": 1, "--negative-prompt": "dark"}, "negative_prompt has no effect"),
-        ({"-o": "cat.gif"}, "--output: cat.gif must end in .mp4"),
-        ({"-o": "photo.mp4"}, "--output: photo.json exists, where the video's record would go"),
+        ({"-o": "cat.avi"}, "--output: cat.avi must end in .mp4, .gif or .webp, or in / for a directory of PNGs"),
+        ({"-o": "photo.mp4"}, "--output: photo.json holds no record of a sampled video: the video's record would go"),
+        ({"-o": "cat.gif", "--fps": 60}, "--fps: .gif shows at most 50 frames per second, got 60"),
         ({"--strip": "cat.jpg"}, "--strip: cat.jpg must end in .png"),
         ({"--image": "cat.png"}, "--image: cat.png: no such file"),
         ({"--image": "prompts.txt"}, "--image: prompts.txt: not an image of a known format"),
@@ -145,8 +150,6 @@ def test_one_video_that_cannot_be_sampled_is_one_line(rejected, job, model_direc
 
 def _copy_model(source: Path, target: Path, *, with_weights: bool) -> None:
     """A pipeline whose transformer lacks its weights, or one of them."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source, target)
@@ -161,9 +164,10 @@ def _copy_model(source: Path, target: Path, *, with_weights: bool) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"use_prompt_preprocess": True, "prompt": "links.txt"}, "links.txt line 2: nothing is left of 'http://a.com'"),
         ({"fsp": 16}, "inference_model.json: fsp: unknown key, did you mean 'fps'?"),
         ({"seed": "seven"}, 'inference_model.json: seed: input should be a valid integer, got "seven"'),
-        ({"prompt": "first.png"}, "prompt: first.png: cannot be read"),
+        ({"prompt": "first.png"}, "prompt: first.png: line 1 is not UTF-8 text"),
         ({"image": "prompts.txt"}, "prompts.txt line 1: a red circle moves left: no such file"),
         ({"image": "one.txt"}, "prompts.txt holds 2 prompts, one.txt holds 1 images"),
         ({"save_path": "first.png"}, "save_path: cannot write below"),
@@ -178,6 +182,7 @@ def _copy_model(source: Path, target: Path, *, with_weights: bool) -> None:
 )
 def test_a_batch_that_cannot_be_sampled_is_one_line(rejected, job, model_directory, changes, message):
     Path("one.txt").write_text("first.png\n")
+    Path("links.txt").write_text("a cat\nhttp://a.com\n")
     for key in ("ae", "tokenizer", "text_encoder", "predictor"):
         if key in changes:
             changes = {key: {"from_pretrained": str(model_directory / changes[key])}}
@@ -194,8 +199,52 @@ def test_the_text_encoder_and_the_predictor_must_be_of_one_width(rejected, job):
     assert "predictor.text_dim is 64, the text encoder's is 32" in rejected("--mm-model", path)
 
 
+def test_the_strips_of_a_batch_go_into_a_directory(rejected, job):
+    message = "--strip: cat.png: of a batch, name a directory"
+    assert message in rejected("--mm-model", job(), "--strip", "cat.png")
+    assert "--strip: cannot write below" in rejected("--mm-model", job(), "--strip", "first.png/x")
+
+
+def test_an_interrupted_batch_says_how_to_go_on(job):
+    Path("prompts.txt").write_text(f"{'long ' * 200}\nshort\n")
+    path = job(diffusion={"num_inference_steps": 100_000})
+    with subprocess.Popen([SCRIPT, "--mm-model", path], stderr=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # of the prompt, which is cut: sampling begins
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().endswith("interrupted: the same command with --resume goes on from here\n")
+    assert process.returncode == 130
+    assert list(Path("samples").iterdir() if Path("samples").exists() else []) == []
+
+
 def test_help_shows_both_modes():
     done = run_script("--help")
     assert done.returncode == 0
     assert "flashi2v-infer --mm-model inference_model.json" in done.stdout
     assert "--low-freq-energy-ratio" in done.stdout
+
+
+@pytest.mark.parametrize(("output", "prompt"), [("new dir/ä b.gif", "-5 degrees, “snow”"), ("frames/", "a\nb")])
+def test_one_video_may_be_a_gif_or_a_directory_of_frames(job, model_directory, monkeypatch, capsys, output, prompt):
+    Path("first.png").rename("ein bild ä.png")
+    one = ["--model", model_directory, "--image", "ein bild ä.png", "--prompt", prompt, "-o", output, *TINY]
+    monkeypatch.setattr(sys, "argv", ["flashi2v-infer", *map(str, one), "--device", "cpu"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert (exit_.value.code, capsys.readouterr().out) == (0, f"wrote {output}\n")
+    record = read_record(output)
+    assert (record["prompt"], record["image"], record["fps"]) == (prompt, "ein bild ä.png", 8)
+    assert record["versions"]["flashi2v-infer"] == cli.__version__
+
+
+def test_a_video_that_becomes_nan_is_a_failure_in_one_line(job, model_directory, monkeypatch, capsys, poisoned):
+    model = Path("poisoned")
+    shutil.copytree(model_directory, model)
+    shutil.copy(poisoned / "model.safetensors", model / "text_encoder")
+    one = ["--model", model, "--image", "first.png", "--prompt", "zebra", "-o", "a.mp4", *TINY, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["flashi2v-infer", *map(str, one)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.startswith("flashi2v-infer: sampling ended in NaN or infinity")
+    assert not Path("a.mp4").exists()

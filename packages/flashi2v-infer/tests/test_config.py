@@ -14,7 +14,6 @@ def test_the_file_of_the_reference_is_read_as_it_stands():
     assert config.sampling == SamplingSettings()  # whose defaults are the released model's
     assert (config.save_fps, config.seed, config.negative_prompt) == (16, 0, "")
     assert (config.predictor.dtype, config.text_encoder.dtype, config.ae.dtype) == ("bf16", "bf16", "float32")
-    assert (config.crop.interpolation_mode, config.crop.antialias) == ("bilinear", True)
 
 
 def test_dtype_is_that_of_parts_which_name_none(job):
@@ -59,6 +58,9 @@ def test_another_normalisation_than_the_vaes_is_refused(job):
     path = job()
     path.write_text(path.read_text().replace('"std": 0.5', '"std": 1.0'))
     with pytest.raises(InputError, match=r"mean 0.5 and std 1.0 cannot be honoured, as the VAE reads \[-1, 1\]"):
+        load_config(path, InferenceConfig)
+    path.write_text(path.read_text().replace('"std": 1.0', '"std": [0.5, 0.4, 0.5]'))
+    with pytest.raises(InputError, match=r"mean 0.5 and std \[0.5, 0.4, 0.5\] cannot be honoured"):
         load_config(path, InferenceConfig)
 
 

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -15,13 +16,25 @@ def test_lists_are_read_line_by_line_and_may_end_in_blank_lines(tmp_path):
     assert read_lines(path, "prompt") == ["a cat", "ein Ärmel"]
 
 
+def test_a_prompt_ends_with_its_line_and_at_no_other_separator(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\u2028purrs\x0c loudly\x85\nmm\n", encoding="utf-8")
+    assert read_lines(path, "prompt") == ["a cat\u2028purrs\x0c loudly", "mm"]
+
+
+def test_a_directory_is_no_list(tmp_path):
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read_lines(tmp_path, "prompt")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"a\n\nb\n", "prompt: {path} line 2 is empty"),
         (b"\na\n", "prompt: {path} line 1 is empty"),
         (b"\n\n", "prompt: {path} is empty: write one entry a line"),
-        (b"\xff\xfe\x00", "prompt: {path}: cannot be read"),
+        ("a\nein Ärmel\n".encode("latin-1"), "prompt: {path}: line 2 is not UTF-8 text: save the file as UTF-8"),
+        ("a\n".encode("utf-16"), "prompt: {path}: line 1 is not UTF-8 text"),
         (None, "prompt: {path}: no such file"),
     ],
 )
@@ -59,6 +72,7 @@ def test_pictures_of_every_mode_become_rgb(tmp_path, photograph, mode):
         (lambda path: None, "images.txt line 3: {path}: no such file"),
         (lambda path: path.write_bytes(b"GIF? no"), "images.txt line 3: {path}: not an image of a known format"),
         (lambda path: path.mkdir(), "images.txt line 3: {path}: cannot be read"),
+        (lambda path: os.mkfifo(path), "images.txt line 3: {path}: cannot be read: not a regular file"),
         (lambda path: path.write_bytes(_png()[:900]), "images.txt line 3: {path}: cannot be read"),
         (lambda path: Image.fromarray(np.ones((9, 9), np.uint16)).save(path), "more than 8 bits per channel"),
     ],

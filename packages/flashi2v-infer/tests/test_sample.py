@@ -7,7 +7,7 @@ import pytest
 
 from flashi2v_data.transforms import center_crop_resize
 from flashi2v_infer.pipeline import prepare_image
-from flashi2v_infer.sample import Sample, psnr, sample_video
+from flashi2v_infer.sample import Sample, Sampler, psnr
 from flashi2v_infer.settings import InputError, Request, SamplingSettings
 
 REQUEST = Request(
@@ -37,14 +37,14 @@ def image(photograph) -> np.ndarray:
 
 
 def test_noise_depends_on_seed_and_index_alone(pipe, image):
-    first = sample_video(pipe, REQUEST, image)
-    assert np.array_equal(sample_video(pipe, REQUEST, image).frames, first.frames)
-    assert not np.array_equal(sample_video(pipe, replace(REQUEST, seed=1), image).frames, first.frames)
-    assert not np.array_equal(sample_video(pipe, replace(REQUEST, index=1), image).frames, first.frames)
+    first = Sampler(pipe)(REQUEST, image)
+    assert np.array_equal(Sampler(pipe)(REQUEST, image).frames, first.frames)
+    assert not np.array_equal(Sampler(pipe)(replace(REQUEST, seed=1), image).frames, first.frames)
+    assert not np.array_equal(Sampler(pipe)(replace(REQUEST, index=1), image).frames, first.frames)
 
 
 def test_the_first_frame_is_compared_with_the_image_and_with_the_vae_alone(pipe, image):
-    sample = sample_video(pipe, REQUEST, image)
+    sample = Sampler(pipe)(REQUEST, image)
     assert sample.frames.shape == (5, 32, 48, 3)
     assert sample.first_frame_psnr == psnr(sample.frames[0], image)
     frame = prepare_image(image, 32, 48)[None]
@@ -56,10 +56,10 @@ def test_the_first_frame_is_compared_with_the_image_and_with_the_vae_alone(pipe,
 def test_a_video_that_starts_elsewhere_is_warned_about(pipe, image, caplog, monkeypatch):
     import flashi2v_infer.sample as module
 
-    sample = sample_video(pipe, REQUEST, image)
+    sample = Sampler(pipe)(REQUEST, image)
     monkeypatch.setattr(module, "_reconstruct", lambda pipeline, image: image)  # as a perfect VAE would
     with caplog.at_level(logging.INFO):
-        again = sample_video(pipe, REQUEST, image)
+        again = Sampler(pipe)(REQUEST, image)
     assert again.vae_psnr == 100
     assert again.first_frame_psnr == sample.first_frame_psnr < 20
     assert "video 0 does not start with its image" in caplog.text
@@ -68,5 +68,19 @@ def test_a_video_that_starts_elsewhere_is_warned_about(pipe, image, caplog, monk
 def test_requests_that_make_no_sense_are_refused():
     with pytest.raises(InputError, match="fps must be positive, got 0"):
         replace(REQUEST, fps=0)
+    with pytest.raises(InputError, match=r"prompt: not UTF-8 text: a \? cat"):
+        replace(REQUEST, prompt="a \udcff cat")
     with pytest.raises(InputError, match="negative_prompt has no effect with guidance_scale 1"):
         replace(REQUEST, negative_prompt="dark", settings=replace(REQUEST.settings, guidance_scale=1.0))
+
+
+def test_the_vae_sees_an_image_once_however_many_videos_start_with_it(pipe, image):
+    sampler, encoded = Sampler(pipe), []
+    handle = pipe.vae.encoder.register_forward_hook(lambda *_: encoded.append(1))
+    first = sampler(REQUEST, image)
+    per_video_and_image = len(encoded)
+    second = sampler(replace(REQUEST, index=1), image.copy())
+    other = sampler(replace(REQUEST, index=2), image[::-1].copy())
+    handle.remove()
+    assert (per_video_and_image, len(encoded)) == (2, 5)
+    assert first.vae_psnr == second.vae_psnr != other.vae_psnr

@@ -335,7 +335,8 @@ class TransformPipeline(Settings):
         mean, std = self.mean_and_std
         if {*mean, *std} != {0.5}:
             raise InputError(
-                f"norm_fun with mean {mean[0]} and std {std[0]} cannot be honoured, as the VAE reads [-1, 1]: "
+                f"norm_fun with mean {_one_or_all(mean)} and std {_one_or_all(std)} cannot be honoured, as the VAE "
+                "reads [-1, 1]: "
                 "set both to 0.5"
             )
 
@@ -361,6 +362,10 @@ class TransformPipeline(Settings):
         param = next(step.param for step in self.video if isinstance(step, Norm | AeNorm))
         mean, std = ([value] * 3 if isinstance(value, float) else value for value in (param.mean, param.std))
         return mean, std
+
+
+def _one_or_all(values: list[float]) -> float | list[float]:
+    return values[0] if len(set(values)) == 1 else values
 
 
 class DatasetParam(Settings):

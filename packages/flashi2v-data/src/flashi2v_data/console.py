@@ -30,10 +30,15 @@ def configure_logging(level: int = logging.INFO) -> None:
     root.setLevel(level)
 
 
-def run(app: cyclopts.App, *, errors: tuple[type[Exception], ...] = (InputError,)) -> NoReturn:
+def run(
+    app: cyclopts.App,
+    *,
+    errors: tuple[type[Exception], ...] = (InputError,),
+    failures: tuple[type[Exception], ...] = (StorageError,),
+) -> NoReturn:
     """Run a command line and exit: 0 on success, 2 with one line on stderr for wrong usage or `errors`.
 
-    A StorageError exits 1 with one line, an interrupt 130; any other exception propagates, so Python prints its
+    One of `failures` exits 1 with one line, an interrupt 130; any other exception propagates, so Python prints its
     traceback and exits 1.
     """
     configure_logging()
@@ -44,7 +49,7 @@ def run(app: cyclopts.App, *, errors: tuple[type[Exception], ...] = (InputError,
         _fail(app, _usage_fault(error), 2)
     except errors as error:
         _fail(app, str(error), 2)
-    except StorageError as error:
+    except failures as error:
         _fail(app, str(error), 1)
     except KeyboardInterrupt as interrupt:
         _fail(app, ": ".join(["interrupted", *map(str, interrupt.args)]), 130)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashi2v_data.errors import InputError
     from flashi2v_infer.denoising import denoise
-    from flashi2v_infer.export import film_strip, video_grid, write_mp4
+    from flashi2v_infer.errors import SamplingError
+    from flashi2v_infer.export import read_record, save_video, write_mp4
+    from flashi2v_infer.layout import film_strip, video_grid
     from flashi2v_infer.pipeline import FlashI2VPipeline, FlashI2VPipelineOutput
     from flashi2v_infer.settings import SamplingSettings
 
@@ -16,10 +18,13 @@ _HOMES = {
     "FlashI2VPipeline": "flashi2v_infer.pipeline",
     "FlashI2VPipelineOutput": "flashi2v_infer.pipeline",
     "InputError": "flashi2v_data.errors",
+    "SamplingError": "flashi2v_infer.errors",
     "SamplingSettings": "flashi2v_infer.settings",
     "denoise": "flashi2v_infer.denoising",
-    "film_strip": "flashi2v_infer.export",
-    "video_grid": "flashi2v_infer.export",
+    "film_strip": "flashi2v_infer.layout",
+    "read_record": "flashi2v_infer.export",
+    "save_video": "flashi2v_infer.export",
+    "video_grid": "flashi2v_infer.layout",
     "write_mp4": "flashi2v_infer.export",
 }
 
@@ -27,9 +32,12 @@ __all__ = [
     "FlashI2VPipeline",
     "FlashI2VPipelineOutput",
     "InputError",
+    "SamplingError",
     "SamplingSettings",
     "denoise",
     "film_strip",
+    "read_record",
+    "save_video",
     "video_grid",
     "write_mp4",
 ]

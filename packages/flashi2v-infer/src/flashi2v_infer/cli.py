@@ -8,9 +8,10 @@ from cyclopts import App, Group, Parameter
 import flashi2v_model
 from flashi2v_data.config import load_config
 from flashi2v_data.console import run
-from flashi2v_data.errors import InputError
+from flashi2v_data.errors import InputError, StorageError
 from flashi2v_infer import __version__
 from flashi2v_infer.config import InferenceConfig
+from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.settings import Request, SamplingSettings
 
 app = App(name="flashi2v-infer", version=__version__, help_format="plaintext")
@@ -22,18 +23,19 @@ _BOTH = Group("Both", sort_key=3)
 
 def main() -> NoReturn:
     """Run the command line."""
-    run(app, errors=(InputError, flashi2v_model.InputError))
+    run(app, errors=(InputError, flashi2v_model.InputError), failures=(SamplingError, StorageError))
 
 
 @app.default
 def infer(
     *,
     mm_model: Annotated[Path | None, Parameter(group=_BATCH)] = None,
+    resume: Annotated[bool, Parameter(group=_BATCH, negative=())] = False,
     model: Annotated[str | None, Parameter(group=_ONE)] = None,
     image: Annotated[Path | None, Parameter(group=_ONE)] = None,
-    prompt: Annotated[str | None, Parameter(group=_ONE)] = None,
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"], group=_ONE)] = None,
-    negative_prompt: Annotated[str | None, Parameter(group=_ONE)] = None,
+    prompt: Annotated[str | None, Parameter(group=_ONE, allow_leading_hyphen=True)] = None,
+    output: Annotated[str | None, Parameter(name=["--output", "-o"], group=_ONE)] = None,
+    negative_prompt: Annotated[str | None, Parameter(group=_ONE, allow_leading_hyphen=True)] = None,
     num_inference_steps: Annotated[int | None, Parameter(group=_ONE)] = None,
     guidance_scale: Annotated[float | None, Parameter(group=_ONE)] = None,
     low_freq_energy_ratio: Annotated[float | None, Parameter(group=_ONE)] = None,
@@ -42,18 +44,18 @@ def infer(
     width: Annotated[int | None, Parameter(group=_ONE)] = None,
     fps: Annotated[float | None, Parameter(group=_ONE)] = None,
     dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, Parameter(group=_ONE)] = None,
-    strip: Annotated[Path | None, Parameter(group=_ONE)] = None,
+    strip: Annotated[Path | None, Parameter(group=_BOTH)] = None,
     device: Annotated[str | None, Parameter(group=_BOTH)] = None,
     seed: Annotated[int | None, Parameter(group=_BOTH)] = None,
 ) -> None:
     """Sample videos from images and prompts with FlashI2V.
 
-    Beside every video lies a JSON file with its prompt, seed, settings and versions, and how close its first frame is
-    to the image.
+    Every video holds a record of its prompt, seed, settings and versions, and of how close its first frame is to the
+    image; the same record lies beside it as a JSON file.
 
     Examples:
 
-    flashi2v-infer --mm-model inference_model.json
+    flashi2v-infer --mm-model inference_model.json --resume
 
     flashi2v-infer --model FlashI2V-1.3B --image cat.jpg --prompt "A cat turns its head." -o cat.mp4
 
@@ -62,6 +64,9 @@ def infer(
     mm_model
         inference_model.json: lists of prompts and images, and every setting. Writes video_0.mp4, video_1.mp4, ...
         and video_grid.mp4 into its save_path.
+    resume
+        Leave finished videos alone: those made from the same prompt, image, seed, settings and model. A video made
+        from anything else is an error.
     model
         A pipeline directory in diffusers' layout, or a hub id.
     image
@@ -69,9 +74,9 @@ def infer(
     prompt
         What happens.
     output
-        The video, .mp4.
+        The video: .mp4, .gif or .webp, or a directory of PNGs (frames/).
     negative_prompt
-        What should not happen.
+        What should not happen (default: nothing).
     num_inference_steps
         Steps of the sampler (default 50).
     guidance_scale
@@ -89,7 +94,8 @@ def infer(
     dtype
         Of transformer and text encoder (default: bf16 on NPUs and GPUs, fp32 on the CPU).
     strip
-        Also draw some frames in a row into this .png.
+        Also draw some frames in a row: into this .png for one video; into this directory, as video_0.png, ..., for
+        a batch (default: not).
     device
         npu, cuda, cpu, cuda:1, ... (default: what the file says; auto, the best there is, for one video).
     seed
@@ -104,7 +110,7 @@ def infer(
         "width": width,
     }
     required = {"image": image, "prompt": prompt, "output": output}
-    optional = {"negative_prompt": negative_prompt, "fps": fps, "dtype": dtype, "strip": strip}
+    optional = {"negative_prompt": negative_prompt, "fps": fps, "dtype": dtype}
     given = [_option(name) for name, value in (required | numbers | optional).items() if value is not None]
     if (mm_model is None) == (model is None):
         raise InputError("give one of --mm-model FILE (a batch) and --model DIR (one video): see flashi2v-infer --help")
@@ -115,9 +121,11 @@ def infer(
         # Here and below: this imports torch and more, for which nobody should wait whose settings are wrong.
         from flashi2v_infer.commands import sample_batch
 
-        sample_batch(config, device, seed)
+        sample_batch(config, device, seed, resume=resume, strips=strip)
         return
     assert model is not None
+    if resume:
+        raise InputError("--resume: only together with --mm-model, of whose videos some may be finished")
     if model == "demo":
         raise InputError("--model demo is reserved for a built-in model of a later release: give a directory or hub id")
     missing = [_option(name) for name, value in required.items() if value is None]

@@ -1,11 +1,11 @@
 """The schema of `inference_model.json`; nothing heavy is imported, so that a wrong setting is told at once."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from flashi2v_data.config import CropResize, CropResizeParam, Settings, TransformPipeline
-from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
+from flashi2v_data.config import Settings, TransformPipeline
+from flashi2v_infer.settings import SPATIAL_STRIDE, TEMPORAL_STRIDE, SamplingSettings, check_negative_prompt
 from flashi2v_model.config import AEConfig, DiffusionConfig, DType, PredictorConfig, TextEncoderConfig
 
 
@@ -13,7 +13,7 @@ class TokenizerConfig(Settings):
     """The `tokenizer` part."""
 
     autotokenizer_name: Literal["AutoTokenizer"] = "AutoTokenizer"
-    hub_backend: Literal["hf"] = "hf"
+    hub_backend: Literal["hf"] = Field("hf", description="other hubs are not read: name a local directory instead")
     from_pretrained: str
 
 
@@ -78,12 +78,37 @@ class InferenceConfig(Settings):
         for key in ("use_dynamic_shifting", "use_logitnorm_time_sampling"):
             if getattr(self.diffusion, key):
                 raise ValueError(f"diffusion.{key} belongs to training: leave it out; sampling follows diffusion.shift")
+        self._check_tokens()
         return self
 
+    def _check_tokens(self) -> None:
+        num_frames, height, width = self.pipeline_config.input_size
+        latent = (num_frames - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
+        patch, longest = self.predictor.patch_size, self.predictor.max_seq_len
+        if any(size % step for size, step in zip(latent, patch)):
+            raise ValueError(
+                f"predictor.patch_size: {list(patch)} does not divide the latent grid {list(latent)} of "
+                "pipeline_config.input_size: [1, 2, 2] is that of every release"
+            )
+        tokens = [size // step for size, step in zip(latent, patch)]
+        if max(tokens) > longest:
+            raise ValueError(
+                f"predictor.max_seq_len: {longest} is less than the longest side of the token grid {tokens}: "
+                f"set it to {max(tokens)} or more, or make pipeline_config.input_size smaller"
+            )
+
     @property
-    def crop(self) -> CropResizeParam:
-        """How images are brought to the video's size."""
-        return next(step.param for step in self.data_transform.video if isinstance(step, CropResize))
+    def model_settings(self) -> dict[str, Any]:
+        """What the videos depend on besides `sampling`, the weights and the single request."""
+        # Without what has no effect on the numbers, or stands in `sampling`.
+        apart = {"model_id", "from_pretrained", "img_dim", "use_fused_rmsnorm", "max_seq_len", "low_freq_energy_ratio"}
+        return {
+            "data_transform": self.data_transform.crop_resize.model_dump(exclude={"transform_size"}),
+            "ae": self.ae.model_dump(include={"dtype", "enable_tiling", "tiling_param"}),
+            "text_encoder": self.text_encoder.model_dump(include={"dtype", "use_attention_mask"}),
+            "predictor": self.predictor.model_dump(exclude=apart),
+            "diffusion": self.diffusion.model_dump(include={"shift"}),
+        }
 
     @property
     def save_fps(self) -> float:

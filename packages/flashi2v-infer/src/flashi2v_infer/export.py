@@ -1,38 +1,123 @@
-"""Video files, records beside them, film strips and grids. T frames, H W height and width."""
+"""Videos as files, each with the record of how it was made. T frames, H W height and width."""
 
+import itertools
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
-from flashi2v_data.atomic import atomic_file, check_directory
-from flashi2v_data.errors import InputError
-from flashi2v_data.transforms import center_crop_resize
+from flashi2v_data.atomic import atomic_directory, atomic_file, check_directory
+from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.video import write_video
-from flashi2v_infer.inputs import Pixels
+from flashi2v_infer.settings import check_text
 
 Frames = NDArray[np.uint8]
+Record = Mapping[str, Any]
 
-_PACKAGES = ("flashi2v-infer", "flashi2v-model", "flashi2v-npu-ops", "torch", "diffusers", "transformers")
+SUFFIXES = (".mp4", ".gif", ".webp")
+
+# GIF counts in hundredths of a second, and browsers slow down what is shown for less than two of them.
+_GIF_TICK, _GIF_MAX_FPS = 10, 50
+_WEBP_TICK, _WEBP_MAX_FPS = 1, 1000
+_NAME, _FIRST = "frame_{:04d}.png", "frame_0000.png"
+_ASCII = b"ASCII\0\0\0"  # how EXIF says which text a user's comment is
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what a video depends on."""
-    return {name: version(name) for name in _PACKAGES}
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def check_output(text: str, fps: float, option: str) -> Path:
+    """Refuse a name that could not be written, before hours of sampling rather than after.
+
+    Args:
+        text: a file .mp4, .gif or .webp, or a directory for frames, which ends in "/" or has no suffix.
+        fps: frames per second that the file is to have.
+        option: that gave `text`.
+
+    Raises:
+        InputError: naming `option`.
+    """
+    check_text(text, option)
+    path = Path(text)
+    is_directory = text.endswith(("/", "\\")) or not path.suffix
+    if is_directory:
+        if path.suffix in SUFFIXES or path.name in SUFFIXES:
+            raise InputError(f"{option}: {text} is a directory by its form and a {path.suffix or path.name} by its end")
+        if path.name in ("", ".."):
+            raise InputError(f"{option}: {text!r} has no name: name a new directory for the frames")
+        # It will be put in place by renaming, which replaces nothing but an empty directory.
+        if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+            what = "is a link" if path.is_symlink() else "is a file" if path.is_file() else "exists and is not empty"
+            raise InputError(f"{option}: {text} {what}: name another directory for the frames")
+        check_directory(path.parent, option)
+        return path
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{option}: {text} must end in .mp4, .gif or .webp, or in / for a directory of PNGs")
+    fastest = {".gif": _GIF_MAX_FPS, ".webp": _WEBP_MAX_FPS}.get(path.suffix, fps)
+    if fps > fastest:
+        raise InputError(f"--fps: {path.suffix} shows at most {fastest} frames per second, got {fps:g}")
+    _check_file(path, option)
+    beside = record_path(path)
+    if beside.exists():
+        try:
+            read_record(beside)
+        except InputError as error:
+            raise InputError(f"{option}: {error}: the video's record would go there; choose another name") from None
+    return path
+
+
+def check_picture(path: Path, option: str) -> None:
+    """Refuse a picture that could not be written.
+
+    Raises:
+        InputError: naming `option`, it does not end in .png, or its directory cannot be written to.
+    """
+    if path.suffix != ".png":
+        raise InputError(f"{option}: {path} must end in .png")
+    _check_file(path, option)
+
+
+def _check_file(path: Path, option: str) -> None:
+    if path.is_dir():
+        raise InputError(f"{option}: {path} is a directory: name a file")
+    check_directory(path.parent, option)
 
 
 def record_path(video: Path) -> Path:
-    """Return where the record of a video lies: the same name, ending in .json."""
-    return video.with_suffix(".json")
+    """Return where a video's record lies: a.json for a.mp4, a.gif.json for a.gif, frames/record.json for frames."""
+    if video.suffix == ".mp4":
+        return video.with_suffix(".json")
+    return video.with_name(f"{video.name}.json") if video.suffix in SUFFIXES else video / "record.json"
 
 
-def write_mp4(path: Path, frames: Frames, fps: float, record: Mapping[str, Any] | None = None) -> None:
+def save_video(path: str | Path, frames: Frames, fps: float, record: Record) -> None:
+    """Write a video and then its record beside it: a record stands for a whole video, whenever a run is killed.
+
+    Args:
+        path: as `check_output` returns it.
+        frames: (T, H, W, 3), uint8; H and W even.
+        fps: frames per second.
+        record: how the video was made; it also goes into the file itself.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        write_frames(path, frames, record)
+        return
+    record_path(path).unlink(missing_ok=True)
+    if path.suffix == ".mp4":
+        write_mp4(path, frames, fps, record)
+    else:
+        (_write_gif if path.suffix == ".gif" else _write_webp)(path, frames, fps, record)
+    with atomic_file(record_path(path)) as file:
+        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_mp4(path: Path, frames: Frames, fps: float, record: Record | None = None) -> None:
     """Write a video, with `record` as JSON in its comment; the file appears only when whole.
 
     Args:
@@ -47,105 +132,116 @@ def write_mp4(path: Path, frames: Frames, fps: float, record: Mapping[str, Any] 
     write_video(path, frames, fps, {"comment": json.dumps(record, ensure_ascii=False)} if record else None)
 
 
-def write_record(video: Path, record: Mapping[str, Any]) -> None:
-    """Write a video's record beside it."""
-    with atomic_file(record_path(video)) as file:
-        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_image(path: Path, image: Image.Image) -> None:
-    """Write a picture; the file appears only when whole."""
-    with atomic_file(path) as file:
-        image.save(file)
-
-
-def check_output(path: Path, suffix: str, option: str) -> None:
-    """Refuse a path that could not be written, before hours of sampling rather than after.
-
-    Raises:
-        InputError: naming `option`, the name does not end in `suffix`, or its directory cannot be written to.
-    """
-    if path.suffix != suffix:
-        raise InputError(f"{option}: {path} must end in {suffix}")
-    if path.is_dir():
-        raise InputError(f"{option}: {path} is a directory: name a file")
-    check_directory(path.parent, option)
-
-
-def film_strip(
-    image: Pixels,
-    frames: Frames,
-    ground_truth: Frames | None = None,
-    *,
-    num_columns: int = 6,
-    tile_height: int = 160,
-) -> Image.Image:
-    """Draw evenly chosen frames of a video in a row, the image that it should start with at their left.
-
-    Args:
-        image: (H, W, 3), the condition.
-        frames: (T, H, W, 3), the generated video.
-        ground_truth: (T, H, W, 3), a second row: how the real video went on.
-        num_columns: frames shown, first and last among them.
-        tile_height: of a frame in pixels.
-
-    Raises:
-        InputError: sizes differ, or there are fewer than two columns.
-    """
-    rows = {"generated": frames} if ground_truth is None else {"generated": frames, "ground truth": ground_truth}
-    if num_columns < 2:
-        raise InputError(f"num_columns must be at least 2, got {num_columns}")
-    if any(video.shape != frames.shape for video in rows.values()) or image.shape != frames.shape[1:]:
-        sizes = [video.shape for video in rows.values()]
-        raise InputError(f"image and videos must be of one size, got {image.shape} and {sizes}")
-    times = np.unique(np.linspace(0, len(frames) - 1, num_columns).round().astype(int))
-    cells = [
-        [("condition", image), *((f"{label if time == 0 else 'frame'} {time}", video[time]) for time in times)]
-        for label, video in rows.items()
+def _write_gif(path: Path, frames: Frames, fps: float, record: Record) -> None:
+    # One palette for all frames: with one for each, still surfaces would flicker.
+    sample = frames[np.unique(np.linspace(0, len(frames) - 1, 8).round().astype(int))]
+    palette = Image.fromarray(np.concatenate(list(sample))).quantize(256, Image.Quantize.MEDIANCUT)
+    pictures = [
+        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames
     ]
-    return _labelled_table(cells, tile_height)
+    with atomic_file(path) as file:
+        pictures[0].save(
+            file,
+            save_all=True,
+            append_images=pictures[1:],
+            duration=durations(len(frames), fps, _GIF_TICK),
+            loop=0,
+            comment=json.dumps(record).encode("ascii"),
+        )
 
 
-def _labelled_table(rows: Sequence[Sequence[tuple[str, Pixels]]], tile_height: int) -> Image.Image:
-    height, width = rows[0][0][1].shape[:2]
-    tile = max(1, round(tile_height * width / height)), tile_height
-    gap = max(4, tile_height // 40)
-    font = ImageFont.load_default(max(10, tile_height // 12))
-    label_height = font.getbbox("Ag")[3] + gap
-    pitch = tile[0] + gap, tile[1] + label_height + gap
-    table = Image.new("RGB", (int(pitch[0] * len(rows[0]) + gap), int(pitch[1] * len(rows) + gap)), "white")
-    draw = ImageDraw.Draw(table)
-    for row, cells in enumerate(rows):
-        for column, (label, pixels) in enumerate(cells):
-            left, top = gap + column * pitch[0], gap + row * pitch[1]
-            draw.text((left, top), label, fill="black", font=font)
-            picture = Image.fromarray(pixels).resize(tile, Image.Resampling.LANCZOS)
-            table.paste(picture, (int(left), int(top + label_height)))
-    return table
+def _write_webp(path: Path, frames: Frames, fps: float, record: Record) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + json.dumps(record).encode("ascii")
+    pictures = [Image.fromarray(frame) for frame in frames]
+    with atomic_file(path) as file:
+        pictures[0].save(
+            file,
+            save_all=True,
+            append_images=pictures[1:],
+            duration=durations(len(frames), fps, _WEBP_TICK),
+            loop=0,
+            quality=90,
+            exif=exif,
+        )
 
 
-def video_grid(videos: Iterable[Frames], num_videos: int, max_width: int = 1920) -> Frames:
-    """Lay videos out in one, row by row, shrunk where the grid would be wider than `max_width`.
+def write_frames(path: Path, frames: Frames, record: Record) -> None:
+    """Write frame_0000.png, frame_0001.png, ... and record.json into a new directory, which appears only when whole."""
+    with atomic_directory(path) as directory:
+        for number, frame in enumerate(frames):
+            write_picture(directory / _NAME.format(number), Image.fromarray(frame), record)
+        (directory / "record.json").write_text(
+            json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+def write_picture(path: Path, picture: Image.Image, record: Record | None = None) -> None:
+    """Write a .png, with `record` as JSON in its text; the file appears only when whole."""
+    text = PngInfo()
+    if record is not None:
+        text.add_itxt("Comment", json.dumps(record, ensure_ascii=False))
+    with atomic_file(path) as file:
+        picture.save(file, pnginfo=text)
+
+
+def durations(num_frames: int, fps: float, tick: int) -> list[int]:
+    """Return for how many milliseconds each frame is shown, in whole ticks that add up to the video's length.
+
+    At 16 frames per second a frame lasts 6.25 hundredths: in a GIF every fourth lasts 7, the others 6.
+    """
+    ends = [round(number * 1000 / fps / tick) * tick for number in range(num_frames + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read how a video was made, from the video itself (or its .json).
 
     Args:
-        videos: (T, H, W, 3) each, of one shape; taken one by one, so that only one is held in full size.
-        num_videos: how many there are.
-        max_width: of the grid in pixels.
+        path: .mp4, .gif, .webp, .png, .json, or a directory of frames.
 
-    Returns:
-        (T, rows * h, columns * w, 3), black where there are no more videos.
+    Raises:
+        InputError: there is no such file, or it holds no record.
+        flashi2v_data.errors.DecodeError: the file is damaged.
     """
-    columns = math.ceil(math.sqrt(num_videos))
-    rows = math.ceil(num_videos / columns)
-    grid = np.zeros((0, 0, 0, 3), np.uint8)
-    for number, frames in enumerate(videos):
-        num_frames, height, width, _ = frames.shape
-        if width * columns > max_width:
-            # yuv420p wants even sides.
-            height, width = (max(2, round(side * max_width / (columns * width) / 2) * 2) for side in (height, width))
-            frames = center_crop_resize(frames, height, width)
-        if number == 0:
-            grid = np.zeros((num_frames, rows * height, columns * width, 3), np.uint8)
-        top, left = number // columns * height, number % columns * width
-        grid[:, top : top + height, left : left + width] = frames
-    return grid
+    path = Path(path)
+    if path.is_dir():
+        path = path / _FIRST
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    readers: dict[str, Callable[[Path], str | bytes]] = {".mp4": _mp4_comment, ".json": Path.read_bytes}
+    text = readers.get(path.suffix, _picture_comment)(path)
+    try:
+        record = json.loads(text)
+    except ValueError:  # no JSON, or no text
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= {"prompt", "seed", "settings"}:
+        raise InputError(f"{path} holds no record of a sampled video")
+    return record
+
+
+def _mp4_comment(path: Path) -> str:
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return str(container.metadata.get("comment", ""))
+    except (av.FFmpegError, OSError) as error:
+        raise DecodeError(str(path), error.strerror or str(error)) from None
+
+
+def _picture_comment(path: Path) -> str | bytes:
+    try:
+        with Image.open(path) as image:
+            if image.format == "PNG":
+                image.load()  # text may also stand behind the picture
+                return str(image.info.get("Comment", ""))
+            if image.format == "GIF":
+                return bytes(image.info.get("comment", b""))
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+            return str(comment) if isinstance(comment, str) else bytes(comment).removeprefix(_ASCII)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DecodeError(str(path), str(error)) from None

@@ -1,5 +1,6 @@
 """Prompts and images, from files or as Python objects. H W height and width of a picture."""
 
+import hashlib
 import html
 import re
 from pathlib import Path
@@ -25,10 +26,15 @@ def read_lines(path: str | Path, key: str) -> list[str]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise InputError(f"{key}: {path}: {reason}") from None
-    lines = [line.strip() for line in text.rstrip().splitlines()]
+    except FileNotFoundError:
+        raise InputError(f"{key}: {path}: no such file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{key}: {path}: line {line} is not UTF-8 text: save the file as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{key}: {path}: cannot be read: {error.strerror or error}") from None
+    # Not splitlines, for which a prompt could end at one of the less known line separators of Unicode.
+    lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
     if not lines:
         raise InputError(f"{key}: {path} is empty: write one entry a line")
     if "" in lines:
@@ -75,6 +81,8 @@ def read_image(path: str | Path, where: str) -> Pixels:
         InputError: naming `where`, the option or the line of a list that gave `path`.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("not a regular file")  # a pipe would be waited for
         with Image.open(path) as image:
             return as_pixels(image)
     except FileNotFoundError:
@@ -84,6 +92,11 @@ def read_image(path: str | Path, where: str) -> Pixels:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = f"cannot be read: {error}"
     raise InputError(f"{where}: {path}: {reason}")
+
+
+def hash_file(path: str | Path) -> str:
+    """Return a hash of a file's contents."""
+    return f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
 
 
 def as_pixels(image: AnyImage) -> Pixels:

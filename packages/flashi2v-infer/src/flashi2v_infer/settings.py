@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from flashi2v_data.errors import InputError
 
 # The VAE compresses space by 8 and time by 4 (the first frame stands alone); the transformer's patch is 2 x 2.
-SPATIAL_MULTIPLE, TEMPORAL_MULTIPLE = 16, 4
+SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
+SPATIAL_MULTIPLE, TEMPORAL_MULTIPLE = 2 * SPATIAL_STRIDE, TEMPORAL_STRIDE
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,18 @@ def check_negative_prompt(negative_prompt: str, settings: SamplingSettings) -> N
         )
 
 
+def check_text(text: str, name: str) -> None:
+    """Refuse the bytes of a command line that are not UTF-8, which neither model nor record could take.
+
+    Raises:
+        InputError: naming `name`.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name}: not UTF-8 text: {text.encode(errors='replace').decode()}") from None
+
+
 @dataclass(frozen=True)
 class Request:
     """All that one video depends on, besides the model.
@@ -91,7 +104,7 @@ class Request:
         settings: the numbers of the sampling run.
 
     Raises:
-        InputError: the negative prompt would have no effect, or `fps` is not positive.
+        InputError: the negative prompt would have no effect, `fps` is not positive, or a text is none.
     """
 
     prompt: str
@@ -104,5 +117,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_negative_prompt(self.negative_prompt, self.settings)
+        for name in ("prompt", "image", "negative_prompt"):
+            check_text(getattr(self, name), name)
         if not 0 < self.fps < float("inf"):
             raise InputError(f"fps must be positive, got {self.fps}")

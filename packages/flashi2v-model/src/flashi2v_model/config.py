@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that a wrong setting is told at once.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from flashi2v_model.errors import InputError
 
@@ -44,8 +44,10 @@ class AEConfig(Settings):
     dtype: DType = "fp32"
     enable_tiling: bool = False
     tiling_param: TilingConfig = TilingConfig()
-    norm_latents: Literal[True] = True
-    norm_mode: Literal["channel_specified_shift_scale"] = "channel_specified_shift_scale"
+    norm_latents: Literal[True] = Field(True, description="the transformer is trained on normalised latents")
+    norm_mode: Literal["channel_specified_shift_scale"] = Field(
+        "channel_specified_shift_scale", description="the statistics of Wan's VAE are given per channel"
+    )
     do_sample: bool = True
 
 
@@ -55,7 +57,7 @@ class TextEncoderConfig(Settings):
     model_id: Literal["UMT5"]
     from_pretrained: str
     dtype: DType = "bf16"
-    hub_backend: Literal["hf"] = "hf"
+    hub_backend: Literal["hf"] = Field("hf", description="other hubs are not read: name a local directory instead")
     use_attention_mask: bool = True
 
 
@@ -76,7 +78,7 @@ class PredictorConfig(Settings):
     model_id: Literal["flashi2vdit"]
     from_pretrained: str | None = None
     dtype: DType = "bf16"
-    patch_size: tuple[int, int, int] = Field((1, 2, 2), strict=False)
+    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = Field((1, 2, 2), strict=False)
     text_len: int = Field(512, ge=1)
     in_dim: int = Field(16, ge=1)
     out_dim: int = Field(16, ge=1)

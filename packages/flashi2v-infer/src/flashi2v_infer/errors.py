@@ -1,0 +1,5 @@
+"""The errors that this package adds to those of flashi2v-data."""
+
+
+class SamplingError(RuntimeError):
+    """Videos could not be sampled though all that was given could be used; the message is one line."""

@@ -1,0 +1,247 @@
+"""Batches: what one bad image or one failing video costs, and what --resume keeps."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashi2v_data import read_frames
+from flashi2v_data.config import load_config
+from flashi2v_infer import InputError, SamplingError, read_record, save_video
+from flashi2v_infer.batch import read_back, read_batch, unfinished, write_together
+from flashi2v_infer.commands import sample_batch, sample_jobs
+from flashi2v_infer.config import InferenceConfig
+
+SCRIPT = Path(sys.executable).with_name("flashi2v-infer")
+SAMPLES, WHOLE = Path("samples"), Path("whole")
+
+
+@pytest.fixture
+def config(job):
+    """Three videos, the last with the image of the first; call it to change settings."""
+    Path("prompts.txt").write_text("a red circle\na dark object\na blue square\n")
+    Path("images.txt").write_text("first.png\nsecond.jpg\nfirst.png\n")
+    return lambda **changes: load_config(job(**changes), InferenceConfig)
+
+
+def contents(directory: Path = SAMPLES) -> dict[str, bytes]:
+    # A kill may leave the hidden directory of a file that was being written.
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def grid() -> np.ndarray:
+    return read_frames(SAMPLES / "video_grid.mp4", range(5))
+
+
+def differ(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether videos differ by more than their encoding, for which x264 does not always take as many bits."""
+    return first.shape != second.shape or bool(np.abs(first.astype(int) - second).mean() > 3)
+
+
+@pytest.fixture
+def assert_whole():
+    """Compare a directory with that of a batch that ran through."""
+
+    def check(directory: Path = SAMPLES) -> None:
+        assert contents(directory).keys() == contents(WHOLE).keys()
+        for video in WHOLE.glob("*.mp4"):
+            assert not differ(*(read_frames(path / video.name, range(5)) for path in (directory, WHOLE)))
+
+    return check
+
+
+@pytest.fixture
+def whole(config) -> Path:
+    """The directory of a batch that ran through, and a copy of it."""
+    sample_batch(config())
+    shutil.copytree(SAMPLES, WHOLE)
+    return SAMPLES
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_batch_is_what_its_jobs_are_whatever_their_order_and_number(config, assert_whole, shared_pipe):
+    batch = read_batch(config(save_path="apart"), seed=3)
+    jobs = batch.jobs
+    sample_jobs(shared_pipe, [jobs[2], jobs[0]])
+    assert [job.request.index for job in unfinished(jobs)] == [1]
+    sample_jobs(shared_pipe, jobs[1:2])
+    assert unfinished(jobs) == []
+    assert write_together(batch) == []
+    assert_whole(Path("apart"))
+    assert jobs[0].image is jobs[2].image  # read and held once
+
+
+@pytest.mark.usefixtures("whole")
+def test_resuming_a_finished_batch_samples_nothing_and_shows_all(config, assert_whole, capsys, monkeypatch):
+    # Nothing to sample: the model is not even loaded.
+    monkeypatch.setattr("flashi2v_infer.commands.load_from_config", None)
+    Path("samples/video_grid.mp4").unlink()
+    sample_batch(config(), resume=True, strips=Path("strips"))
+    assert_whole()
+    assert capsys.readouterr().out.endswith(
+        "wrote 0 videos (3 had been finished before) and video_grid.mp4 to samples\n"
+    )
+    assert sorted(path.name for path in Path("strips").iterdir()) == [f"video_{index}.png" for index in range(3)]
+    assert read_record("strips/video_1.png")["prompt"] == "a dark object"
+
+
+def _without_record(index: int) -> None:
+    # As a kill between the two leaves them.
+    Path(f"samples/video_{index}.json").unlink()
+
+
+def _without_video(index: int) -> None:
+    Path(f"samples/video_{index}.mp4").unlink()
+
+
+def _cut(index: int) -> None:
+    os.truncate(f"samples/video_{index}.mp4", os.path.getsize(f"samples/video_{index}.mp4") * 2 // 3)
+
+
+def _empty(index: int) -> None:
+    os.truncate(f"samples/video_{index}.mp4", 0)
+
+
+@pytest.mark.parametrize("damage", [_without_record, _without_video, _cut, _empty])
+@pytest.mark.usefixtures("whole")
+def test_what_is_not_whole_is_sampled_again_and_nothing_else(config, assert_whole, damage):
+    damage(1)
+    before = {path: path.stat().st_mtime_ns for path in SAMPLES.glob("video_[02].*")}
+    sample_batch(config(), resume=True)
+    assert_whole()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_killed_batch_is_resumed_to_the_same_videos(config, whole, assert_whole):
+    shutil.rmtree(whole)
+    command = [SCRIPT, "--mm-model", "inference_model.json"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        while not Path("samples/video_0.mp4").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert Path("samples/video_0.mp4").exists()
+    sample_batch(config(), resume=True)
+    assert_whole()
+
+
+@pytest.mark.parametrize(
+    ("changes", "edit", "message"),
+    [
+        ({"seed": 4}, None, r"samples/video_0.json was made from something else: seed was 3, is 4 \(and 2 more"),
+        ({"negative_prompt": "dark"}, None, 'negative_prompt was "", is "dark"'),
+        ({"fps": 16}, None, "fps was 8.0, is 16.0"),
+        ({"diffusion": {"shift": 5.0}}, None, "model_settings.diffusion.shift was 7.0, is 5.0"),
+        ({"diffusion": {"num_inference_steps": 3}}, None, "settings.num_inference_steps was 2, is 3"),
+        ({"ae": {"enable_tiling": True}}, None, "model_settings.ae.enable_tiling was false, is true"),
+        ({"predictor": {"text_len": 64}}, None, "model_settings.predictor.text_len was 512, is 64"),
+        ({}, ("prompts.txt", "a red circle\nanother\na blue square\n"), "video_1.json .*prompt was .*another"),
+        ({}, ("images.txt", "first.png\nsecond.jpg\nsecond.jpg\n"), "video_2.json .*image_contents was"),
+        ({}, ("samples/video_2.json", "{}"), "video_2.json holds no record of a sampled video"),
+        ({}, ("samples/video_2.json", None), "video_2.mp4 holds no record of a sampled video"),
+    ],
+)
+@pytest.mark.usefixtures("whole")
+def test_what_was_made_from_something_else_is_neither_kept_nor_replaced(config, changes, edit, message):
+    if edit is not None:
+        path, text = Path(edit[0]), edit[1]
+        if text is None:  # the video is somebody else's
+            path.unlink()
+            Path("samples/video_grid.mp4").replace("samples/video_2.mp4")
+        else:
+            path.write_text(text)
+    before = contents()
+    with pytest.raises(InputError, match=message) as error:
+        sample_batch(config(**changes), resume=True)
+    assert str(error.value).endswith(
+        "set save_path to another directory, restore the settings, or remove what is there"
+    )
+    assert contents() == before
+
+
+@pytest.mark.usefixtures("whole")
+def test_weights_that_were_trained_further_make_other_videos(config, model_directory, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model_directory / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights["proj_out.bias"] += 1e-3
+    save_file(weights, tmp_path / "trained.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"weights.predictor was .blake2b:.*, is .blake2b:"):
+        sample_batch(config(predictor={"from_pretrained": "trained.safetensors"}), resume=True)
+
+
+def test_the_same_image_under_another_name_is_the_same(config, whole):
+    before = contents()
+    Path("first.png").rename("renamed.png")
+    Path("images.txt").write_text("renamed.png\nsecond.jpg\nrenamed.png\n")
+    sample_batch(config(), resume=True)
+    assert contents() == before
+
+
+def test_one_bad_image_costs_its_own_video_until_it_is_mended(config, whole, assert_whole, caplog, capsys):
+    shutil.rmtree(whole)
+    Path("second.jpg").rename("kept.jpg")
+    with pytest.raises(InputError, match=r"^images.txt line 2: no usable image, .* add --resume to sample only"):
+        sample_batch(config())
+    assert "images.txt line 2: second.jpg: no such file: this video is left out" in caplog.text
+    assert contents().keys() == {name for name in contents(WHOLE) if "_1" not in name}
+    assert grid().shape == (5, 64, 96, 3)
+    assert grid()[:, :32, 48:].max() < 30 < grid()[:, :32, :48].mean()  # black, where the second would be
+    assert capsys.readouterr().out.endswith("wrote 2 videos and video_grid.mp4 to samples\n")
+
+    Path("kept.jpg").rename("second.jpg")
+    sample_batch(config(), resume=True)
+    assert_whole()
+    assert capsys.readouterr().out == "wrote 1 video (2 had been finished before) and video_grid.mp4 to samples\n"
+
+
+def test_bad_images_of_every_kind_are_named_and_none_is_sampled_when_all_are_bad(config, photograph):
+    Path("broken.png").write_bytes(Path("first.png").read_bytes()[:900])
+    Path("deep").mkdir()
+    Path("images.txt").write_text("broken.png\nprompts.txt\ndeep\n")
+    with pytest.raises(InputError) as error:
+        sample_batch(config(predictor={"from_pretrained": "not even there"}))
+    for line, reason in ((1, "broken.png: cannot be read"), (2, "prompts.txt: not an image"), (3, "deep: cannot be")):
+        assert f"images.txt line {line}: {reason}" in str(error.value)
+    assert not SAMPLES.exists()
+
+
+def test_a_video_whose_sampling_fails_costs_itself_and_makes_the_run_a_failure(config, poisoned, caplog):
+    Path("prompts.txt").write_text("a red circle\na zebra\na blue square\n")
+    changes = {"text_encoder": {"from_pretrained": str(poisoned)}}
+    with pytest.raises(SamplingError, match=r"^video_1.mp4: sampling failed, see above$"):
+        sample_batch(config(**changes))
+    assert "video_1.mp4: sampling ended in NaN or infinity" in caplog.text
+    assert sorted(contents()) == ["video_0.json", "video_0.mp4", "video_2.json", "video_2.mp4", "video_grid.mp4"]
+    assert grid()[:, :32, 48:].max() < 30
+
+    Path("images.txt").write_text("first.png\nsecond.jpg\nnowhere.png\n")
+    with pytest.raises(SamplingError, match=r"video_1.mp4: sampling failed, see above; images.txt line 3: no usable"):
+        sample_batch(config(**changes), resume=True)
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_finished_video_of_another_size_is_not_taken_for_this_one(config):
+    (job, *_) = read_batch(config(), seed=3).jobs
+    assert read_back(job).shape == (5, 32, 48, 3)
+    record = json.loads(Path("samples/video_0.json").read_text())
+    save_video(job.path, np.zeros((5, 64, 48, 3), np.uint8), 8, record)
+    assert read_back(job) is None
+
+
+def test_images_are_relative_to_the_working_directory_not_to_their_list(config, photograph):
+    Path("lists").mkdir()
+    for name in ("prompts.txt", "images.txt"):
+        Path(name).rename(f"lists/{name}")
+    Image.fromarray(photograph).save("lists/first.png")
+    batch = read_batch(config(prompt="lists/prompts.txt", image="lists/images.txt"), seed=0)
+    assert len(batch.jobs) == 3
+    Path("second.jpg").rename("lists/second.jpg")
+    assert list(read_batch(config(prompt="lists/prompts.txt", image="lists/images.txt"), seed=0).bad_lines) == [2]
