@@ -144,20 +144,12 @@ def test_meta_json_and_annotation_file_fit_together(shapes):
     }
 
 
-def test_the_same_seed_draws_the_same_set(shapes, tmp_path):
-    """Entries and pictures; an encoder may settle ties between equals in another way, so files are compared decoded."""
+def test_the_same_seed_writes_the_same_files(shapes, tmp_path):
     write_shapes(tmp_path / "again", 12, 7, 32, 48, 13)
     write_shapes(tmp_path / "other", 12, 8, 32, 48, 13)
-    assert (tmp_path / "again/videos.json").read_bytes() == (shapes / "videos.json").read_bytes()
-    for number in range(12):
-        same, again, other = (
-            read_frames(place / f"videos/{number:06d}.mp4", range(13)).astype(float)
-            for place in (shapes, tmp_path / "again", tmp_path / "other")
-        )
-        assert np.abs(again - same).mean() < 0.5
-        assert np.abs(other - same).mean() > 2
-    scene = sample_scene(7, 3)
-    assert np.array_equal(render(scene, 13, 32, 48, 16.0), render(sample_scene(7, 3), 13, 32, 48, 16.0))
+    for name in ("videos.json", *(f"videos/{number:06d}.mp4" for number in range(12))):
+        assert (tmp_path / "again" / name).read_bytes() == (shapes / name).read_bytes()
+        assert (tmp_path / "other" / name).read_bytes() != (shapes / name).read_bytes()
 
 
 def test_the_directory_appears_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -23,6 +23,8 @@ def write_video(
 ) -> None:
     """Write frames as H.264 (yuv420p, plays everywhere); the file appears under `path` only when whole.
 
+    The same frames give the same file on one machine with one version of PyAV.
+
     Args:
         path: ends in .mp4, .mov or .mkv.
         frames: (T, H, W, 3), uint8 RGB; H and W even, as yuv420p halves the colour planes.
@@ -52,7 +54,8 @@ def write_video(
         # The denominator 1001 is that of the NTSC rates (30000/1001).
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": str(crf)}
+        # On a busy machine the vector code of x264's macroblock tree gave other bits for the same frames now and then.
+        stream.options = {"crf": str(crf), "mbtree": "0"}
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
