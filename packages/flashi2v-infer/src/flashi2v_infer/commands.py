@@ -9,6 +9,7 @@ from flashi2v_data.atomic import check_directory
 from flashi2v_data.errors import InputError
 from flashi2v_data.transforms import center_crop_resize
 from flashi2v_infer.config import InferenceConfig
+from flashi2v_infer.execution import Execution
 from flashi2v_infer.export import (
     Frames,
     check_output,
@@ -21,11 +22,11 @@ from flashi2v_infer.export import (
     write_record,
 )
 from flashi2v_infer.inputs import Pixels, clean_prompt, read_image, read_pairs
-from flashi2v_infer.load import find_device, load_from_config, load_from_pretrained
+from flashi2v_infer.load import load_from_config, load_from_pretrained
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.sample import Sample, sample_video
 from flashi2v_infer.settings import Request
-from flashi2v_model.encoders import DTYPES
+from flashi2v_model.config import DType
 from flashi2v_model.libraries import quieten
 
 
@@ -43,9 +44,8 @@ def sample_batch(config: InferenceConfig, device: str | None = None, seed: int |
     directory = Path(config.save_path)
     check_directory(directory, "save_path")
     jobs = _read_jobs(config, config.seed if seed is None else seed)
-    torch_device = find_device(device or config.device)
     quieten()
-    pipeline = load_from_config(config, torch_device)
+    pipeline = load_from_config(config, Execution(device=device))
     pipeline.set_progress_bar_config(disable=None)
     model = str(config.predictor.from_pretrained)
 
@@ -76,7 +76,7 @@ def _read_jobs(config: InferenceConfig, seed: int) -> list[tuple[Request, Pixels
 
 
 def sample_one(
-    model: str, request: Request, output: Path, *, strip: Path | None, dtype: str | None, device: str
+    model: str, request: Request, output: Path, *, strip: Path | None, dtype: DType | None, device: str
 ) -> None:
     """Sample one video.
 
@@ -98,10 +98,8 @@ def sample_one(
         check_output(strip, ".png", "--strip")
     image = read_image(request.image, "--image")
     image = center_crop_resize(image[None], request.settings.height, request.settings.width)[0]
-    torch_device = find_device(device)
     quieten()
-    dtype = dtype or ("fp32" if torch_device.type == "cpu" else "bf16")
-    pipeline = load_from_pretrained(model, DTYPES[dtype], torch_device)
+    pipeline = load_from_pretrained(model, Execution(device=device, dtype=dtype))
     pipeline.set_progress_bar_config(disable=None)
 
     sample = sample_video(pipeline, request, image)

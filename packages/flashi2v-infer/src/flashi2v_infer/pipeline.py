@@ -60,6 +60,8 @@ class FlashI2VPipeline(DiffusionPipeline):
         InputError: the transformer is not one of FlashI2V.
     """
 
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
