@@ -2,147 +2,28 @@
 
 B videos, T video frames, F latent frames, H W latent grid, N tokens, L text tokens.
 
-The modules are built on the meta device from their config.json, and the functions that sampling calls run on tensors
-without numbers, counted by `flashi2v_infer.tracing`.
+Nothing is estimated by formulas of our own: the functions that sampling calls run on the meta device's tensors, which
+have no numbers, and `flashi2v_infer.tracing` counts.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
-from flashi2v_data.errors import InputError
-from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.decoding import choose_decoding, decoding_as
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.load import cast, check_model, find_device, settled_parts
+from flashi2v_infer.load import find_device
+from flashi2v_infer.parts import Parts
 from flashi2v_infer.placement import streams
 from flashi2v_infer.settings import SamplingSettings
-from flashi2v_infer.tracing import Trace, held_while_running, num_bytes, tracing
+from flashi2v_infer.tracing import held_while_running, num_bytes, tracing
 from flashi2v_model import FlashI2VTransformer3DModel, Guidance, guide
-from flashi2v_model.config import DType
-from flashi2v_model.encoders import (
-    DTYPES,
-    SPATIAL_STRIDE,
-    TEMPORAL_STRIDE,
-    configure_tiling,
-    decode_video,
-    encode_text,
-    encode_video,
-)
-from flashi2v_model.presets import TRANSFORMERS
+from flashi2v_model.encoders import SPATIAL_STRIDE, TEMPORAL_STRIDE, decode_video, encode_text, encode_video
 from flashi2v_npu_ops.device import free_memory, missing
-
-# Of the encoders that every release uses, for where their config.json is not at hand.
-_UMT5_XXL = {
-    "vocab_size": 256384,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": False,
-    "use_cache": False,
-}
-_META = torch.device("meta")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The modules of a pipeline without numbers, in their dtypes, and what had to be assumed of them."""
-
-    transformer: FlashI2VTransformer3DModel
-    text_encoder: UMT5EncoderModel
-    vae: AutoencoderKLWan
-    assumptions: tuple[str, ...] = ()
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The parts by name."""
-        return {"transformer": self.transformer, "text encoder": self.text_encoder, "VAE": self.vae}
-
-
-def parts_of_config(config: InferenceConfig, execution: Execution) -> Parts:
-    """Build the parts that a configuration file describes; only config.json files are read.
-
-    Raises:
-        InputError: a config.json is damaged.
-    """
-    predictor, encoder, ae = settled_parts(config, execution)
-    parts = _parts(
-        predictor.transformer_arguments(),
-        _read_config(Path(encoder.from_pretrained), "text_encoder.from_pretrained"),
-        _read_config(Path(ae.from_pretrained), "ae.from_pretrained"),
-        (predictor.dtype, encoder.dtype, ae.dtype),
-    )
-    configure_tiling(parts.vae, ae)
-    return parts
-
-
-def parts_of_model(model: str, execution: Execution, device_type: str) -> Parts:
-    """Build the parts of a pipeline directory, or, unseen, of a hub id; only config.json files are read.
-
-    Args:
-        model: what `flashi2v_infer.load.load_from_pretrained` takes.
-        execution: for the dtypes.
-        device_type: where it is going to run.
-
-    Raises:
-        InputError: there is no such directory, or a config.json is damaged.
-    """
-    path = check_model(model)
-    read = {name: path and _read_config(path / name, "--model") for name in ("transformer", "text_encoder", "vae")}
-    dtype = execution.settled_dtype(device_type)
-    dtypes = (dtype, dtype, execution.settled_vae_dtype())
-    return _parts(read["transformer"], read["text_encoder"], read["vae"], dtypes)
-
-
-def _read_config(directory: Path, key: str) -> dict[str, Any] | None:
-    path = directory / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{key}: {path} is damaged: {error}") from error
-
-
-def _parts(
-    transformer: dict[str, Any] | None,
-    text_encoder: dict[str, Any] | None,
-    vae: dict[str, Any] | None,
-    dtypes: tuple[DType, DType, DType],
-) -> Parts:
-    found = {"transformer": transformer, "text encoder": text_encoder, "VAE": vae}
-    standard = {"transformer": "FlashI2V 1.3B's", "text encoder": "UMT5-XXL's", "VAE": "Wan2.1's"}
-    assumptions = tuple(
-        f"the {part}'s sizes are taken to be {standard[part]}: its config.json is not on this disk"
-        for part, config in found.items()
-        if config is None
-    )
-    with _META:
-        parts = Parts(
-            FlashI2VTransformer3DModel.from_config(transformer or TRANSFORMERS["1.3b"]),
-            UMT5EncoderModel(UMT5Config(**(text_encoder or _UMT5_XXL))),
-            AutoencoderKLWan.from_config(vae or {}),
-            assumptions,
-        )
-    for module in parts.modules.values():
-        module.requires_grad_(False).eval()
-    cast(parts.transformer, DTYPES[dtypes[0]])
-    for module, dtype in ((parts.text_encoder, dtypes[1]), (parts.vae, dtypes[2])):
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(DTYPES[dtype])
-    return parts
 
 
 @dataclass(frozen=True)
@@ -196,14 +77,14 @@ class Plan:
     def __str__(self) -> str:
         lines = ["| stage | peak memory | of it weights | operations |", "|---|---|---|---|"]
         lines += [
-            f"| {stage.name} | {_gib(stage.peak)} | {_gib(stage.weights)} | {_tera(stage.flops)} |"
+            f"| {stage.name} | {gib(stage.peak)} | {gib(stage.weights)} | {tera(stage.flops)} |"
             for stage in self.stages
         ]
         calls = self.num_steps * self.calls_per_step
         sizes = ", ".join(f"{name} {count / 1e9:.2f} billion" for name, count in self.parameters.items())
         lines += [
             "",
-            f"peak memory {_gib(self.peak)}, operations per step {_tera(self.step_flops)}",
+            f"peak memory {gib(self.peak)}, operations per step {tera(self.step_flops)}",
             f"{self.num_steps} steps, {self.calls_per_step} calls of the network in each, {calls} in all; "
             f"{self.num_tokens} tokens a video, {self.num_videos} at a time",
             f"parameters: {sizes}",
@@ -213,11 +94,11 @@ class Plan:
         return "\n".join(lines)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _tera(flops: int) -> str:
+def tera(flops: int) -> str:
     return f"{flops / 1e12:.1f} TFLOP"
 
 
@@ -253,10 +134,10 @@ def make_plan(
     """Predict what a run takes.
 
     Operators' own workspace, an allocator's gaps, libraries and drivers come on top of the memory: on GPUs count on
-    about a GiB. The operations of the network are those of a step's plain calls.
+    about a GiB. The prompts are encoded ahead and the text encoder put away, as `flashi2v_infer.placement` does it.
 
     Args:
-        parts: from `parts_of_config` or `parts_of_model`.
+        parts: from `flashi2v_infer.parts`.
         settings: the numbers of the run.
         execution: how it computes.
         device_type: where.
@@ -269,25 +150,28 @@ def make_plan(
         settings.width // SPATIAL_STRIDE,
     )
     config = parts.transformer.config
-    latents = torch.empty((num_videos, config.in_channels, *grid), device=_META)
+    device = parts.vae.device  # meta, but the same functions measure real modules
+    latents = torch.zeros((num_videos, config.in_channels, *grid), device=device)
     num_text_tokens = settings.max_sequence_length or config.text_len
     branches = 2 if settings.uses_negative_prompt else 1
     calls = 1 if execution.cfg_batch else branches
     model = _Residence(parts, execution, streams(device_type))
 
     def text_stage() -> Tensor:
-        ids = torch.empty((1, num_text_tokens), dtype=torch.long, device=_META)
+        ids = torch.zeros((1, num_text_tokens), dtype=torch.long, device=device)
         return encode_text(parts.text_encoder, ids, torch.ones_like(ids), use_mask=False)
 
     def image_stage() -> Tensor:
-        frames = torch.empty((num_videos, 3, 1, settings.height, settings.width), device=_META)
+        frames = torch.zeros((num_videos, 3, 1, settings.height, settings.width), device=device)
         condition = encode_video(parts.vae, frames)
         return guide(parts.transformer, condition, grid[0], settings.low_freq_energy_ratio).shift
 
     with torch.no_grad():
         guidance = guide(parts.transformer, latents[:, :, :1], grid[0], settings.low_freq_energy_ratio)
-        text = torch.empty((num_videos, num_text_tokens, config.text_dim), dtype=parts.text_encoder.dtype, device=_META)
-    texts = [text, torch.empty_like(text)][:branches]
+        text = torch.zeros(
+            (num_videos, num_text_tokens, config.text_dim), dtype=parts.text_encoder.dtype, device=device
+        )
+    texts = [text, torch.zeros_like(text)][:branches]
 
     def step() -> Tensor:
         if execution.cfg_batch and branches == 2:
@@ -322,9 +206,9 @@ def make_plan(
         calls_per_step=calls,
         num_tokens=math.prod(size // step for size, step in zip(grid, patch)),
         num_videos=num_videos,
-        parameters={name: module.num_parameters() for name, module in parts.modules.items()},
+        parameters={name: sum(p.numel() for p in module.parameters()) for name, module in parts.modules.items()},
         decoding="the tiles that are set for the VAE" if decoding is None else str(decoding),
-        notes=parts.assumptions,
+        notes=(*parts.assumptions, *(("compiled blocks need less memory than this",) if execution.compile else ())),
     )
 
 
@@ -334,6 +218,24 @@ def call_network(transformer: FlashI2VTransformer3DModel, y: Tensor, guidance: G
     return transformer(y - guidance.shift, timestep, context, guidance.fourier, return_dict=False)[0].float()
 
 
+def group_sizes(
+    transformer: FlashI2VTransformer3DModel, text_encoder: UMT5EncoderModel, streaming: bool
+) -> dict[nn.Module, int]:
+    """Return the bytes that offloading in groups holds on the device while each of these modules runs.
+
+    Args:
+        transformer: a block at a time; what is in no block, throughout.
+        text_encoder: a leaf at a time.
+        streaming: a block more is fetched ahead.
+    """
+    blocks = [*transformer.fourier_embedding, *transformer.blocks]
+    ahead = max(map(num_bytes, blocks)) if streaming else 0
+    sizes = {module: num_bytes(module) for module in text_encoder.modules() if [*module.parameters(recurse=False)]}
+    sizes |= {block: num_bytes(block) + ahead for block in blocks}
+    sizes[transformer] = num_bytes(transformer) - num_bytes(*blocks)
+    return sizes
+
+
 class _Residence:
     """Which weights are on the device when: what `flashi2v_infer.placement` brings about, in bytes.
 
@@ -341,7 +243,8 @@ class _Residence:
     """
 
     def __init__(self, parts: Parts, execution: Execution, streaming: bool) -> None:
-        self._parts, self._offload, self._streaming = parts, execution.offloading, streaming
+        self._parts, self._offload = parts, execution.offloading
+        self._moving = group_sizes(parts.transformer, parts.text_encoder, streaming) if self._offload == "group" else {}
 
     def weights(self, name: str) -> int:
         """Return the bytes that stay on the device throughout a stage."""
@@ -375,20 +278,6 @@ class _Residence:
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
         with tracing() as trace:
             trace.hold(weights + sum(storages.values()))
-            with self._groups(trace):
+            with held_while_running(trace, self._moving):
                 run()
         return Stage(name, trace.peak, weights, trace.flops * repeats)
-
-    @contextmanager
-    def _groups(self, trace: Trace) -> Iterator[None]:
-        if self._offload != "group":
-            yield
-            return
-        transformer, encoder = self._parts.transformer, self._parts.text_encoder
-        blocks = [*transformer.fourier_embedding, *transformer.blocks]
-        ahead = max(map(num_bytes, blocks)) if self._streaming else 0
-        sizes = {module: num_bytes(module) for module in encoder.modules() if [*module.parameters(recurse=False)]}
-        sizes |= {block: num_bytes(block) + ahead for block in blocks}
-        sizes[transformer] = num_bytes(transformer) - num_bytes(*blocks)
-        with held_while_running(trace, sizes):
-            yield

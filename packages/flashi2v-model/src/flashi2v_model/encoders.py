@@ -4,6 +4,7 @@ B batch, C latent channels, T video frames, F latent frames, L text tokens.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,13 @@ def load_pretrained(
         InputError: naming `key`, the configuration key or option that gave `path`.
     """
     check_pretrained(path, key)
+    # The libraries would fill missing weights with random numbers, so a report is asked for.
+    load = partial(cls.from_pretrained, path, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True)
     try:
-        # The libraries would fill missing weights with random numbers.
-        model, report = cls.from_pretrained(
-            path, subfolder=subfolder, torch_dtype=dtype, device_map={"": device}, output_loading_info=True
-        )
+        try:
+            model, report = load(device_map={"": device})
+        except NotImplementedError:  # diffusers leaves missing weights without numbers, and cannot move those
+            model, report = load()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         hub = "" if Path(path).is_dir() else " (there is no such directory here, so it was looked up on the hub)"

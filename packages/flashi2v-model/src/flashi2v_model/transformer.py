@@ -42,6 +42,7 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers declares it so)
+    _repeated_blocks = ["Block"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
     _keep_in_fp32_modules = ["time_embedder", "time_proj", "scale_shift_table", "norm2"]  # noqa: RUF012
 
     @register_to_config
