@@ -3,7 +3,6 @@ import subprocess
 import sys
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -39,14 +38,15 @@ CPU = torch.device("cpu")
 def test_contradictions_are_one_line(settings, message):
     with pytest.raises(InputError) as error:
         Execution(**settings)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_offloading_from_the_cpu_is_refused_once_the_device_is_known(model_directory):
+@pytest.mark.parametrize("device", ["cpu:0", None])
+def test_offloading_from_the_cpu_is_refused_before_anything_is_loaded(model_directory, monkeypatch, device):
+    monkeypatch.setattr("flashi2v_infer.load.resolve_device", lambda name: CPU)  # what "auto" finds here
     with pytest.raises(InputError, match="the device is the CPU"):
-        load_from_pretrained(str(model_directory), Execution(device="cpu:0", offload="none", low_memory=False).__class__(
-            device=None if not torch.cuda.is_available() else "cpu", offload="model"
-        ))
+        load_from_pretrained(str(model_directory), Execution(device=device, offload="model"))
 
 
 def test_an_execution_is_made_without_heavy_imports():
@@ -121,23 +121,28 @@ def test_the_predicted_peak_is_what_decoding_takes(vae, way):
     predicted = predicted_peak(vae, tuple(latents.shape), way)
     if way == Decoding():
         assert predicted == trace.peak
-    assert trace.peak <= predicted <= 1.5 * trace.peak
+    assert trace.peak <= predicted <= 1.3 * trace.peak
 
 
 @torch.no_grad()
 def test_slices_are_equal_tiles_nearly_and_the_vae_is_left_as_it_was(vae, photograph):
     height, width = 192, 256
-    frames = torch.stack([prepare_image(picture, height, width) for picture in (photograph, photograph[:, ::-1].copy())])
+    frames = torch.stack(
+        [prepare_image(picture, height, width) for picture in (photograph, photograph[:, ::-1].copy())]
+    )
     video = frames.repeat(1, 1, 5, 1, 1) * torch.linspace(1, 0.8, 5)[:, None, None]  # (2, 3, 5, H, W), growing darker
     latents = encode_video(vae, video)
     whole = decode_video(vae, latents)
     sliced = decode_within_memory(vae, latents, Execution(vae_slicing=True, vae_tiling=False))
     torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
     tiled = decode_within_memory(vae, latents, Execution(vae_tiling=True))
-    assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
+    assert tiled.shape == whole.shape
+    assert not torch.equal(tiled, whole)
     ours, theirs = ((x * 127.5 + 127.5).round().to(torch.uint8).numpy() for x in (tiled, whole))
-    assert 30 < psnr(ours, theirs) < 100
-    assert not vae.use_tiling and not vae.use_slicing and vae.tile_sample_min_height == 256
+    assert 25 < psnr(ours, theirs) < 40  # 27.8 dB: the seams of a VAE with random weights
+    assert not vae.use_tiling
+    assert not vae.use_slicing
+    assert vae.tile_sample_min_height == 256
 
 
 def test_the_way_of_decoding_is_logged_once(vae, caplog):
@@ -173,7 +178,7 @@ def sample(pipe, photograph):
 @pytest.mark.parametrize("settings", [{"offload": "model"}, {"offload": "group"}, {"low_memory": True}])
 def test_offloading_changes_nothing_of_the_video(model_directory, sampled, photograph, settings):
     pipe, _ = load(model_directory, **settings)
-    assert pipe._execution_device == CPU
+    assert pipe._execution_device.type == "cpu"
     expected = sampled(image=photograph)
     for _ in range(2):  # the second run starts from where the first has left the parts
         torch.testing.assert_close(sample(pipe, photograph), expected, rtol=0, atol=1e-6)
@@ -200,7 +205,9 @@ def test_each_distinct_prompt_is_encoded_once(model_directory, monkeypatch):
     pipe, execution = load(model_directory)
     seen = []
     encode = pipe.encode_prompt
-    monkeypatch.setattr(pipe, "encode_prompt", lambda prompts, length: (seen.append(prompts), encode(prompts, length))[1])
+    monkeypatch.setattr(
+        pipe, "encode_prompt", lambda prompts, length: (seen.append(prompts), encode(prompts, length))[1]
+    )
     states = encode_prompts(pipe, ["a cat", "", "a dog", "", "a cat"], execution, CPU, 24)
     assert seen == [["a cat"], [""], ["a dog"]]
     assert {prompt: tuple(state.shape) for prompt, state in states.items()} == dict.fromkeys(states, (1, 24, 64))
@@ -221,7 +228,7 @@ def test_a_released_text_encoder_is_gone_from_memory(model_directory, offload):
     assert pipe.text_encoder is None
     assert not any(storage() is not None for storage in weights)
     assert others() is not None
-    assert pipe._execution_device == CPU
+    assert pipe._execution_device.type == "cpu"
 
 
 @pytest.mark.parametrize("offload", ["none", "model", "group"])

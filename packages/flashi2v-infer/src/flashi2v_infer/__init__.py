@@ -6,30 +6,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashi2v_data.errors import InputError
     from flashi2v_infer.denoising import denoise
+    from flashi2v_infer.execution import Execution
     from flashi2v_infer.export import film_strip, video_grid, write_mp4
     from flashi2v_infer.pipeline import FlashI2VPipeline, FlashI2VPipelineOutput
+    from flashi2v_infer.placement import place
     from flashi2v_infer.settings import SamplingSettings
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Execution": "flashi2v_infer.execution",
     "FlashI2VPipeline": "flashi2v_infer.pipeline",
     "FlashI2VPipelineOutput": "flashi2v_infer.pipeline",
     "InputError": "flashi2v_data.errors",
     "SamplingSettings": "flashi2v_infer.settings",
     "denoise": "flashi2v_infer.denoising",
     "film_strip": "flashi2v_infer.export",
+    "place": "flashi2v_infer.placement",
     "video_grid": "flashi2v_infer.export",
     "write_mp4": "flashi2v_infer.export",
 }
 
 __all__ = [
+    "Execution",
     "FlashI2VPipeline",
     "FlashI2VPipelineOutput",
     "InputError",
     "SamplingSettings",
     "denoise",
     "film_strip",
+    "place",
     "video_grid",
     "write_mp4",
 ]

@@ -9,6 +9,7 @@ its edges, and where two overlap their pictures are blended.
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,18 +116,24 @@ def predicted_peak(vae: AutoencoderKLWan, shape: tuple[int, ...], decoding: Deco
     Whole decoding, of a video or a tile, is traced on the meta device; what slices and tiles keep is added.
     """
     batch, channels, num_frames, height, width = shape
+    videos = 1 if decoding.sliced else batch  # at once
+    samples = 3 * (TEMPORAL_STRIDE * (num_frames - 1) + 1) * height * width * SPATIAL_STRIDE**2  # of one
     overlap = 0.0
     if decoding.tile is not None:
         side, stride = decoding.tile
         height, width = (min(length, side // SPATIAL_STRIDE) for length in (height, width))
         overlap = (side / stride) ** 2
-    piece = (1 if decoding.sliced else batch, channels, num_frames, height, width)
+    piece = (videos, channels, num_frames, height, width)
     peak = _whole_peak(json.dumps(dict(vae.config), default=str), vae.dtype, piece)
     if piece == shape:
         return peak
-    samples = batch * (TEMPORAL_STRIDE * (num_frames - 1) + 1) * shape[3] * shape[4] * SPATIAL_STRIDE**2
-    video = samples * vae.config.out_channels * vae.dtype.itemsize
-    return peak + int((overlap + 2) * video)  # tiles with their overlap, what they are joined to, and that clamped
+    size = samples * vae.dtype.itemsize
+    # Slices that are done, and the latents of all, brought to the VAE's scale.
+    before = (batch - videos) * size + math.prod(shape) * 2 * torch.float32.itemsize
+    last_piece = before + overlap * videos * size + peak
+    joining = before + (overlap + 3) * videos * size  # tiles, their rows, the picture, and that clamped
+    in_fp32 = batch * (size + 2 * samples * torch.float32.itemsize)  # what `decode_video` makes of it
+    return int(max(last_piece, joining, in_fp32))
 
 
 @lru_cache(maxsize=64)

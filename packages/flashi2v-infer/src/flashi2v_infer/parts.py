@@ -55,7 +55,7 @@ def parts_of_config(config: InferenceConfig, execution: Execution) -> Parts:
         InputError: a config.json is damaged.
     """
     predictor, encoder, ae = settled_parts(config, execution)
-    parts = _parts(
+    parts = build_parts(
         predictor.transformer_arguments(),
         _read_config(Path(encoder.from_pretrained), "text_encoder.from_pretrained"),
         _read_config(Path(ae.from_pretrained), "ae.from_pretrained"),
@@ -80,7 +80,7 @@ def parts_of_model(model: str, execution: Execution, device_type: str) -> Parts:
     names = ("transformer", "text_encoder", "vae")
     transformer, text_encoder, vae = (None if path is None else _read_config(path / name, "--model") for name in names)
     dtype = execution.settled_dtype(device_type)
-    return _parts(transformer, text_encoder, vae, (dtype, dtype, execution.settled_vae_dtype()))
+    return build_parts(transformer, text_encoder, vae, (dtype, dtype, execution.settled_vae_dtype()))
 
 
 def _read_config(directory: Path, key: str) -> dict[str, Any] | None:
@@ -93,7 +93,7 @@ def _read_config(directory: Path, key: str) -> dict[str, Any] | None:
         raise InputError(f"{key}: {path} is damaged: {error}") from error
 
 
-def _parts(
+def build_parts(
     transformer: dict[str, Any] | None,
     text_encoder: dict[str, Any] | None,
     vae: dict[str, Any] | None,

@@ -1,5 +1,6 @@
 """Which accelerator there is, and what it needs: asked here and nowhere else."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -84,11 +85,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` start anew; on the CPU only Linux can, elsewhere the peak stays that of the whole process."""
+    """Let `peak_memory` start anew; on the CPU only Linux may, elsewhere the peak stays that of the whole process."""
     if device.type != "cpu":
         getattr(torch, device.type).reset_peak_memory_stats(device)
     elif _RESET_PEAK.exists():
-        _RESET_PEAK.write_text("5")  # proc(5): resets the peak resident size
+        with contextlib.suppress(PermissionError):  # some containers guard the file
+            _RESET_PEAK.write_text("5")  # proc(5): resets the peak resident size
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -101,21 +103,22 @@ def free_memory(device: torch.device) -> int | None:
         module = getattr(torch, device.type)
         free, _ = module.mem_get_info(device)
         return int(free + module.memory_reserved(device) - module.memory_allocated(device))
-    if not _MEMINFO.exists():
-        return None
-    meminfo = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    return min([available, *_container_room()])
+    available = _meminfo("MemAvailable")
+    return None if available is None else min([available, *_container_room()])
 
 
 def total_memory(device: torch.device) -> int | None:
     """Return the bytes that the device has, or None where the system does not tell."""
     if device.type != "cpu":
         return int(getattr(torch, device.type).mem_get_info(device)[1])
+    return _meminfo("MemTotal")
+
+
+def _meminfo(name: str) -> int | None:
     if not _MEMINFO.exists():
         return None
-    meminfo = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
-    return int(meminfo["MemTotal"].split()[0]) * 1024
+    numbers = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
+    return int(numbers[name].split()[0]) * 1024
 
 
 def _container_room() -> list[int]:
