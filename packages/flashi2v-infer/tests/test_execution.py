@@ -1,7 +1,9 @@
 import gc
+import json
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from flashi2v_infer.load import load_from_pretrained
 from flashi2v_infer.pipeline import prepare_image
 from flashi2v_infer.placement import encode_prompts, place, put_away_text_encoder
 from flashi2v_infer.sample import psnr
-from flashi2v_infer.tracing import tracing
+from flashi2v_infer.tracing import num_bytes, tracing
 from flashi2v_model.encoders import decode_video, encode_video
 
 CPU = torch.device("cpu")
@@ -182,6 +184,42 @@ def test_offloading_changes_nothing_of_the_video(model_directory, sampled, photo
     expected = sampled(image=photograph)
     for _ in range(2):  # the second run starts from where the first has left the parts
         torch.testing.assert_close(sample(pipe, photograph), expected, rtol=0, atol=1e-6)
+
+
+def pretend(*words):
+    pytest.importorskip("torch", "2.13", reason="older versions of torch cannot pretend to have another device")
+    command = [sys.executable, str(Path(__file__).with_name("pretended_card.py")), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_every_stage_finds_its_weights_on_the_card_and_no_others(model_directory, offload):
+    result = pretend(offload)
+    assert result.returncode == 0, result.stderr[-2000:]
+    seen = json.loads(result.stdout)
+    within, block = seen["in the text encoder"], seen["in a block"]
+    after = [seen["after the image"], seen["after decoding"]]
+    if offload == "model":
+        assert within["text encoder"] > 0
+        assert [within[part] for part in ("blocks", "ends", "VAE")] == [0, 0, 0]
+        assert block["text encoder"] == 0
+        assert min(block[part] for part in ("blocks", "ends", "VAE")) > 0
+        assert after[1]["blocks"] == after[1]["ends"] == after[1]["text encoder"] == 0
+    else:
+        assert [within[part] for part in ("text encoder", "blocks", "ends")] == [0, 0, 0]  # its leaves come one by one
+        pipe, _ = load(model_directory)
+        assert block["blocks"] == num_bytes(pipe.transformer.blocks[0])
+        assert block["ends"] > 0
+        assert [place["blocks"] + place["ends"] + place["text encoder"] for place in after] == [0, 0]
+    assert min(place["VAE"] for place in (*after, seen["in the decoder"])) > 0
+    assert seen["in the decoder"]["blocks"] == 0
+    assert seen["in the latent shift"]["shift"] > 0
+    assert seen["in the latent shift"]["blocks"] == 0
+
+
+def test_without_following_the_latent_shift_would_not_be_on_the_card():
+    seen = json.loads(pretend("group", "forget").stdout)
+    assert seen["in the latent shift"]["shift"] == 0
 
 
 def test_the_latent_shift_follows_its_input_where_the_transformer_is_offloaded(model_directory):
