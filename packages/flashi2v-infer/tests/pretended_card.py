@@ -3,7 +3,8 @@ device, and refuse to meet those of another.
 
     python pretended_card.py model|group [forget]
 
-Prints, as JSON, how many bytes of each part's weights are on the card within modules and at the end of stages. "forget" leaves out what brings the latent shift to the card.
+Prints, as JSON, how many bytes of each part's weights are on the card within modules and at the end of stages. "forget"
+leaves out what brings the latent shift to the card.
 """
 
 import json

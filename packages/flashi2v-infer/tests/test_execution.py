@@ -151,7 +151,7 @@ def test_the_way_of_decoding_is_logged_once(vae, caplog):
     caplog.set_level("INFO")
     for _ in range(2):
         decode_within_memory(vae, torch.zeros(1, 16, 1, 4, 6), Execution())
-    assert caplog.text.count("decoding (1, 16, 1, 4, 6) in whole pictures (free memory: ") == 1
+    assert caplog.text.count("decoding (1, 16, 1, 4, 6) in whole pictures") == 1
 
 
 def load(model_directory, **settings):

@@ -31,6 +31,8 @@ TILES = ((512, 384), (384, 288), (256, 192), (128, 96))
 # Of the free memory, what a prediction may take: kernels need workspace, and an allocator leaves gaps.
 _SHARE = 0.8
 
+_reported: set[tuple["Decoding | None", torch.Size]] = set()
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -53,14 +55,13 @@ def decode_within_memory(vae: AutoencoderKLWan, latents: Tensor, execution: Exec
     """Decode as `flashi2v_model.encoders.decode_video` does, in the way that `choose_decoding` chooses."""
     free = free_memory(latents.device)
     decoding = choose_decoding(vae, tuple(latents.shape), execution, free)
-    _report_once(str(decoding), tuple(latents.shape), "unknown" if free is None else f"{free / 2**30:.1f} GiB")
+    if (decoding, latents.shape) not in _reported:
+        _reported.add((decoding, latents.shape))
+        way = "the tiles that are set for the VAE" if decoding is None else decoding
+        known = "" if free is None else f" ({free / 2**30:.1f} GiB are free)"
+        logger.info("decoding %s in %s%s", tuple(latents.shape), way, known)
     with decoding_as(vae, decoding):
         return decode_video(vae, latents)
-
-
-@lru_cache(maxsize=64)
-def _report_once(decoding: str, shape: tuple[int, ...], free: str) -> None:
-    logger.info("decoding %s in %s (free memory: %s)", shape, decoding, free)
 
 
 def choose_decoding(
