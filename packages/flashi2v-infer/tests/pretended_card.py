@@ -18,11 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
+import flashi2v_infer.decoding
+from flashi2v_infer.decoding import decode_within_memory
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import place
 from flashi2v_model import FlashI2VTransformer3DModel, guide, presets
-from flashi2v_model.encoders import decode_video, encode_text, encode_video
+from flashi2v_model.encoders import encode_text, encode_video
 from flashi2v_model.scheduler import euler_scheduler
 
 _setup_privateuseone_for_python_backend("card")
@@ -62,7 +64,8 @@ def main(offload: str, forget: bool) -> None:
             UMT5Config(**sizes, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False)
         )
         pipe = FlashI2VPipeline(ByT5Tokenizer(extra_ids=0), encoder, vae, transformer, scheduler)
-        place(pipe, Execution(device="cuda", offload=offload), CARD)
+        execution = Execution(device="cuda", offload=offload)
+        place(pipe, execution, CARD)
         assert pipe._execution_device == CARD
         if forget:
             transformer.learnable_proj._forward_pre_hooks.clear()
@@ -83,6 +86,7 @@ def main(offload: str, forget: bool) -> None:
             }
             seen.setdefault(stage, on_card)
 
+        flashi2v_infer.decoding.free_memory = lambda device: look("as the free memory is asked for")
         encoder.encoder.block[0].register_forward_pre_hook(lambda *_: look("in the text encoder"))
         # Convolutions of such tensors look at no device, so that of their weights is looked at here.
         transformer.learnable_proj.proj[0].register_forward_pre_hook(lambda *_: look("in the latent shift"))
@@ -97,7 +101,7 @@ def main(offload: str, forget: bool) -> None:
             y = torch.zeros(1, 16, 3, 4, 6, device=CARD) - guidance.shift
             for _ in range(2):
                 y = transformer(y, torch.full((1,), 5.0), text, guidance.fourier)[0]
-            video = decode_video(vae, y)
+            video = decode_within_memory(vae, y, execution)
             look("after decoding")
             assert {t.device for t in (text, condition, guidance.fourier, y, video)} == {CARD}
     print(json.dumps(seen))

@@ -53,6 +53,9 @@ class Decoding:
 
 def decode_within_memory(vae: AutoencoderKLWan, latents: Tensor, execution: Execution) -> Tensor:
     """Decode as `flashi2v_model.encoders.decode_video` does, in the way that `choose_decoding` chooses."""
+    if hasattr(vae, "_hf_hook"):
+        # Where parts are offloaded, the VAE's call makes the transformer leave: before the memory is asked for.
+        vae._hf_hook.pre_forward(vae)
     free = free_memory(latents.device)
     decoding = choose_decoding(vae, tuple(latents.shape), execution, free)
     if (decoding, latents.shape) not in _reported:
