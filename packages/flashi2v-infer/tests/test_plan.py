@@ -158,7 +158,7 @@ import torch
 from flashi2v_infer.plan import call_network
 from flashi2v_infer.tracing import num_bytes, tracing
 from flashi2v_model import FlashI2VTransformer3DModel, Guidance
-from flashi2v_npu_ops.device import peak_memory
+from flashi2v_npu_ops.device import peak_memory, reset_peak_memory
 
 torch.set_num_threads(1)
 sizes = dict(num_attention_heads=8, attention_head_dim=128, ffn_dim=4096, num_layers=4, text_dim=256)
@@ -177,12 +177,14 @@ def run(device):
     return trace.peak
 
 predicted = run("meta")
+reset_peak_memory(torch.device("cpu"))  # importing has let go of much
 before = peak_memory(torch.device("cpu"))
 run("cpu")
 print(predicted, peak_memory(torch.device("cpu")) - before)
 """
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lets a process's peak start anew")
 def test_a_real_process_grows_by_what_was_predicted():
     result = subprocess.run([sys.executable, "-c", _GROWTH], capture_output=True, text=True, check=True)
     predicted, grown = map(int, result.stdout.split())
