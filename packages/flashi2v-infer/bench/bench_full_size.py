@@ -45,7 +45,6 @@ def main() -> None:
     latents = torch.randn(1, 16, *grid, device=device)
     timestep = torch.full((1,), 500.0, device=device)
     text = torch.randn(1, 512, 4096, device=device, dtype=dtype)
-    cache = SamplingCache(timestep)
 
     def calls_of_ours() -> dict[str, Callable[[], Tensor]]:
         model = _random(lambda: FlashI2VTransformer3DModel(**sizes), dtype, device)

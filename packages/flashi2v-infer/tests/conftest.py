@@ -38,6 +38,8 @@ def model_directory(tmp_path_factory) -> Path:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     transformer.save_pretrained(directory / "transformer")
+    # Apart from the config.json, which no setting of a file may contradict.
+    shutil.copy(directory / "transformer" / "diffusion_pytorch_model.safetensors", directory / "weights.safetensors")
     return directory
 
 
@@ -158,7 +160,7 @@ def json_settings(model: Path) -> dict[str, Any]:
         "text_encoder": {"model_id": "UMT5", "from_pretrained": str(model / "text_encoder")},
         "predictor": {
             "model_id": "flashi2vdit",
-            "from_pretrained": str(model / "transformer" / "diffusion_pytorch_model.safetensors"),
+            "from_pretrained": str(model / "weights.safetensors"),
             "text_len": 512,
             "hidden_size": 128,
             "num_heads": 4,

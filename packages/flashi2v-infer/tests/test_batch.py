@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flashi2v_data import read_frames
@@ -19,9 +20,15 @@ from flashi2v_infer import InputError, SamplingError, read_record, save_video
 from flashi2v_infer.batch import read_back, read_batch, unfinished, write_together
 from flashi2v_infer.commands import sample_batch, sample_jobs
 from flashi2v_infer.config import InferenceConfig
+from flashi2v_infer.execution import Execution
+from flashi2v_infer.load import load_from_config
+from flashi2v_infer.measured import Meter
+from flashi2v_infer.processes import Processes
 
 SCRIPT = Path(sys.executable).with_name("flashi2v-infer")
 SAMPLES, WHOLE = Path("samples"), Path("whole")
+
+AS_IT_SAYS = Execution()
 
 
 @pytest.fixture
@@ -61,18 +68,21 @@ def assert_whole():
 @pytest.fixture
 def whole(config) -> Path:
     """The directory of a batch that ran through, and a copy of it."""
-    sample_batch(config())
+    sample_batch(config(), AS_IT_SAYS)
     shutil.copytree(SAMPLES, WHOLE)
     return SAMPLES
 
 
 @pytest.mark.usefixtures("whole")
-def test_a_batch_is_what_its_jobs_are_whatever_their_order_and_number(config, assert_whole, shared_pipe):
-    batch = read_batch(config(save_path="apart"), seed=3)
+def test_a_batch_is_what_its_jobs_are_whatever_their_order_and_number(config, assert_whole):
+    settings = config(save_path="apart")
+    batch = read_batch(settings, seed=3)
     jobs = batch.jobs
-    sample_jobs(shared_pipe, [jobs[2], jobs[0]])
+    keep, alone = Execution(keep_text_encoder=True), Processes(torch.device("cpu"))
+    pipe = load_from_config(settings, keep)
+    sample_jobs(pipe, [jobs[2], jobs[0]], keep, alone, Meter(alone.device))
     assert [job.request.index for job in unfinished(jobs)] == [1]
-    sample_jobs(shared_pipe, jobs[1:2])
+    sample_jobs(pipe, jobs[1:2], keep, alone, Meter(alone.device))
     assert unfinished(jobs) == []
     assert write_together(batch) == []
     assert_whole(Path("apart"))
@@ -84,7 +94,7 @@ def test_resuming_a_finished_batch_samples_nothing_and_shows_all(config, assert_
     # Nothing to sample: the model is not even loaded.
     monkeypatch.setattr("flashi2v_infer.commands.load_from_config", None)
     Path("samples/video_grid.mp4").unlink()
-    sample_batch(config(), resume=True, strips=Path("strips"))
+    sample_batch(config(), AS_IT_SAYS, resume=True, strips=Path("strips"))
     assert_whole()
     assert capsys.readouterr().out.endswith(
         "wrote 0 videos (3 had been finished before) and video_grid.mp4 to samples\n"
@@ -115,7 +125,7 @@ def _empty(index: int) -> None:
 def test_what_is_not_whole_is_sampled_again_and_nothing_else(config, assert_whole, damage):
     damage(1)
     before = {path: path.stat().st_mtime_ns for path in SAMPLES.glob("video_[02].*")}
-    sample_batch(config(), resume=True)
+    sample_batch(config(), AS_IT_SAYS, resume=True)
     assert_whole()
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -128,7 +138,7 @@ def test_a_killed_batch_is_resumed_to_the_same_videos(config, whole, assert_whol
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert Path("samples/video_0.mp4").exists()
-    sample_batch(config(), resume=True)
+    sample_batch(config(), AS_IT_SAYS, resume=True)
     assert_whole()
 
 
@@ -159,7 +169,7 @@ def test_what_was_made_from_something_else_is_neither_kept_nor_replaced(config, 
             path.write_text(text)
     before = contents()
     with pytest.raises(InputError, match=message) as error:
-        sample_batch(config(**changes), resume=True)
+        sample_batch(config(**changes), AS_IT_SAYS, resume=True)
     assert str(error.value).endswith(
         "set save_path to another directory, restore the settings, or remove what is there"
     )
@@ -174,14 +184,14 @@ def test_weights_that_were_trained_further_make_other_videos(config, model_direc
     weights["proj_out.bias"] += 1e-3
     save_file(weights, tmp_path / "trained.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"weights.predictor was .blake2b:.*, is .blake2b:"):
-        sample_batch(config(predictor={"from_pretrained": "trained.safetensors"}), resume=True)
+        sample_batch(config(predictor={"from_pretrained": "trained.safetensors"}), AS_IT_SAYS, resume=True)
 
 
 def test_the_same_image_under_another_name_is_the_same(config, whole):
     before = contents()
     Path("first.png").rename("renamed.png")
     Path("images.txt").write_text("renamed.png\nsecond.jpg\nrenamed.png\n")
-    sample_batch(config(), resume=True)
+    sample_batch(config(), AS_IT_SAYS, resume=True)
     assert contents() == before
 
 
@@ -189,7 +199,7 @@ def test_one_bad_image_costs_its_own_video_until_it_is_mended(config, whole, ass
     shutil.rmtree(whole)
     Path("second.jpg").rename("kept.jpg")
     with pytest.raises(InputError, match=r"^images.txt line 2: no usable image, .* add --resume to sample only"):
-        sample_batch(config())
+        sample_batch(config(), AS_IT_SAYS)
     assert "images.txt line 2: second.jpg: no such file: this video is left out" in caplog.text
     assert contents().keys() == {name for name in contents(WHOLE) if "_1" not in name}
     assert grid().shape == (5, 64, 96, 3)
@@ -197,7 +207,7 @@ def test_one_bad_image_costs_its_own_video_until_it_is_mended(config, whole, ass
     assert capsys.readouterr().out.endswith("wrote 2 videos and video_grid.mp4 to samples\n")
 
     Path("kept.jpg").rename("second.jpg")
-    sample_batch(config(), resume=True)
+    sample_batch(config(), AS_IT_SAYS, resume=True)
     assert_whole()
     assert capsys.readouterr().out == "wrote 1 video (2 had been finished before) and video_grid.mp4 to samples\n"
 
@@ -207,7 +217,7 @@ def test_bad_images_of_every_kind_are_named_and_none_is_sampled_when_all_are_bad
     Path("deep").mkdir()
     Path("images.txt").write_text("broken.png\nprompts.txt\ndeep\n")
     with pytest.raises(InputError) as error:
-        sample_batch(config(predictor={"from_pretrained": "not even there"}))
+        sample_batch(config(predictor={"from_pretrained": "not even there"}), AS_IT_SAYS)
     for line, reason in ((1, "broken.png: cannot be read"), (2, "prompts.txt: not an image"), (3, "deep: cannot be")):
         assert f"images.txt line {line}: {reason}" in str(error.value)
     assert not SAMPLES.exists()
@@ -217,14 +227,14 @@ def test_a_video_whose_sampling_fails_costs_itself_and_makes_the_run_a_failure(c
     Path("prompts.txt").write_text("a red circle\na zebra\na blue square\n")
     changes = {"text_encoder": {"from_pretrained": str(poisoned)}}
     with pytest.raises(SamplingError, match=r"^video_1.mp4: sampling failed, see above$"):
-        sample_batch(config(**changes))
+        sample_batch(config(**changes), AS_IT_SAYS)
     assert "video_1.mp4: sampling ended in NaN or infinity" in caplog.text
     assert sorted(contents()) == ["video_0.json", "video_0.mp4", "video_2.json", "video_2.mp4", "video_grid.mp4"]
     assert grid()[:, :32, 48:].max() < 30
 
     Path("images.txt").write_text("first.png\nsecond.jpg\nnowhere.png\n")
     with pytest.raises(SamplingError, match=r"video_1.mp4: sampling failed, see above; images.txt line 3: no usable"):
-        sample_batch(config(**changes), resume=True)
+        sample_batch(config(**changes), AS_IT_SAYS, resume=True)
 
 
 @pytest.mark.usefixtures("whole")

@@ -85,11 +85,12 @@ def test_prompts_are_preprocessed_when_the_file_says_so(job, monkeypatch):
     from flashi2v_data.config import load_config
     from flashi2v_infer.commands import sample_batch
     from flashi2v_infer.config import InferenceConfig
+    from flashi2v_infer.execution import Execution
 
     Path("prompts.txt").write_text("A Cat at http://cat.com\n")
     Path("images.txt").write_text("first.png\n")
     path = job(use_prompt_preprocess=True, predictor={"dtype": "bf16", "use_fused_rmsnorm": False})
-    sample_batch(load_config(path, InferenceConfig))
+    sample_batch(load_config(path, InferenceConfig), Execution())
     record = json.loads(Path("samples/video_0.json").read_text())
     assert (record["prompt"], record["dtype"], record["seed"]) == ("a cat at", "bfloat16", 3)
 
@@ -133,8 +134,11 @@ ONE = {"--model": "{model}", "--image": "first.png", "--prompt": "a cat", "-o": 
         ({"--image": "prompts.txt"}, "--image: prompts.txt: not an image of a known format"),
         ({"--model": "nowhere"}, "--model: no directory 'nowhere'"),
         ({"--model": "{model}/vae"}, "holds no model_index.json"),
-        ({"--model": "broken"}, "--model: cannot load broken"),
-        ({"--model": "foreign"}, "foreign does not fit the transformer: missing "),
+        ({"--model": "broken"}, "--model: cannot load FlashI2VTransformer3DModel from 'broken'"),
+        (
+            {"--model": "foreign"},
+            "--model: cannot load FlashI2VTransformer3DModel from 'foreign': foreign does not fit",
+        ),
         ({"--device": "npu"}, "device 'npu': torch_npu is not installed"),
         ({"--device": "tpu"}, "unknown device type 'tpu'"),
     ],

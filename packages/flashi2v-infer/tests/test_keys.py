@@ -17,7 +17,7 @@ from flashi2v_infer import InputError
 from flashi2v_infer.batch import Batch, read_batch
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.inputs import read_image
-from flashi2v_infer.load import find_device, load_from_config
+from flashi2v_infer.load import load_from_config
 from flashi2v_npu_ops import registry, set_backend
 
 
@@ -41,7 +41,7 @@ class Run:
 
     @cached_property
     def pipe(self) -> Any:
-        return load_from_config(self.config, find_device(self.config.device))
+        return load_from_config(self.config)
 
     def build(self) -> None:
         assert self.job

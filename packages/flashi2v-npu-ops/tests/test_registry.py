@@ -20,7 +20,15 @@ from flashi2v_npu_ops import (
     set_backend,
     use_backend,
 )
-from flashi2v_npu_ops.device import collective_backend, peak_memory, resolve_device
+from flashi2v_npu_ops import device as devices
+from flashi2v_npu_ops.device import (
+    collective_backend,
+    free_memory,
+    peak_memory,
+    reset_peak_memory,
+    resolve_device,
+    total_memory,
+)
 
 HOPPER_CASE = ("cuda", torch.bfloat16, True, 128, True, False)
 
@@ -242,3 +250,51 @@ assert dict(os.environ) == before
 assert "torch_npu" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+CPU = torch.device("cpu")
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells of its memory")
+
+
+@needs_proc
+def test_the_peak_of_the_cpu_starts_anew():
+    held = torch.ones(64 * 2**20)  # 256 MiB
+    high = peak_memory(CPU)
+    del held
+    reset_peak_memory(CPU)
+    assert peak_memory(CPU) < high - 200 * 2**20
+
+
+@needs_proc
+def test_free_memory_of_the_cpu_shrinks_with_a_containers_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
+    free = free_memory(CPU)
+    assert 2**20 < free < total_memory(CPU)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(CPU) > free / 2
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("4000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 2000000\nactive_file 3\n")
+    assert free_memory(CPU) == 3_000_000
+
+
+def test_memory_is_unknown_where_the_system_does_not_tell(tmp_path, monkeypatch):
+    for name in ("_MEMINFO", "_RESET_PEAK"):
+        monkeypatch.setattr(devices, name, tmp_path / "absent")
+    assert free_memory(CPU) is None
+    assert total_memory(CPU) is None
+    reset_peak_memory(CPU)
+
+
+def test_what_an_allocator_holds_unused_is_free(monkeypatch):
+    answers = {"mem_get_info": (1000, 8000), "memory_reserved": 500, "memory_allocated": 200}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    assert free_memory(torch.device("cuda:0")) == 1300
+    assert total_memory(torch.device("cuda:0")) == 8000
+
+
+def test_operators_run_on_the_meta_device():
+    q = torch.empty(1, 4, 2, 8, device="meta")
+    assert attention(q, q, q).shape == q.shape
+    assert gelu_tanh(q).is_meta

@@ -1,6 +1,7 @@
 """What every command line of the project shares: one-line errors, exit codes, logging."""
 
 import logging
+import os
 import sys
 from typing import NoReturn
 
@@ -69,5 +70,7 @@ def _usage_fault(error: cyclopts.CycloptsError) -> str:
 
 def _fail(app: cyclopts.App, message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
+    if code == 2 and os.environ.get("RANK", "0") != "0":
+        sys.exit(code)  # under torchrun, what all processes would say alike is said by the first
     print(f"{app.name[0]}: {line}", file=sys.stderr)
     sys.exit(code)

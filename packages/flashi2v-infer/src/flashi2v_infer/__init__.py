@@ -7,14 +7,17 @@ if TYPE_CHECKING:
     from flashi2v_data.errors import InputError
     from flashi2v_infer.denoising import denoise
     from flashi2v_infer.errors import SamplingError
+    from flashi2v_infer.execution import Execution
     from flashi2v_infer.export import read_record, save_video, write_mp4
     from flashi2v_infer.layout import film_strip, video_grid
     from flashi2v_infer.pipeline import FlashI2VPipeline, FlashI2VPipelineOutput
+    from flashi2v_infer.placement import place
     from flashi2v_infer.settings import SamplingSettings
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Execution": "flashi2v_infer.execution",
     "FlashI2VPipeline": "flashi2v_infer.pipeline",
     "FlashI2VPipelineOutput": "flashi2v_infer.pipeline",
     "InputError": "flashi2v_data.errors",
@@ -22,6 +25,7 @@ _HOMES = {
     "SamplingSettings": "flashi2v_infer.settings",
     "denoise": "flashi2v_infer.denoising",
     "film_strip": "flashi2v_infer.layout",
+    "place": "flashi2v_infer.placement",
     "read_record": "flashi2v_infer.export",
     "save_video": "flashi2v_infer.export",
     "video_grid": "flashi2v_infer.layout",
@@ -29,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Execution",
     "FlashI2VPipeline",
     "FlashI2VPipelineOutput",
     "InputError",
@@ -36,6 +41,7 @@ __all__ = [
     "SamplingSettings",
     "denoise",
     "film_strip",
+    "place",
     "read_record",
     "save_video",
     "video_grid",

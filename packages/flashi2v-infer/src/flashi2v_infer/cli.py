@@ -1,7 +1,7 @@
 """The command line `flashi2v-infer`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from cyclopts import App, Group, Parameter
 
@@ -12,13 +12,18 @@ from flashi2v_data.errors import InputError, StorageError
 from flashi2v_infer import __version__
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.errors import SamplingError
+from flashi2v_infer.execution import Execution
 from flashi2v_infer.settings import Request, SamplingSettings
+from flashi2v_model.config import SchedulerName
 
 app = App(name="flashi2v-infer", version=__version__, help_format="plaintext")
 
 _BATCH = Group("A batch of videos", sort_key=1)
 _ONE = Group("One video", sort_key=2)
 _BOTH = Group("Both", sort_key=3)
+_HOW = Group("How to compute", sort_key=4)
+
+_AS_IS = Execution()
 
 
 def main() -> NoReturn:
@@ -43,10 +48,12 @@ def infer(
     height: Annotated[int | None, Parameter(group=_ONE)] = None,
     width: Annotated[int | None, Parameter(group=_ONE)] = None,
     fps: Annotated[float | None, Parameter(group=_ONE)] = None,
-    dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, Parameter(group=_ONE)] = None,
+    scheduler: Annotated[SchedulerName | None, Parameter(group=_ONE)] = None,
     strip: Annotated[Path | None, Parameter(group=_BOTH)] = None,
-    device: Annotated[str | None, Parameter(group=_BOTH)] = None,
     seed: Annotated[int | None, Parameter(group=_BOTH)] = None,
+    plan: Annotated[bool, Parameter(group=_BOTH, negative=())] = False,
+    dry_run: Annotated[bool, Parameter(group=_BOTH, negative=())] = False,
+    execution: Annotated[Execution, Parameter(name="*", group=_HOW)] = _AS_IS,
 ) -> None:
     """Sample videos from images and prompts with FlashI2V.
 
@@ -91,15 +98,17 @@ def infer(
         Width in pixels, divisible by 16 (default 832).
     fps
         Frames per second of the file (default 16).
-    dtype
-        Of transformer and text encoder (default: bf16 on NPUs and GPUs, fp32 on the CPU).
+    scheduler
+        The sampler: euler as the reference, or heun, unipc, dpm++, of second order (default: the model's own).
     strip
         Also draw some frames in a row: into this .png for one video; into this directory, as video_0.png, ..., for
         a batch (default: not).
-    device
-        npu, cuda, cpu, cuda:1, ... (default: what the file says; auto, the best there is, for one video).
     seed
         Of the noise (default: what the file says; 0 for one video).
+    plan
+        Print what the run will take (memory, operations) before anything is loaded, and at its end what it took.
+    dry_run
+        Check everything that is given, and sample nothing. With --plan, --model needs no image, prompt and output.
     """
     numbers: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
@@ -110,7 +119,7 @@ def infer(
         "width": width,
     }
     required = {"image": image, "prompt": prompt, "output": output}
-    optional = {"negative_prompt": negative_prompt, "fps": fps, "dtype": dtype}
+    optional = {"negative_prompt": negative_prompt, "fps": fps, "scheduler": scheduler}
     given = [_option(name) for name, value in (required | numbers | optional).items() if value is not None]
     if (mm_model is None) == (model is None):
         raise InputError("give one of --mm-model FILE (a batch) and --model DIR (one video): see flashi2v-infer --help")
@@ -121,27 +130,33 @@ def infer(
         # Here and below: this imports torch and more, for which nobody should wait whose settings are wrong.
         from flashi2v_infer.commands import sample_batch
 
-        sample_batch(config, device, seed, resume=resume, strips=strip)
+        sample_batch(config, execution, seed, resume=resume, strips=strip, plan=plan, dry_run=dry_run)
         return
     assert model is not None
     if resume:
         raise InputError("--resume: only together with --mm-model, of whose videos some may be finished")
     if model == "demo":
         raise InputError("--model demo is reserved for a built-in model of a later release: give a directory or hub id")
+    settings = SamplingSettings(**{name: value for name, value in numbers.items() if value is not None})
     missing = [_option(name) for name, value in required.items() if value is None]
     if image is None or prompt is None or output is None:
-        raise InputError(f"--model also needs {', '.join(missing)}")
+        if not (plan and dry_run):
+            raise InputError(f"--model also needs {', '.join(missing)}")
+        from flashi2v_infer.commands import plan_one
+
+        plan_one(model, settings, execution)
+        return
     request = Request(
         prompt,
         str(image),
         negative_prompt or "",
         seed=seed or 0,
         fps=Request.fps if fps is None else fps,
-        settings=SamplingSettings(**{name: value for name, value in numbers.items() if value is not None}),
+        settings=settings,
     )
     from flashi2v_infer.commands import sample_one
 
-    sample_one(model, request, output, strip=strip, dtype=dtype, device=device or "auto")
+    sample_one(model, request, output, execution, scheduler=scheduler, strip=strip, plan=plan, dry_run=dry_run)
 
 
 def _option(name: str) -> str:

@@ -1,84 +1,141 @@
 """What the two modes of the command line do: a batch from a configuration file, or one video."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from flashi2v_data.atomic import check_directory
+from flashi2v_data.console import configure_logging
 from flashi2v_data.errors import InputError
 from flashi2v_data.transforms import center_crop_resize
 from flashi2v_infer.batch import Batch, Job, read_batch, unfinished, write_together
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.errors import SamplingError
+from flashi2v_infer.execution import Execution
 from flashi2v_infer.export import check_output, check_picture, save_video, write_picture
 from flashi2v_infer.inputs import hash_file, read_image
 from flashi2v_infer.layout import film_strip
-from flashi2v_infer.load import find_device, load_from_config, load_from_pretrained
+from flashi2v_infer.load import load_from_config, load_from_pretrained, settled_config
+from flashi2v_infer.measured import Meter, comparison
+from flashi2v_infer.parts import Parts, parts_of_config, parts_of_model
 from flashi2v_infer.pipeline import FlashI2VPipeline
+from flashi2v_infer.placement import encode_prompts, put_away_text_encoder
+from flashi2v_infer.plan import Plan, make_plan, target_device
+from flashi2v_infer.processes import Processes, join_processes
 from flashi2v_infer.records import Source, fingerprint, origin, versions
 from flashi2v_infer.sample import Sample, Sampler
-from flashi2v_infer.settings import Request
-from flashi2v_model.encoders import DTYPES
+from flashi2v_infer.settings import Request, SamplingSettings
+from flashi2v_model.config import SchedulerName
 from flashi2v_model.libraries import quieten
+from flashi2v_model.scheduler import make_scheduler
 
 logger = logging.getLogger(__name__)
 
 
 def sample_batch(
     config: InferenceConfig,
-    device: str | None = None,
+    execution: Execution,
     seed: int | None = None,
     *,
     resume: bool = False,
     strips: Path | None = None,
+    plan: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Sample every prompt and image of a configuration file into its `save_path`.
 
     Args:
         config: of inference_model.json.
-        device: instead of the file's.
+        execution: how to compute.
         seed: instead of the file's.
         resume: leave videos alone that are finished.
         strips: a directory for film strips of the videos.
+        plan: print what the run will take, and at the end what it took.
+        dry_run: check everything that was given, and sample nothing.
 
     Raises:
         InputError: anything that the user can mend; found before the model is loaded wherever that is possible. At
             the end where some images could not be used: the other videos are written then.
         SamplingError: at the end where some videos could not be sampled.
     """
+    config = settled_config(config, execution)
     if strips is not None:
         if strips.suffix == ".png":
             raise InputError(f"--strip: {strips}: of a batch, name a directory, which gets video_0.png, ...")
         check_directory(strips, "--strip")
-    batch = read_batch(config, config.seed if seed is None else seed)
-    jobs = unfinished(batch.jobs) if resume else batch.jobs
-    if jobs:
-        torch_device = find_device(device or config.device)
-        quieten()
-        pipeline = load_from_config(config, torch_device)
-        try:
-            sample_jobs(pipeline, jobs)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("the same command with --resume goes on from here") from None
-    _report(batch, jobs, write_together(batch, strips))
+    quieten()
+    planned = None
+    if plan:
+        planned = _print_plan(
+            lambda kind: parts_of_config(config, execution), config.sampling, execution, config.device
+        )
+    if dry_run:
+        batch = read_batch(config, config.seed if seed is None else seed)
+        jobs = unfinished(batch.jobs) if resume else batch.jobs
+        print(f"would write {_videos(len(jobs))} to {batch.directory}")
+        _raise_faults(batch, [])
+        return
+    with join_processes(execution.device or config.device, execution.context_parallel_size) as processes:
+        # What all processes would say alike is said by the first.
+        configure_logging(logging.INFO if processes.is_first else logging.ERROR)
+        batch = read_batch(config, config.seed if seed is None else seed)
+        jobs = unfinished(batch.jobs) if resume else batch.jobs
+        processes.barrier()  # before any of them finishes another
+        if jobs:
+            configure_logging(logging.INFO if processes.is_first else logging.WARNING)
+            _sample_batch(config, execution, jobs, processes, planned)
+        processes.barrier()
+        if processes.is_first:
+            missing = write_together(batch, strips)
+            _report(batch, jobs, missing)
 
 
-def sample_jobs(pipeline: FlashI2VPipeline, jobs: Sequence[Job]) -> None:
+def _sample_batch(
+    config: InferenceConfig, execution: Execution, jobs: Sequence[Job], processes: Processes, planned: Plan | None
+) -> None:
+    pipeline = load_from_config(config, replace(execution, device=str(processes.device)), processes.context)
+    meter = Meter(processes.device)
+    try:
+        sample_jobs(pipeline, processes.share(jobs), execution, processes, meter)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command with --resume goes on from here") from None
+    if planned is not None and processes.is_first:
+        print(comparison(planned, meter.read()))
+
+
+def sample_jobs(
+    pipeline: FlashI2VPipeline, jobs: Sequence[Job], execution: Execution, processes: Processes, meter: Meter
+) -> None:
     """Sample some videos of a batch into their files; one that fails is reported, and costs only itself."""
-    sampler = Sampler(pipeline)
-    with tqdm(total=len(jobs), desc="videos", unit="video", disable=None, smoothing=0) as bar:
+    sampler = _sampler(pipeline, [job.request for job in jobs], execution, processes, meter)
+    hidden = None if processes.is_first else True
+    with tqdm(total=len(jobs), desc="videos", unit="video", disable=hidden, smoothing=0) as bar:
         for job in jobs:
-            _show_steps(pipeline, job.path.stem)
+            _show_steps(pipeline, job.path.stem, hidden)
             try:
                 sample = sampler(job.request, job.image)
             except FloatingPointError as error:
                 logger.error("%s: %s", job.path.name, error)
             else:
-                save_video(job.path, sample.frames, job.request.fps, _record(pipeline, job.origin, sample))
+                if processes.writes:
+                    save_video(job.path, sample.frames, job.request.fps, _record(pipeline, job.origin, sample))
             bar.update()
+
+
+def _sampler(
+    pipeline: FlashI2VPipeline, requests: Sequence[Request], execution: Execution, processes: Processes, meter: Meter
+) -> Sampler:
+    """Encode all prompts, and let go of the text encoder, which is then no burden while videos are sampled."""
+    prompts = [request.prompt for request in requests]
+    prompts += [request.negative_prompt for request in requests if request.settings.uses_negative_prompt]
+    length = requests[0].settings.max_sequence_length if requests else None
+    texts = encode_prompts(pipeline, prompts, execution, processes.device, length)
+    put_away_text_encoder(pipeline, execution, processes.device)
+    return Sampler(pipeline, texts, cfg_batch=execution.cfg_batch, on_step_end=meter.on_step_end)
 
 
 def _report(batch: Batch, sampled: Sequence[Job], missing: Sequence[Job]) -> None:
@@ -87,6 +144,10 @@ def _report(batch: Batch, sampled: Sequence[Job], missing: Sequence[Job]) -> Non
     if num_there:
         kept = f" ({num_kept} had been finished before)" if num_kept else ""
         print(f"wrote {_videos(num_there - num_kept)}{kept} and video_grid.mp4 to {batch.directory}")
+    _raise_faults(batch, missing)
+
+
+def _raise_faults(batch: Batch, missing: Sequence[Job]) -> None:
     faults = []
     if missing:
         names = ", ".join(job.path.name for job in missing)
@@ -106,8 +167,35 @@ def _videos(number: int) -> str:
     return f"{number} video{'' if number == 1 else 's'}"
 
 
+def plan_one(model: str, settings: SamplingSettings, execution: Execution) -> Plan:
+    """Print what sampling one video will take; nothing is loaded.
+
+    Raises:
+        InputError: there is no such model or device.
+    """
+    quieten()
+    return _print_plan(lambda kind: parts_of_model(model, execution, kind), settings, execution, "auto")
+
+
+def _print_plan(
+    parts: Callable[[str], Parts], settings: SamplingSettings, execution: Execution, device_name: str
+) -> Plan:
+    kind, free = target_device(execution, device_name)
+    plan = make_plan(parts(kind), settings, execution, kind, free)
+    print(plan)
+    return plan
+
+
 def sample_one(
-    model: str, request: Request, output: str, *, strip: Path | None, dtype: str | None, device: str
+    model: str,
+    request: Request,
+    output: str,
+    execution: Execution,
+    *,
+    scheduler: SchedulerName | None = None,
+    strip: Path | None = None,
+    plan: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Sample one video.
 
@@ -115,9 +203,11 @@ def sample_one(
         model: a pipeline directory, or a hub id.
         request: what to sample.
         output: the video: .mp4, .gif or .webp, or a directory for its frames.
+        execution: how to compute.
+        scheduler: the sampler; None is the model's own.
         strip: a picture of some frames.
-        dtype: of transformer and text encoder; None is bf16 on accelerators and fp32 on the CPU.
-        device: as of `flashi2v_npu_ops.device.resolve_device`.
+        plan: print what the run will take, and at the end what it took.
+        dry_run: check everything that was given, and sample nothing.
 
     Raises:
         InputError: anything that the user can mend; found before the model is loaded wherever that is possible.
@@ -128,26 +218,52 @@ def sample_one(
         check_picture(strip, "--strip")
     image, contents = read_image(request.image, "--image"), hash_file(request.image)
     image = center_crop_resize(image[None], request.settings.height, request.settings.width)[0]
-    torch_device = find_device(device)
+    planned = plan_one(model, request.settings, execution) if plan else None
+    if dry_run:
+        print(f"would write {output}")
+        return
     quieten()
-    dtype = dtype or ("fp32" if torch_device.type == "cpu" else "bf16")
-    pipeline = load_from_pretrained(model, DTYPES[dtype], torch_device)
-    source = Source(model, {"dtype": dtype}, {"pipeline": fingerprint(model)})
+    with join_processes(execution.device or "auto", execution.context_parallel_size) as processes:
+        if processes.num_replicas > 1:
+            raise InputError(
+                f"one video cannot be shared out among {processes.num_replicas} times {execution.context_parallel_size}"
+                " processes: start as many as --context-parallel-size says"
+            )
+        execution = replace(execution, device=str(processes.device))
+        pipeline = load_from_pretrained(model, execution, processes.context)
+        if scheduler is not None:
+            pipeline.scheduler = make_scheduler(scheduler, _shift(pipeline))
+        settings = {"dtype": _dtype(pipeline), "scheduler": dict(pipeline.scheduler.config)}
+        source = Source(model, settings, {"pipeline": fingerprint(model)})
+        _show_steps(pipeline, path.name, None if processes.is_first else True)
+        meter = Meter(processes.device)
+        try:
+            sample = _sampler(pipeline, [request], execution, processes, meter)(request, image)
+        except FloatingPointError as error:
+            raise SamplingError(str(error)) from None
+        if not processes.is_first:
+            return
+        record = _record(pipeline, origin(request, contents, source), sample)
+        save_video(path, sample.frames, request.fps, record)
+        if strip is not None:
+            write_picture(strip, film_strip(image, sample.frames), record)
+        print(f"wrote {output}" + (f" and {strip}" if strip else ""))
+        if planned is not None:
+            print(comparison(planned, meter.read()))
 
-    _show_steps(pipeline, path.name)
-    try:
-        sample = Sampler(pipeline)(request, image)
-    except FloatingPointError as error:
-        raise SamplingError(str(error)) from None
-    record = _record(pipeline, origin(request, contents, source), sample)
-    save_video(path, sample.frames, request.fps, record)
-    if strip is not None:
-        write_picture(strip, film_strip(image, sample.frames), record)
-    print(f"wrote {output}" + (f" and {strip}" if strip else ""))
+
+def _shift(pipeline: FlashI2VPipeline) -> float:
+    """Return the sigma shift of the model's own scheduler."""
+    config = pipeline.scheduler.config
+    return float(config.get("shift", config.get("flow_shift", 1.0)))
 
 
-def _show_steps(pipeline: FlashI2VPipeline, name: str) -> None:
-    pipeline.set_progress_bar_config(disable=None, desc=name, unit="step", leave=False)
+def _dtype(pipeline: FlashI2VPipeline) -> str:
+    return str(pipeline.transformer.dtype).removeprefix("torch.")
+
+
+def _show_steps(pipeline: FlashI2VPipeline, name: str, disable: bool | None) -> None:
+    pipeline.set_progress_bar_config(disable=disable, desc=name, unit="step", leave=False)
 
 
 def _record(pipeline: FlashI2VPipeline, origin: dict[str, Any], sample: Sample) -> dict[str, Any]:
@@ -155,7 +271,7 @@ def _record(pipeline: FlashI2VPipeline, origin: dict[str, Any], sample: Sample) 
         **origin,
         "first_frame_psnr": round(sample.first_frame_psnr, 2),
         "vae_psnr": round(sample.vae_psnr, 2),
-        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "dtype": _dtype(pipeline),
         "device": str(pipeline._execution_device),
         "versions": versions(),
     }

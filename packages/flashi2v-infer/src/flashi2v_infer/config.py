@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from flashi2v_data.config import Settings, TransformPipeline
 from flashi2v_infer.settings import SPATIAL_STRIDE, TEMPORAL_STRIDE, SamplingSettings, check_negative_prompt
-from flashi2v_model.config import AEConfig, DiffusionConfig, DType, PredictorConfig, TextEncoderConfig
+from flashi2v_model.config import AEConfig, DiffusionConfig, DType, PredictorConfig, SchedulerName, TextEncoderConfig
 
 
 class TokenizerConfig(Settings):
@@ -30,6 +30,12 @@ class PipelineConfig(Settings):
         return input_size
 
 
+class SamplingConfig(DiffusionConfig):
+    """The `diffusion` part."""
+
+    scheduler: SchedulerName = Field("euler", description="The sampler; all but euler are of second order.")
+
+
 class InferenceConfig(Settings):
     """inference_model.json: a batch of videos."""
 
@@ -48,7 +54,7 @@ class InferenceConfig(Settings):
     tokenizer: TokenizerConfig
     text_encoder: TextEncoderConfig
     predictor: PredictorConfig
-    diffusion: DiffusionConfig
+    diffusion: SamplingConfig
     seed: int = 0
     negative_prompt: str = ""
 
@@ -107,7 +113,7 @@ class InferenceConfig(Settings):
             "ae": self.ae.model_dump(include={"dtype", "enable_tiling", "tiling_param"}),
             "text_encoder": self.text_encoder.model_dump(include={"dtype", "use_attention_mask"}),
             "predictor": self.predictor.model_dump(exclude=apart),
-            "diffusion": self.diffusion.model_dump(include={"shift"}),
+            "diffusion": self.diffusion.model_dump(include={"shift", "scheduler"}),
         }
 
     @property

@@ -88,7 +88,7 @@ def denoise(
 
     Source: FlashI2V, arXiv 2509.25187, latent shifting at inference.
     """
-    velocity = _velocity(
+    velocity = velocity_field(
         transformer,
         _exact_timesteps(scheduler),
         guidance,
@@ -118,7 +118,7 @@ def _exact_timesteps(scheduler: SchedulerMixin) -> Tensor:
     return NUM_TIMESTEPS * scheduler.sigmas[: len(timesteps)].to(timesteps.device)
 
 
-def _velocity(
+def velocity_field(
     transformer: FlashI2VTransformer3DModel,
     timesteps: Tensor,
     guidance: Guidance,
@@ -128,7 +128,10 @@ def _velocity(
     *,
     cfg_batch: bool,
 ) -> Callable[[int, Tensor], Tensor]:
-    """Return the field that is integrated: from a step's number and the state to the guided velocity."""
+    """Return the field that is integrated: from a step's number and the state y to the guided velocity, as y in fp32.
+
+    Its first call computes what all steps share. Arguments as of `denoise`; without `negative_text` nothing is guided.
+    """
     cache = SamplingCache(timesteps)
     prompts = [(text, cache)]
     copies = 1

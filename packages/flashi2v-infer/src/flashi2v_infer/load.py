@@ -1,118 +1,177 @@
 """Building the pipeline from a configuration file or from a directory in diffusers' layout."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoTokenizer
+import torch.distributed as dist
+from diffusers import AutoencoderKLWan
+from transformers import AutoTokenizer, UMT5EncoderModel
 
 from flashi2v_data.errors import InputError
 from flashi2v_infer.config import InferenceConfig
+from flashi2v_infer.execution import Execution
 from flashi2v_infer.pipeline import FlashI2VPipeline
+from flashi2v_infer.placement import home, place
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
 from flashi2v_model.config import PredictorConfig
-from flashi2v_model.encoders import DTYPES, load_text_encoder, load_vae
-from flashi2v_model.scheduler import euler_scheduler
+from flashi2v_model.encoders import DTYPES, load_pretrained, load_text_encoder, load_vae
+from flashi2v_model.parallel import check_degree
+from flashi2v_model.scheduler import make_scheduler
 from flashi2v_npu_ops import UnsupportedError, set_backend
 from flashi2v_npu_ops.device import resolve_device
 
 logger = logging.getLogger(__name__)
 
+_AS_THE_FILE_SAYS = Execution()
 
-def find_device(name: str) -> torch.device:
-    """Return the device called `name`.
+
+def find_device(name: str, index: int | None = None) -> torch.device:
+    """Return the device called `name`; `index` says which of several, where the name does not.
 
     Raises:
         InputError: this machine lacks it; the message says how to choose another.
     """
     try:
-        return resolve_device(name)
+        return resolve_device(name, index=index)
     except UnsupportedError as error:
         raise InputError(f'{error}; or choose another: "device": "auto" in the file, or --device auto') from None
 
 
-def load_from_config(config: InferenceConfig, device: torch.device) -> FlashI2VPipeline:
-    """Build the pipeline that a configuration file describes.
+def settled_device(execution: Execution, file: str = "auto") -> torch.device:
+    """Return the device to compute on; `file` is what a configuration file says.
 
     Raises:
-        InputError: parts do not fit each other, or the tokenizer is missing or damaged.
+        InputError: this machine lacks it, or the execution makes no sense on it.
+    """
+    device = find_device(execution.device or file)
+    execution.check_device(device.type)
+    return device
+
+
+def load_from_config(
+    config: InferenceConfig, execution: Execution = _AS_THE_FILE_SAYS, context: dist.ProcessGroup | None = None
+) -> FlashI2VPipeline:
+    """Build the pipeline that a configuration file describes.
+
+    Args:
+        config: of inference_model.json.
+        execution: how to compute; what it leaves open is as the file says.
+        context: the processes that share each video.
+
+    Raises:
+        InputError: parts do not fit each other, the tokenizer is missing or damaged, or the device is.
         flashi2v_model.InputError: another part is missing or damaged.
     """
+    device = settled_device(execution, config.device)
+    where = home(execution, device)
     set_backend("rms_norm", "auto" if config.predictor.use_fused_rmsnorm else "reference")
-    if device.type == "cpu" and config.predictor.dtype not in ("fp32", "float32"):
-        logger.warning("%s is slow on most CPUs: set predictor.dtype to fp32", config.predictor.dtype)
-    for note in config.predictor.notes():
+    config = settled_config(config, execution)
+    predictor, encoder, ae = config.predictor, config.text_encoder, config.ae
+    check_degree(execution.context_parallel_size, predictor.num_heads)
+    if device.type == "cpu" and predictor.dtype not in ("fp32", "float32"):
+        logger.warning("%s is slow on most CPUs: set predictor.dtype to fp32", predictor.dtype)
+    for note in predictor.notes():
         logger.info(note)
-    transformer = _load_transformer(config.predictor, device)
+    transformer = _load_transformer(predictor, where)
     tokenizer = _load_tokenizer(config.tokenizer.from_pretrained)
-    text_encoder = load_text_encoder(config.text_encoder, device)
-    vae = load_vae(config.ae, device)
+    text_encoder = load_text_encoder(encoder, where)
+    vae = load_vae(ae, where)
     for ours, theirs, what in (
-        (config.predictor.text_dim, text_encoder.config.d_model, "predictor.text_dim is {}, the text encoder's is {}"),
-        (config.predictor.in_dim, vae.config.z_dim, "predictor.in_dim is {}, the VAE has {} latent channels"),
+        (predictor.text_dim, text_encoder.config.d_model, "predictor.text_dim is {}, the text encoder's is {}"),
+        (predictor.in_dim, vae.config.z_dim, "predictor.in_dim is {}, the VAE has {} latent channels"),
     ):
         if ours != theirs:
             raise InputError(what.format(ours, theirs))
-    return FlashI2VPipeline(
+    pipeline = FlashI2VPipeline(
         tokenizer,
         text_encoder,
         vae,
         transformer,
-        euler_scheduler(config.diffusion.shift),
-        use_attention_mask=config.text_encoder.use_attention_mask,
+        make_scheduler(config.diffusion.scheduler, config.diffusion.shift),
+        use_attention_mask=encoder.use_attention_mask,
     )
+    place(pipeline, execution, device, context)
+    return pipeline
 
 
-def load_from_pretrained(model: str, dtype: torch.dtype, device: torch.device) -> FlashI2VPipeline:
-    """Load a whole pipeline, the transformer strictly and the VAE in fp32.
+def settled_config(config: InferenceConfig, execution: Execution) -> InferenceConfig:
+    """Return the configuration with the dtypes that the execution asks for instead of the file's."""
+    dtypes = {
+        "predictor": execution.dtype or config.predictor.dtype,
+        "text_encoder": execution.dtype or config.text_encoder.dtype,
+        "ae": execution.settled_vae_dtype(config.ae.dtype),
+    }
+    parts = {name: getattr(config, name).model_copy(update={"dtype": dtype}) for name, dtype in dtypes.items()}
+    return config.model_copy(update=parts)
+
+
+def load_from_pretrained(
+    model: str, execution: Execution = _AS_THE_FILE_SAYS, context: dist.ProcessGroup | None = None
+) -> FlashI2VPipeline:
+    """Load a whole pipeline, every part strictly.
 
     Args:
         model: a directory in diffusers' layout, or a hub id.
-        dtype: of transformer and text encoder.
-        device: of all parts.
+        execution: how to compute.
+        context: the processes that share each video.
 
     Raises:
-        InputError: there is no such directory, or it holds no whole pipeline.
+        InputError: there is no such directory, it holds no whole pipeline, or there is no such device.
+        flashi2v_model.InputError: a part's weights are not those of the part.
+    """
+    check_model(model)
+    device = settled_device(execution)
+    where = home(execution, device)
+    dtype = DTYPES[execution.settled_dtype(device.type)]
+
+    def part(cls: Any, name: str, dtype: torch.dtype, exact: bool = False) -> Any:
+        loaded = load_pretrained(cls, model, "--model", dtype, where, subfolder=name, exact=exact)
+        return loaded.requires_grad_(False).eval()
+
+    parts = {
+        "transformer": part(FlashI2VTransformer3DModel, "transformer", dtype, exact=True),
+        "text_encoder": part(UMT5EncoderModel, "text_encoder", dtype),
+        "vae": part(AutoencoderKLWan, "vae", DTYPES[execution.settled_vae_dtype()]),
+    }
+    try:
+        pipeline = FlashI2VPipeline.from_pretrained(model, **parts)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise InputError(f"--model: cannot load {model}: {reason}") from error
+    place(pipeline, execution, device, context)
+    return pipeline
+
+
+def check_model(model: str) -> Path | None:
+    """Return the pipeline's directory, or None for what has the form of a hub id.
+
+    Raises:
+        InputError: it is neither.
     """
     path = Path(model)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise InputError(f"--model: {model} holds no model_index.json, so it is no pipeline in diffusers' layout")
-    elif path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        return path
+    if path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise InputError(f"--model: no directory {model!r}: give one in diffusers' layout, or a hub id (owner/name)")
-    try:
-        # diffusers would start from random numbers where a weight is missing, with a warning at most.
-        transformer, report = FlashI2VTransformer3DModel.from_pretrained(
-            model, subfolder="transformer", torch_dtype=dtype, output_loading_info=True
-        )
-        pipeline = FlashI2VPipeline.from_pretrained(
-            model, transformer=transformer, torch_dtype={"default": dtype, "vae": torch.float32}
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        hub = "" if path.is_dir() else " (there is no such directory here, so it was looked up on the hub)"
-        raise InputError(f"--model: cannot load {model}: {reason}{hub}") from error
-    problems = {what: keys for what, keys in report.items() if keys}
-    if problems:
-        raise InputError(f"--model: the transformer of {model} does not fit: {json.dumps(problems, default=str)[:300]}")
-    return pipeline.to(device)
+    return None
 
 
 def _load_transformer(config: PredictorConfig, device: torch.device) -> FlashI2VTransformer3DModel:
     with torch.device("meta"):  # random start values of a large model would take minutes
         transformer = FlashI2VTransformer3DModel(**config.transformer_arguments())
-    _cast(transformer, DTYPES[config.dtype])
+    cast(transformer, DTYPES[config.dtype])
     transformer.to_empty(device=device)
     assert config.from_pretrained is not None
     load_weights(transformer, config.from_pretrained)
     return transformer.requires_grad_(False).eval()
 
 
-def _cast(transformer: FlashI2VTransformer3DModel, dtype: torch.dtype) -> None:
-    """Set dtypes as `from_pretrained` does, so that both ways of loading sample the same video."""
+def cast(transformer: FlashI2VTransformer3DModel, dtype: torch.dtype) -> None:
+    """Set dtypes as `from_pretrained` does: some parameters stay in fp32, so that both ways of loading are equal."""
     for name, parameter in transformer.named_parameters():
         kept = any(part in transformer._keep_in_fp32_modules for part in name.split("."))
         parameter.data = parameter.data.to(torch.float32 if kept else dtype)

@@ -21,11 +21,13 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.transforms import center_crop_resize, normalise, to_tensor
+from flashi2v_infer.decoding import decode_within_memory
 from flashi2v_infer.denoising import Generators, denoise, set_timesteps
+from flashi2v_infer.execution import Execution
 from flashi2v_infer.inputs import AnyImage, as_pixels, tidy
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model import FlashI2VTransformer3DModel, guide
-from flashi2v_model.encoders import SPATIAL_STRIDE, TEMPORAL_STRIDE, decode_video, encode_text, encode_video
+from flashi2v_model.encoders import SPATIAL_STRIDE, TEMPORAL_STRIDE, encode_text, encode_video
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ class FlashI2VPipeline(DiffusionPipeline):
         )
         self.register_to_config(use_attention_mask=use_attention_mask)
         self.video_processor = VideoProcessor(vae_scale_factor=SPATIAL_STRIDE)
+        self.execution = Execution()
         self._interrupt = False
 
     @property
@@ -192,7 +195,9 @@ class FlashI2VPipeline(DiffusionPipeline):
         )
         frames = denoised
         if output_type != "latent":
-            frames = self.video_processor.postprocess_video(decode_video(self.vae, denoised), output_type)
+            frames = self.video_processor.postprocess_video(
+                decode_within_memory(self.vae, denoised, self.execution), output_type
+            )
         return FlashI2VPipelineOutput(frames=frames) if return_dict else (frames,)
 
     @torch.no_grad()

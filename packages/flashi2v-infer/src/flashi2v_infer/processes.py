@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -52,13 +53,10 @@ class Processes:
         """Return what this replica samples."""
         return jobs[self.replica :: self.num_replicas]
 
-    def collect(self, results: Sequence[T]) -> list[T]:
-        """Return the results of all replicas, in every process; all must have got there."""
-        if not dist.is_initialized():
-            return list(results)
-        gathered: list[Sequence[T]] = [()] * dist.get_world_size()
-        dist.all_gather_object(gathered, results if self.writes else ())
-        return [result for some in gathered for result in some]
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if dist.is_initialized():
+            dist.barrier()
 
 
 @contextmanager
@@ -89,7 +87,8 @@ def join_processes(device_name: str, context_parallel_size: int = 1) -> Iterator
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     else:
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group(collective_backend(device))
+    # Replicas may end hours apart; a process that dies is torchrun's to notice.
+    dist.init_process_group(collective_backend(device), timeout=timedelta(days=7))
     try:
         context = None
         if context_parallel_size > 1:

@@ -2,15 +2,18 @@
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flashi2v_data.randomness import generator
 from flashi2v_infer.inputs import Pixels
-from flashi2v_infer.pipeline import FlashI2VPipeline, prepare_image
+from flashi2v_infer.pipeline import FlashI2VPipeline, StepCallback, prepare_image
 from flashi2v_infer.settings import Request
 from flashi2v_model.encoders import decode_video, encode_video
 
@@ -46,10 +49,24 @@ class Sampler:
 
     Args:
         pipeline: any `FlashI2VPipeline`.
+        texts: states (1, L, text_dim) of prompts that were encoded ahead, negative ones too; None encodes each prompt
+            when it is sampled.
+        cfg_batch: as of the pipeline.
+        on_step_end: the pipeline's `callback_on_step_end`.
     """
 
-    def __init__(self, pipeline: FlashI2VPipeline) -> None:
+    def __init__(
+        self,
+        pipeline: FlashI2VPipeline,
+        texts: Mapping[str, Tensor] | None = None,
+        *,
+        cfg_batch: bool = False,
+        on_step_end: StepCallback | None = None,
+    ) -> None:
         self.pipeline = pipeline
+        self._texts = texts
+        self._cfg_batch = cfg_batch
+        self._on_step_end = on_step_end
         # Many videos of a batch may start with one image.
         self._vae_psnr: dict[bytes, float] = {}
 
@@ -65,8 +82,9 @@ class Sampler:
         """
         (videos,) = self.pipeline(
             image=image,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
+            **self._text(request),
+            cfg_batch=self._cfg_batch,
+            callback_on_step_end=self._on_step_end,
             generator=generator(request.seed, "noise", 0, request.index),
             output_type="np",
             return_dict=False,
@@ -87,6 +105,14 @@ class Sampler:
                 request.index,
             )
         return sample
+
+    def _text(self, request: Request) -> dict[str, Any]:
+        if self._texts is None:
+            return {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        text = {"prompt_embeds": self._texts[request.prompt]}
+        if request.settings.uses_negative_prompt:
+            text["negative_prompt_embeds"] = self._texts[request.negative_prompt]
+        return text
 
     def _best_psnr(self, image: Pixels) -> float:
         key = hashlib.blake2b(image.tobytes()).digest()

@@ -6,17 +6,36 @@ at hand that are offloaded or sharded in between.
 S steps, B batch, F H W token grid, L text tokens, D width, K heads, d head size.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 T = TypeVar("T")
-Store = dict[str, Any]
 
 
-class CachedStep(NamedTuple):
+class Store:
+    """Values by name, each computed once. No dict, as the hooks of offloading would hand on a copy of one."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+
+    def get(self, name: str, compute: Callable[[], T]) -> T:
+        """Return what stands under a name, computing it the first time."""
+        if name not in self._values:
+            self._values[name] = compute()
+        value: T = self._values[name]
+        return value
+
+
+def remembered(store: Store | None, name: str, compute: Callable[[], T]) -> T:
+    """Return what stands under a name of the store; without a store, compute it."""
+    return compute() if store is None else store.get(name, compute)
+
+
+@dataclass(frozen=True)
+class CachedStep:
     """One call of the transformer within a run.
 
     Attributes:
@@ -24,15 +43,18 @@ class CachedStep(NamedTuple):
         timesteps: (S,), of all steps.
         video: what depends on neither step nor prompt: the embedded Fourier features (B, D, F, H, W), and time (S, D)
             with its modulation (S, 6, D) for all steps.
-        prompt: what depends on the prompt: the embedded text (B, L, D).
-        blocks: of every block, keys and values (B, L, K, d) of the cross attention.
+        prompt: what depends on the prompt: the embedded text (B, L, D), and a store for every block, for keys and
+            values (B, L, K, d) of its cross attention.
     """
 
     step: int
     timesteps: Tensor
     video: Store
     prompt: Store
-    blocks: defaultdict[int, Store]
+
+    def of_block(self, number: int) -> Store:
+        """Return the store of a block."""
+        return self.prompt.get(f"block {number}", Store)
 
 
 class SamplingCache:
@@ -45,9 +67,8 @@ class SamplingCache:
 
     def __init__(self, timesteps: Tensor, video: Store | None = None) -> None:
         self._timesteps = timesteps
-        self._video: Store = {} if video is None else video
-        self._prompt: Store = {}
-        self._blocks: defaultdict[int, Store] = defaultdict(dict)
+        self._video = Store() if video is None else video
+        self._prompt = Store()
 
     def other_prompt(self) -> "SamplingCache":
         """Return a cache for the same run with other prompts."""
@@ -55,14 +76,4 @@ class SamplingCache:
 
     def at(self, step: int) -> CachedStep:
         """Return what the transformer's `cache` takes in this step."""
-        return CachedStep(step, self._timesteps, self._video, self._prompt, self._blocks)
-
-
-def remembered(store: Store | None, name: str, compute: Callable[[], T]) -> T:
-    """Return what stands under a name, computing it the first time; always, where there is no store."""
-    if store is None:
-        return compute()
-    if name not in store:
-        store[name] = compute()
-    value: T = store[name]
-    return value
+        return CachedStep(step, self._timesteps, self._video, self._prompt)

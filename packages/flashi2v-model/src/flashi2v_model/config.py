@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from flashi2v_model.errors import InputError
 
 DType = Literal["fp32", "float32", "bf16", "fp16"]
+SchedulerName = Literal["euler", "heun", "unipc", "dpm++"]
 
 
 def check_pretrained(path: str, key: str) -> None:

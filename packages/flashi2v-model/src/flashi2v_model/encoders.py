@@ -4,6 +4,8 @@ B batch, C latent channels, T video frames, F latent frames, L text tokens.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,16 +29,22 @@ def load_vae(config: AEConfig, device: torch.device) -> AutoencoderKLWan:
     Raises:
         InputError: the directory is missing or holds no such model.
     """
-    vae = load_pretrained(AutoencoderKLWan, config.from_pretrained, "ae.from_pretrained", DTYPES[config.dtype])
-    if config.enable_tiling:
-        (height, width), (stride_height, stride_width) = config.tiling_param.tile_size, config.tiling_param.tile_stride
-        vae.enable_tiling(
-            tile_sample_min_height=height * SPATIAL_STRIDE,
-            tile_sample_min_width=width * SPATIAL_STRIDE,
-            tile_sample_stride_height=stride_height * SPATIAL_STRIDE,
-            tile_sample_stride_width=stride_width * SPATIAL_STRIDE,
-        )
-    return vae.to(device).requires_grad_(False).eval()
+    vae = load_pretrained(AutoencoderKLWan, config.from_pretrained, "ae.from_pretrained", DTYPES[config.dtype], device)
+    configure_tiling(vae, config)
+    return vae.requires_grad_(False).eval()
+
+
+def configure_tiling(vae: AutoencoderKLWan, config: AEConfig) -> None:
+    """Turn on the tiles that a configuration asks for."""
+    if not config.enable_tiling:
+        return
+    (height, width), (stride_height, stride_width) = config.tiling_param.tile_size, config.tiling_param.tile_stride
+    vae.enable_tiling(
+        tile_sample_min_height=height * SPATIAL_STRIDE,
+        tile_sample_min_width=width * SPATIAL_STRIDE,
+        tile_sample_stride_height=stride_height * SPATIAL_STRIDE,
+        tile_sample_stride_width=stride_width * SPATIAL_STRIDE,
+    )
 
 
 def load_text_encoder(config: TextEncoderConfig, device: torch.device) -> UMT5EncoderModel:
@@ -46,25 +54,36 @@ def load_text_encoder(config: TextEncoderConfig, device: torch.device) -> UMT5En
         InputError: the directory is missing or holds no such model.
     """
     encoder = load_pretrained(
-        UMT5EncoderModel, config.from_pretrained, "text_encoder.from_pretrained", DTYPES[config.dtype]
+        UMT5EncoderModel, config.from_pretrained, "text_encoder.from_pretrained", DTYPES[config.dtype], device
     )
-    return encoder.to(device).requires_grad_(False).eval()
+    return encoder.requires_grad_(False).eval()
 
 
-def load_pretrained(cls: Any, path: str, key: str, dtype: torch.dtype) -> Any:
+def load_pretrained(
+    cls: Any, path: str, key: str, dtype: torch.dtype, device: torch.device, *, subfolder: str = "", exact: bool = False
+) -> Any:
     """Call `cls.from_pretrained` on a directory or hub id, with one clear line where that cannot work.
+
+    The weights go straight to the device, with no whole copy of them on the CPU in between. Weights that the model has
+    no place for are passed over (a text encoder is often published with its decoder), or an error where `exact`.
 
     Raises:
         InputError: naming `key`, the configuration key or option that gave `path`.
     """
     check_pretrained(path, key)
+    # The libraries would fill missing weights with random numbers, so a report is asked for.
+    load = partial(cls.from_pretrained, path, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True)
     try:
-        # The libraries would fill missing weights with random numbers.
-        model, report = cls.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
+        try:
+            model, report = load(device_map={"": device})
+        except NotImplementedError:  # diffusers leaves missing weights without numbers, and cannot move those
+            model, report = load()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{key}: cannot load {cls.__name__} from {path!r}: {reason[:300]}") from error
-    problems = {what: sorted(map(str, report[what])) for what in ("missing_keys", "mismatched_keys") if report[what]}
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        hub = "" if Path(path).is_dir() else " (there is no such directory here, so it was looked up on the hub)"
+        raise InputError(f"{key}: cannot load {cls.__name__} from {path!r}: {reason}{hub}") from error
+    kinds = ("missing_keys", "mismatched_keys", *(("unexpected_keys",) if exact else ()))
+    problems = {what: sorted(map(str, report[what])) for what in kinds if report[what]}
     if problems:
         raise InputError(f"{key}: the weights in {path!r} are not those of {cls.__name__}: {str(problems)[:300]}")
     return model

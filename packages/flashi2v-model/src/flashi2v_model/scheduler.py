@@ -6,7 +6,6 @@ schedulers, given the sigmas of `inference_sigmas` where they take them.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from diffusers import (
@@ -17,6 +16,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from torch import Tensor
+
+from flashi2v_model.config import SchedulerName
 
 NUM_TIMESTEPS = 1000
 
@@ -44,9 +45,6 @@ def inference_sigmas(num_steps: int) -> list[float]:
 def euler_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
     """Return the default sampler."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS, shift=shift)
-
-
-SchedulerName = Literal["euler", "heun", "unipc", "dpm++"]
 
 
 def make_scheduler(name: SchedulerName, shift: float) -> SchedulerMixin:

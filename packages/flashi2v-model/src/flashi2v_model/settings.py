@@ -119,7 +119,7 @@ def contradictions(
     return [
         f"{key} is {value!r} in {where}, {whose} {own[key]!r} (predictor.{_PREDICTOR.get(key, key)})"
         for key, value in stored.items()
-        if value != own[key]
+        if value != own[key] and key != "rope_max_seq_len"  # a limit, which changes no number
     ]
 
 

@@ -195,7 +195,7 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = rearrange(self.patch_embedding(hidden_states.to(dtype)) + fourier, "b d f h w -> b (f h w) d")
         rope = rope_tables(grid, self.config.attention_head_dim, x.device)
         for number, block in enumerate(self.blocks):
-            x = block(x, context, modulation, rope, None if cache is None else cache.blocks[number])
+            x = block(x, context, modulation, rope, None if cache is None else cache.of_block(number))
 
         shift, scale = (self.scale_shift_table.to(time.dtype) + time[:, None]).chunk(2, dim=1)  # (B, 1, D) each
         head = layer_norm_modulate(x.to(shift.dtype), shift, scale, self.config.eps)

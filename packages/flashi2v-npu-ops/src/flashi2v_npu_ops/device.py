@@ -1,6 +1,8 @@
 """Which accelerator there is, and what it needs: asked here and nowhere else."""
 
+import contextlib
 import sys
+from pathlib import Path
 
 import torch
 
@@ -8,6 +10,8 @@ from flashi2v_npu_ops import ascend
 from flashi2v_npu_ops.registry import UnsupportedError
 
 _COLLECTIVES = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+_STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def missing(device_type: str) -> str | None:
@@ -68,10 +72,65 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held so far: allocated on an accelerator, resident in this process on the CPU."""
+    """Return the most bytes held since the start, or since `reset_peak_memory`.
+
+    Allocated by PyTorch on an accelerator; resident in this process, libraries included, on the CPU.
+    """
     if device.type != "cpu":
         return int(getattr(torch, device.type).max_memory_allocated(device))
+    if _STATUS.exists():  # Linux: the number of `resource` below begins with that of the process that started this one
+        return _kibibytes(_STATUS, "VmHWM")
     import resource  # where there is one: not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` start anew; on the CPU only Linux may, elsewhere the peak stays that of the whole process."""
+    if device.type != "cpu":
+        getattr(torch, device.type).reset_peak_memory_stats(device)
+    elif _RESET_PEAK.exists():
+        with contextlib.suppress(PermissionError):  # some containers guard the file
+            _RESET_PEAK.write_text("5")  # proc(5): resets the peak resident size
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated, or None where the system does not tell.
+
+    On an accelerator, what the driver has and what PyTorch's allocator holds unused; on the CPU what Linux can give
+    without swapping, within the limit of a container.
+    """
+    if device.type != "cpu":
+        module = getattr(torch, device.type)
+        free, _ = module.mem_get_info(device)
+        return int(free + module.memory_reserved(device) - module.memory_allocated(device))
+    available = _meminfo("MemAvailable")
+    return None if available is None else min([available, *_container_room()])
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Return the bytes that the device has, or None where the system does not tell."""
+    if device.type != "cpu":
+        return int(getattr(torch, device.type).mem_get_info(device)[1])
+    return _meminfo("MemTotal")
+
+
+def _meminfo(name: str) -> int | None:
+    return _kibibytes(_MEMINFO, name) if _MEMINFO.exists() else None
+
+
+def _kibibytes(file: Path, name: str) -> int:
+    """Return what a line `name: 123 kB` says, in bytes."""
+    numbers = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    return int(numbers[name].split()[0]) * 1024
+
+
+def _container_room() -> list[int]:
+    """Return what a container's limit leaves, if there is one (control groups, version 2)."""
+    limit, used, statistics = (_CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return []
+    counted = dict(line.split() for line in statistics.read_text().splitlines())
+    # Pages of files that were not read again lately are given up first.
+    return [max(0, int(limit.read_text()) - int(used.read_text()) + int(counted["inactive_file"]))]

@@ -165,7 +165,7 @@ def dispatch(operator: str, backend: str, case: Case, *args: Any) -> Any:
     if backend == "auto":
         backend = _overrides.get(operator, "auto")
     call = _implementations[operator][_choose(operator, backend, case)].call
-    if torch.is_autocast_enabled(case[0]):
+    if case[0] != "meta" and torch.is_autocast_enabled(case[0]):  # shapes alone have no autocast to ask about
         # The contracts say in which precision an operator computes, and it would not be the one of autocast.
         with torch.autocast(case[0], enabled=False):
             return call(*args)

@@ -1,0 +1,281 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashi2v_data.config import load_config
+from flashi2v_data.errors import InputError
+from flashi2v_infer.config import InferenceConfig
+from flashi2v_infer.denoising import velocity_field
+from flashi2v_infer.execution import Execution
+from flashi2v_infer.load import load_from_pretrained
+from flashi2v_infer.measured import Measured, Meter, comparison
+from flashi2v_infer.parts import Parts, build_parts, parts_of_config, parts_of_model
+from flashi2v_infer.placement import place
+from flashi2v_infer.plan import group_sizes, make_plan, target_device
+from flashi2v_infer.settings import SamplingSettings
+from flashi2v_infer.tracing import FORMULAS, num_bytes, tracing
+from flashi2v_model import FlashI2VTransformer3DModel, Guidance, presets
+
+SMALL = SamplingSettings(num_frames=9, height=64, width=96, num_inference_steps=3, max_sequence_length=24)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def real(model_directory):
+    """The tiny pipeline's parts, with numbers."""
+    pipe = load_from_pretrained(str(model_directory), Execution(device="cpu"))
+    return Parts(pipe.transformer, pipe.text_encoder, pipe.vae)
+
+
+@pytest.fixture(scope="module")
+def planned(model_directory):
+    return parts_of_model(str(model_directory), Execution(), "cpu")
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [
+        Execution(),
+        Execution(cfg_batch=True),
+        Execution(vae_tiling=True, vae_slicing=True),
+        Execution(device="cuda", offload="model"),
+        Execution(device="cuda", offload="group"),
+    ],
+)
+@pytest.mark.parametrize("num_videos", [1, 2])
+def test_the_plan_is_what_the_same_run_takes(real, planned, execution, num_videos):
+    if num_videos == 1 and execution.vae_slicing:
+        pytest.skip("one video is its own slice")
+    plan = make_plan(planned, SMALL, execution, "cpu", None, num_videos)
+    run = make_plan(real, SMALL, execution, "cpu", None, num_videos)
+    assert plan.stages == run.stages
+    assert plan == run
+
+
+def test_operations_are_those_that_torch_counts_in_real_steps(real, planned):
+    plan = make_plan(planned, SMALL, Execution(), "cpu", None)
+    latents = torch.randn(1, 16, 3, 8, 12)
+    guidance, text = Guidance(latents, latents), torch.randn(1, 24, 64)
+    velocity = velocity_field(
+        real.transformer, torch.tensor([900.0, 600.0, 300.0]), guidance, text, text, 5.0, cfg_batch=False
+    )
+    counts = []
+    for step in range(3):
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+            velocity(step, latents)
+        counts.append(counter.get_total_flops())
+    assert counts[0] > counts[1] == counts[2] == plan.step_flops
+    assert plan.stages[2].flops == sum(counts)
+    assert plan.calls_per_step == 2
+    unguided = make_plan(planned, SamplingSettings(9, 64, 96, 3, 1.0, max_sequence_length=24), Execution(), "cpu", None)
+    assert 2 * unguided.step_flops == plan.step_flops
+    assert unguided.calls_per_step == 1
+
+
+def _formulas():
+    def with_shapes(formula):
+        formula._get_raw = True
+        return formula
+
+    return {operator: with_shapes(FORMULAS[operator]) for operator in FORMULAS if "for_cpu" in str(operator)}
+
+
+def test_operations_of_the_released_model_follow_the_textbook():
+    width, ffn, layers, tokens, text = 1536, 8960, 30, 13 * 30 * 52, 512
+    with torch.device("meta"):
+        transformer = FlashI2VTransformer3DModel(**presets.TRANSFORMERS["1.3b"])
+    latents = torch.empty(1, 16, 13, 60, 104, device="meta")
+    context = torch.empty(1, text, 4096, device="meta")
+    timesteps = torch.tensor([900.0, 100.0])
+    velocity = velocity_field(transformer, timesteps, Guidance(latents, latents), context, None, 1.0, cfg_batch=False)
+    with tracing() as trace:
+        velocity(0, latents)
+        first = trace.flops
+        velocity(1, latents)
+    # Two for each weight and token.
+    projections = 2 * tokens * (6 * width**2 + 2 * width * ffn)
+    attention = 4 * tokens * width * (tokens + text)
+    ends = 2 * tokens * (64 * width + 64 * width)  # patches of the latent, and 64 numbers a patch
+    assert trace.flops - first == layers * (projections + attention) + ends
+    # The first step's own: keys and values of the text, features (patches, a 1x1x1 convolution), text and time.
+    keys_values = layers * 2 * text * 2 * width**2
+    features = 2 * tokens * (64 * width + width**2)
+    embedders = 2 * text * (4096 * width + width**2) + len(timesteps) * 2 * (256 * width + width**2 + 6 * width**2)
+    assert first - (trace.flops - first) == keys_values + features + embedders
+    assert trace.peak < 3 * 2**30  # a matrix of all pairs of tokens would take 18 GiB a layer
+
+
+def test_the_largest_model_fits_a_card_of_8_gb_with_low_memory():
+    execution = Execution(device="cuda", low_memory=True)
+    dtypes = (execution.settled_dtype("cuda"), execution.settled_dtype("cuda"), execution.settled_vae_dtype())
+    parts = build_parts(presets.TRANSFORMERS["14b"], None, None, dtypes)
+    plan = make_plan(parts, SamplingSettings(), execution, "cuda", None)
+    assert plan.peak < 6 * 2**30
+    assert plan.num_tokens == 20280
+    assert 14.2e9 < plan.parameters["transformer"] < 14.4e9
+    assert 5.6e9 < plan.parameters["text encoder"] < 5.8e9
+    assert plan.decoding == "whole pictures"
+
+
+def test_offloading_takes_weights_off_the_device(planned):
+    none, model, group = (
+        make_plan(planned, SMALL, Execution(device="cuda", offload=offload), "cuda", None)
+        for offload in ("none", "model", "group")
+    )
+    weights = {name: num_bytes(module) for name, module in planned.modules.items()}
+    assert none.stages[0].weights == sum(weights.values())
+    assert none.stages[2].weights == weights["transformer"] + weights["VAE"]
+    assert model.stages[0].weights == weights["text encoder"]
+    assert model.stages[3].weights == weights["VAE"]
+    assert [stage.weights for stage in group.stages[2:]] == [weights["VAE"]] * 2
+    assert group.stages[2].peak < model.stages[2].peak
+    assert group.stages[2].flops == model.stages[2].flops == none.stages[2].flops
+
+
+def test_both_branches_at_once_are_one_call_of_the_same_work_in_more_memory(planned):
+    one, both = (make_plan(planned, SMALL, Execution(cfg_batch=batch), "cpu", None) for batch in (False, True))
+    assert (one.calls_per_step, both.calls_per_step) == (2, 1)
+    assert both.step_flops == one.step_flops
+    assert both.stages[2].peak > one.stages[2].peak
+
+
+def test_groups_are_those_that_diffusers_moves(model_directory):
+    pipe = load_from_pretrained(str(model_directory), Execution(device="cpu"))
+    expected = group_sizes(pipe.transformer, pipe.text_encoder, False)
+    place(pipe, Execution(device="cuda", offload="group"), CPU)
+    moved = {}
+    for module in (*pipe.transformer.modules(), *pipe.text_encoder.modules()):
+        hook = getattr(module, "_diffusers_hook", None)
+        hook = hook and hook.get_hook("group_offloading")
+        if hook is not None:
+            inside = (p for part in hook.group.modules for p in part.parameters())
+            tensors = {id(tensor): tensor for tensor in (*hook.group.parameters, *inside)}.values()
+            if tensors:
+                moved[module] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert moved == expected
+
+
+def test_a_card_that_fetches_ahead_holds_one_block_more(planned):
+    plain = group_sizes(planned.transformer, planned.text_encoder, False)
+    ahead = group_sizes(planned.transformer, planned.text_encoder, True)
+    block = planned.transformer.blocks[0]
+    assert ahead[block] == 2 * plain[block]
+    assert ahead[planned.transformer] == plain[planned.transformer]
+
+
+_GROWTH = """
+import ctypes
+
+import torch
+from flashi2v_infer.denoising import velocity_field
+from flashi2v_infer.tracing import num_bytes, tracing
+from flashi2v_model import FlashI2VTransformer3DModel, Guidance
+from flashi2v_npu_ops.device import peak_memory, reset_peak_memory
+
+torch.set_num_threads(1)
+sizes = dict(num_attention_heads=8, attention_head_dim=128, ffn_dim=4096, num_layers=4, text_dim=256)
+
+def run(device):
+    with torch.device("meta"):
+        transformer = FlashI2VTransformer3DModel(**sizes)
+    if device == "cpu":
+        transformer.to_empty(device="cpu")
+        for parameter in transformer.parameters():
+            torch.nn.init.constant_(parameter, 0.01)
+    latents = torch.ones(1, 16, 3, 32, 32, device=device)
+    with tracing() as trace:
+        trace.hold(num_bytes(transformer))
+        text = torch.ones(1, 64, 256, device=device)
+        timesteps = torch.tensor([500.0])
+        velocity_field(transformer, timesteps, Guidance(latents, latents), text, None, 1.0, cfg_batch=False)(0, latents)
+    return trace.peak
+
+predicted = run("meta")
+ctypes.CDLL(None).malloc_trim(0)  # importing has let go of much, which would be used again
+reset_peak_memory(torch.device("cpu"))
+before = peak_memory(torch.device("cpu"))
+run("cpu")
+print(predicted, peak_memory(torch.device("cpu")) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lets a process's peak start anew")
+def test_a_real_process_grows_by_what_was_predicted():
+    result = subprocess.run([sys.executable, "-c", _GROWTH], capture_output=True, text=True, check=True)
+    predicted, grown = map(int, result.stdout.split())
+    assert predicted > 300 * 2**20
+    assert 0.8 < grown / predicted < 1.4
+
+
+def test_a_configuration_file_is_planned_from_its_parts(job, model_directory, planned):
+    config = load_config(job(ae={"enable_tiling": True}), InferenceConfig)
+    parts = parts_of_config(config, Execution())
+    assert parts.assumptions == ()
+    assert parts.vae.use_tiling
+    assert {p.device.type for module in parts.modules.values() for p in module.parameters()} == {"meta"}
+    assert num_bytes(*parts.modules.values()) == num_bytes(*planned.modules.values())
+    plan = make_plan(parts, config.sampling, Execution(), "cpu", None)
+    assert plan.decoding == "the tiles that are set for the VAE"
+    half = parts_of_config(config, Execution(dtype="bf16", vae_dtype="bf16"))
+    assert half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
+    assert half.transformer.scale_shift_table.dtype == torch.float32
+
+
+def test_what_is_not_on_the_disk_is_assumed_and_said():
+    parts = parts_of_model("somebody/FlashI2V", Execution(), "cuda")
+    plan = make_plan(parts, SMALL, Execution(), "cuda", None)
+    text = str(plan)
+    for part in ("transformer's sizes are taken to be FlashI2V 1.3B's", "VAE's sizes are taken to be Wan2.1's"):
+        assert part in text
+    assert "operations per step" in text
+    assert "6 in all; 72 tokens a video, 1 at a time" in text
+
+
+def test_a_damaged_config_is_one_line(model_directory, tmp_path):
+    for name in ("transformer", "vae"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "vae" / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"--model: .*vae/config\.json is damaged"):
+        parts_of_model(str(tmp_path), Execution(), "cpu")
+
+
+def test_a_run_can_be_planned_for_a_device_that_is_elsewhere():
+    if not torch.cuda.is_available():
+        assert target_device(Execution(device="cuda", low_memory=True)) == ("cuda", None)
+    device_type, free = target_device(Execution(), "cpu")
+    assert device_type == "cpu"
+    assert free is None or free > 2**20
+    with pytest.raises(InputError, match="unknown device type 'tpu'"):
+        target_device(Execution(device="tpu"))
+
+
+def test_measured_figures_stand_beside_the_planned(planned):
+    plan = make_plan(planned, SMALL, Execution(), "cpu", None)
+    meter = Meter(CPU)
+    tensors = {"latents": torch.zeros(1)}
+    for step in range(3):
+        assert meter.on_step_end(None, step, None, tensors) is tensors
+    measured = meter.read()
+    assert measured.seconds_per_step is not None
+    assert measured.seconds_per_step > 0
+    assert measured.peak > 50 * 2**20
+    table = comparison(plan, measured)
+    assert f"| peak memory | {plan.peak / 2**30:.2f} GiB | {measured.peak / 2**30:.2f} GiB |" in table
+    assert "resident in this process on the CPU, Python and libraries included" in table
+    on_gpu = comparison(plan, Measured(torch.device("cuda"), 2**30, None))
+    assert "what PyTorch allocated on cuda" in on_gpu
+
+
+def test_a_plan_reads_no_weights(model_directory, tmp_path):
+    for name in ("transformer", "text_encoder", "vae"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text((model_directory / name / "config.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({}))
+    parts = parts_of_model(str(tmp_path), Execution(), "cpu")
+    assert parts.assumptions == ()
+    assert make_plan(parts, SMALL, Execution(), "cpu", None).peak > 0
