@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from typing import NoReturn
 
 import cyclopts
@@ -71,6 +72,9 @@ def _usage_fault(error: cyclopts.CycloptsError) -> str:
 def _fail(app: cyclopts.App, message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
     if code == 2 and os.environ.get("RANK", "0") != "0":
-        sys.exit(code)  # under torchrun, what all processes would say alike is said by the first
+        # Under torchrun, what all processes would say alike is said by the first, which must get there: when one
+        # process ends, torchrun ends the others.
+        time.sleep(5)
+        sys.exit(code)
     print(f"{app.name[0]}: {line}", file=sys.stderr)
     sys.exit(code)

@@ -1,0 +1,98 @@
+"""Sampling in several processes of torchrun gives what one process gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashi2v_data import read_frames
+from flashi2v_infer import InputError
+from flashi2v_infer.processes import join_processes
+
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+INFER = Path(sys.executable).with_name("flashi2v-infer")
+
+
+def torchrun(num_processes: int, *arguments: object) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    command = [TORCHRUN, "--nproc-per-node", num_processes, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += ["--no-python", INFER, *arguments]
+    return subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, check=False, env=environment | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.fixture
+def batch(job):
+    """Three videos, the second with an image that is not there, and what one process makes of them."""
+    Path("prompts.txt").write_text("a red circle\na blue square\na dark object\na dark object\n")
+    Path("images.txt").write_text("first.png\nnowhere.png\nsecond.jpg\nfirst.png\n")
+    job(save_path="single")
+    result = subprocess.run([INFER, "--mm-model", "inference_model.json"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    return job(save_path="shared")
+
+
+@pytest.mark.parametrize(("num_processes", "context_parallel_size"), [(2, 2), (4, 2)])
+def test_any_number_of_processes_samples_the_same_videos(batch, num_processes, context_parallel_size):
+    result = torchrun(num_processes, "--mm-model", batch, "--context-parallel-size", context_parallel_size)
+    assert result.stdout == "wrote 3 videos and video_grid.mp4 to shared\n"
+    assert "flashi2v-infer: images.txt line 2: no usable image" in result.stderr
+    assert result.stderr.count("nowhere.png: no such file") == 1
+    names = sorted(path.name for path in Path("single").iterdir())
+    assert names == sorted(path.name for path in Path("shared").iterdir())
+    assert len(names) == 7
+    for name in names:
+        ours, theirs = Path("shared") / name, Path("single") / name
+        if name.endswith(".mp4"):
+            frames = read_frames(ours, range(5)).astype(int)
+            assert abs(frames - read_frames(theirs, range(5))).mean() < 0.5
+        else:
+            record, expected = (json.loads(path.read_text()) for path in (ours, theirs))
+            assert record.pop("first_frame_psnr") == pytest.approx(expected.pop("first_frame_psnr"), abs=0.1)
+            assert record == expected
+
+
+def test_four_processes_share_one_video(model_directory, job):
+    job()
+    arguments = ["--model", model_directory, "--image", "first.png", "--prompt", "a red circle"]
+    arguments += ["--num-frames", 5, "--height", 32, "--width", 48, "--num-inference-steps", 2, "--device", "cpu"]
+    for name, command in {
+        "one.mp4": lambda *given: subprocess.run([*map(str, (INFER, *given))], check=True),
+        "four.mp4": lambda *given: torchrun(4, *given, "--context-parallel-size", 4),
+    }.items():
+        assert command(*arguments, "-o", name).returncode == 0
+    frames, expected = (read_frames(name, range(5)).astype(int) for name in ("four.mp4", "one.mp4"))
+    assert abs(frames - expected).mean() < 0.5
+
+
+def test_what_is_wrong_is_one_line_of_the_first_process(job):
+    result = torchrun(3, "--mm-model", job(), "--context-parallel-size", 3)
+    assert result.returncode == 1  # torchrun's, whatever the code of its processes
+    lines = [line for line in result.stderr.splitlines() if line.startswith("flashi2v-infer: ")]
+    assert lines == ["flashi2v-infer: a context parallel size of 3 does not divide the 4 heads: use one of 1, 2, 4"]
+    assert not Path("samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "arguments", "message"),
+    [
+        (1, ("cpu", 2), "size 2 does not divide the 1 processes of this run: start as many by torchrun"),
+        (2, ("cpu", 4), "--context-parallel-size 4 does not divide the 2 processes of this run"),
+        (2, ("cpu:0",), "names one device for 2 processes: leave its number out"),
+    ],
+)
+def test_processes_that_do_not_fit_are_refused(monkeypatch, num_processes, arguments, message):
+    settings = {"WORLD_SIZE": num_processes, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": num_processes}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(InputError, match=message), join_processes(*arguments):
+        pass
+
+
+def test_one_process_shares_its_videos_with_none():
+    with join_processes("cpu") as alone:
+        assert (alone.is_first, alone.writes, alone.share([1, 2, 3])) == (True, True, [1, 2, 3])
