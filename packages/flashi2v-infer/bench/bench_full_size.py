@@ -1,10 +1,10 @@
 """One call of the 1.3B network beside diffusers' Wan2.1 transformer of the same size, in one run.
 
-    python bench/bench_full_size.py --device cuda            # 49x480x832 in bf16, as the released model samples
-    python bench/bench_full_size.py --device cpu --layers 2 --frames 17 --height 128 --width 128
+    python bench/bench_full_size.py --device cuda
 
-Weights are random. What the device can do is measured by multiplying large matrices in the same dtype, so that the
-share needs no data sheet.
+49x480x832 in bf16 on an accelerator, as the released model samples; 17x128x128 in fp32 on the CPU. Weights are random.
+What the device can do is measured by multiplying large matrices in the same dtype, so that the share needs no data
+sheet.
 """
 
 import argparse
@@ -30,18 +30,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--frames", type=int, default=49)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--size", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"))
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, fp32 on the CPU")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=DTYPES)
     arguments = parser.parse_args()
     device = devices.resolve_device(arguments.device)
-    dtype = DTYPES[arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    on_cpu = device.type == "cpu"
+    dtype = DTYPES[arguments.dtype or ("fp32" if on_cpu else "bf16")]
+    frames, height, width = arguments.size or ((17, 128, 128) if on_cpu else (49, 480, 832))
     sizes = {**TRANSFORMERS["1.3b"], "num_layers": arguments.layers}
 
-    grid = (arguments.frames - 1) // 4 + 1, arguments.height // 8, arguments.width // 8
+    grid = (frames - 1) // 4 + 1, height // 8, width // 8
     latents = torch.randn(1, 16, *grid, device=device)
     timestep = torch.full((1,), 500.0, device=device)
     text = torch.randn(1, 512, 4096, device=device, dtype=dtype)
@@ -68,7 +68,7 @@ def main() -> None:
     rate = _matmul_rate(dtype, device)
 
     print(f"{devices.name(device.type)}; torch {version('torch')}, diffusers {version('diffusers')}; {dtype}")
-    print(f"{arguments.layers} layers, {arguments.frames}x{arguments.height}x{arguments.width}; ", end="")
+    print(f"{arguments.layers} layers, {frames}x{height}x{width}; ", end="")
     print(f"{flops / 1e12:.1f} TFLOP a call; matrices multiply at {rate / 1e12:.1f} TFLOP/s\n")
     print("| call | seconds | ratio | of the matrices' rate | peak memory |\n|---|---|---|---|---|")
     first = next(iter(results.values()))[0]
