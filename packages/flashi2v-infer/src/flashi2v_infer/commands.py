@@ -135,7 +135,7 @@ def _sampler(
     length = requests[0].settings.max_sequence_length if requests else None
     texts = encode_prompts(pipeline, prompts, execution, processes.device, length)
     put_away_text_encoder(pipeline, execution, processes.device)
-    return Sampler(pipeline, texts, cfg_batch=execution.cfg_batch, on_step_end=meter.on_step_end)
+    return Sampler(pipeline, texts, on_step_end=meter.on_step_end)
 
 
 def _report(batch: Batch, sampled: Sequence[Job], missing: Sequence[Job]) -> None:
