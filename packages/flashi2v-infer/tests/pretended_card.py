@@ -101,7 +101,7 @@ def main(offload: str, forget: bool) -> None:
             y = torch.zeros(1, 16, 3, 4, 6, device=CARD) - guidance.shift
             for _ in range(2):
                 y = transformer(y, torch.full((1,), 5.0), text, guidance.fourier)[0]
-            video = decode_within_memory(vae, y, execution)
+            video, _ = decode_within_memory(vae, y, execution)
             look("after decoding")
             assert {t.device for t in (text, condition, guidance.fourier, y, video)} == {CARD}
     print(json.dumps(seen))

@@ -177,6 +177,21 @@ def test_what_was_made_from_something_else_is_neither_kept_nor_replaced(config, 
 
 
 @pytest.mark.usefixtures("whole")
+def test_tiles_that_are_asked_for_make_other_videos(config):
+    with pytest.raises(InputError, match=r"model_settings\.vae_tiling was null, is true"):
+        sample_batch(config(), Execution(vae_tiling=True), resume=True)
+    assert json.loads(Path("samples/video_0.json").read_text())["decoding"] == "whole pictures"
+
+
+@pytest.mark.usefixtures("whole")
+def test_what_changes_nothing_of_the_numbers_is_no_difference(config, capsys):
+    sample_batch(config(ae={"dtype": "float32"}, predictor={"dtype": "float32"}), AS_IT_SAYS, resume=True)
+    # Nor do tiles matter that are not used.
+    sample_batch(config(ae={"tiling_param": {"tile_size": [40, 40]}}), AS_IT_SAYS, resume=True)
+    assert capsys.readouterr().out.count("wrote 0 videos (3 had been finished before)") == 2
+
+
+@pytest.mark.usefixtures("whole")
 def test_weights_that_were_trained_further_make_other_videos(config, model_directory, tmp_path):
     from safetensors.torch import load_file, save_file
 

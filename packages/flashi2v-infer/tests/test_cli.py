@@ -132,6 +132,8 @@ ONE = {"--model": "{model}", "--image": "first.png", "--prompt": "a cat", "-o": 
         ({"--strip": "cat.jpg"}, "--strip: cat.jpg must end in .png"),
         ({"--image": "cat.png"}, "--image: cat.png: no such file"),
         ({"--image": "prompts.txt"}, "--image: prompts.txt: not an image of a known format"),
+        ({"--strip": "./first.png"}, "--strip: first.png is the image itself, which would be lost"),
+        ({"--image": "first.webp", "-o": "first.webp"}, "--output: first.webp is the image itself"),
         ({"--model": "nowhere"}, "--model: no directory 'nowhere'"),
         ({"--model": "{model}/vae"}, "holds no model_index.json"),
         ({"--model": "broken"}, "--model: cannot load FlashI2VTransformer3DModel from 'broken'"),
@@ -145,6 +147,8 @@ ONE = {"--model": "{model}", "--image": "first.png", "--prompt": "a cat", "-o": 
 )
 def test_one_video_that_cannot_be_sampled_is_one_line(rejected, job, model_directory, changes, message):
     Path("photo.json").write_text("somebody's")
+    with Image.open("first.png") as picture:
+        picture.save("first.webp")
     for name in ("broken", "foreign"):
         if name in changes.values():
             _copy_model(model_directory, Path(name), with_weights=name == "foreign")
@@ -221,6 +225,40 @@ def test_an_interrupted_batch_says_how_to_go_on(job):
     assert list(Path("samples").iterdir() if Path("samples").exists() else []) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--model": "nowhere"}, "--model: no directory 'nowhere'"),
+        ({"--device": "npu"}, "device 'npu': torch_npu is not installed"),
+        ({"--offload": "group"}, "the device is the CPU"),
+    ],
+)
+def test_a_dry_run_of_one_video_finds_what_a_run_would(rejected, job, model_directory, changes, message):
+    job()
+    options = {key: str(value).format(model=model_directory) for key, value in {**ONE, **changes}.items()}
+    assert message in rejected("--dry-run", *(word for option in options.items() for word in option))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"predictor": {"from_pretrained": "nowhere.pt"}}, [], "no weights at nowhere.pt"),
+        ({"ae": {"from_pretrained": "/nowhere"}}, [], "ae.from_pretrained: no directory"),
+        ({"text_encoder": {"from_pretrained": "/nowhere"}}, [], "text_encoder.from_pretrained: no directory"),
+        ({"tokenizer": {"from_pretrained": "nowhere"}}, [], "tokenizer.from_pretrained: no directory"),
+        ({"device": "npu"}, [], "device 'npu': torch_npu is not installed"),
+        ({}, ["--low-memory"], "the device is the CPU"),
+        ({}, ["--context-parallel-size", 3], "does not divide the 4 heads"),
+        ({"image": "strips.txt"}, ["--strip", "strips"], "--strip: strips/video_1.png is the image itself"),
+    ],
+)
+def test_a_dry_run_of_a_batch_finds_what_a_run_would(rejected, job, changes, options, message):
+    Path("strips").mkdir()
+    shutil.copy("first.png", "strips/video_1.png")
+    Path("strips.txt").write_text("first.png\nstrips/video_1.png\n")
+    assert message in rejected("--mm-model", job(**changes), "--dry-run", *options)
+
+
 def test_help_shows_both_modes():
     done = run_script("--help")
     assert done.returncode == 0
@@ -231,13 +269,26 @@ def test_help_shows_both_modes():
 @pytest.mark.parametrize(("output", "prompt"), [("new dir/ä b.gif", "-5 degrees, “snow”"), ("frames/", "a\nb")])
 def test_one_video_may_be_a_gif_or_a_directory_of_frames(job, model_directory, monkeypatch, capsys, output, prompt):
     Path("first.png").rename("ein bild ä.png")
-    one = ["--model", model_directory, "--image", "ein bild ä.png", "--prompt", prompt, "-o", output, *TINY]
+    one = [
+        "--model",
+        model_directory,
+        "--image",
+        "ein bild ä.png",
+        "--prompt",
+        prompt,
+        "-o",
+        output,
+        *TINY,
+        "--scheduler",
+        "heun",
+    ]
     monkeypatch.setattr(sys, "argv", ["flashi2v-infer", *map(str, one), "--device", "cpu"])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     assert (exit_.value.code, capsys.readouterr().out) == (0, f"wrote {output}\n")
     record = read_record(output)
     assert (record["prompt"], record["image"], record["fps"]) == (prompt, "ein bild ä.png", 8)
+    assert record["model_settings"]["scheduler"]["_class_name"] == "FlowMatchHeunDiscreteScheduler"
     assert record["versions"]["flashi2v-infer"] == cli.__version__
 
 

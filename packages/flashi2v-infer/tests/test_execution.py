@@ -34,7 +34,9 @@ CPU = torch.device("cpu")
         ({"low_memory": True, "keep_text_encoder": True}, "leave out keep_text_encoder or low_memory"),
         ({"compile": True, "offload": "group"}, "compile cannot be combined with offload 'group'"),
         ({"compile": True, "low_memory": True}, "compile cannot be combined with offload 'group'"),
-        ({"offload": "disk"}, "offload must be none, model or group, got 'disk'"),
+        ({"offload": "disk"}, "offload must be one of none, model, group, got 'disk'"),
+        ({"vae_dtype": torch.bfloat16}, "vae_dtype must be one of fp32, float32, bf16, fp16, got torch.bfloat16"),
+        ({"dtype": "int8"}, "dtype must be one of fp32, float32, bf16, fp16, got 'int8'"),
     ],
 )
 def test_contradictions_are_one_line(settings, message):
@@ -115,6 +117,13 @@ def test_tiling_that_is_already_on_stays_as_it_is(vae):
     assert choose_decoding(own, SHAPE, Execution(vae_tiling=False), 2**40) == Decoding()
 
 
+def test_slicing_that_is_already_on_stays_on(vae):
+    own = AutoencoderKLWan.from_config(vae.config)
+    own.enable_slicing()
+    assert choose_decoding(own, SHAPE, Execution(), None) == Decoding(True)
+    assert choose_decoding(own, SHAPE, Execution(vae_slicing=False), None) == Decoding()
+
+
 @pytest.mark.parametrize("way", [Decoding(), Decoding(True), Decoding(False, (128, 96)), Decoding(True, (128, 96))])
 def test_the_predicted_peak_is_what_decoding_takes(vae, way):
     latents = torch.randn(2, 16, 2, 24, 32)
@@ -135,9 +144,11 @@ def test_slices_are_equal_tiles_nearly_and_the_vae_is_left_as_it_was(vae, photog
     video = frames.repeat(1, 1, 5, 1, 1) * torch.linspace(1, 0.8, 5)[:, None, None]  # (2, 3, 5, H, W), growing darker
     latents = encode_video(vae, video)
     whole = decode_video(vae, latents)
-    sliced = decode_within_memory(vae, latents, Execution(vae_slicing=True, vae_tiling=False))
+    sliced, way = decode_within_memory(vae, latents, Execution(vae_slicing=True, vae_tiling=False))
+    assert way == "whole pictures, one video at a time"
     torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
-    tiled = decode_within_memory(vae, latents, Execution(vae_tiling=True))
+    tiled, way = decode_within_memory(vae, latents, Execution(vae_tiling=True))
+    assert way == "tiles of 128 pixels, 96 apart, one video at a time"
     assert tiled.shape == whole.shape
     assert not torch.equal(tiled, whole)
     ours, theirs = ((x * 127.5 + 127.5).round().to(torch.uint8).numpy() for x in (tiled, whole))
@@ -147,7 +158,8 @@ def test_slices_are_equal_tiles_nearly_and_the_vae_is_left_as_it_was(vae, photog
     assert vae.tile_sample_min_height == 256
 
 
-def test_the_way_of_decoding_is_logged_once(vae, caplog):
+def test_the_way_of_decoding_is_logged_once(vae, caplog, monkeypatch):
+    monkeypatch.setattr(flashi2v_infer.decoding, "_reported", set())
     caplog.set_level("DEBUG")
     for _ in range(2):
         decode_within_memory(vae, torch.zeros(1, 16, 1, 4, 6), Execution())

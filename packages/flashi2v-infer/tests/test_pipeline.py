@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from flashi2v_data.config import TransformPipeline
 from flashi2v_data.transforms import build_transform
 from flashi2v_infer import FlashI2VPipeline, InputError
+from flashi2v_infer.execution import Execution
 from flashi2v_infer.pipeline import prepare_image
 
 
@@ -131,6 +132,16 @@ def test_a_callback_sees_changes_and_ends_the_run(pipe, sampled, photograph):
 
 def test_branches_of_guidance_in_one_batch_give_the_same_video(sampled, photograph):
     assert_close(sampled(image=photograph, cfg_batch=True), sampled(image=photograph), atol=1e-4, rtol=0.0)
+
+
+def test_branches_run_in_one_batch_where_the_execution_says_so(shared_pipe, sampled, photograph, monkeypatch):
+    monkeypatch.setattr(shared_pipe, "execution", Execution(cfg_batch=True))
+    sizes: list[int] = []
+    handle = shared_pipe.transformer.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    sampled(image=photograph)
+    sampled(image=photograph, cfg_batch=False)
+    handle.remove()
+    assert sizes == [2, 2, 1, 1, 1, 1]
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about this machine

@@ -265,8 +265,10 @@ def test_measured_figures_stand_beside_the_planned(planned):
     assert measured.seconds_per_step > 0
     assert measured.peak > 50 * 2**20
     table = comparison(plan, measured)
-    assert f"| peak memory | {plan.peak / 2**30:.2f} GiB | {measured.peak / 2**30:.2f} GiB |" in table
+    assert f"| peak memory | {plan.peak / 2**20:.1f} MiB | {measured.peak / 2**30:.2f} GiB |" in table
     assert "resident in this process on the CPU, Python and libraries included" in table
+    rate = f"{plan.step_flops / 0.5 / 1e9:.1f} GFLOP/s"
+    assert f"| operations per second | | {rate} |" in comparison(plan, Measured(CPU, 2**30, 0.5))
     on_gpu = comparison(plan, Measured(torch.device("cuda"), 2**30, None))
     assert "what PyTorch allocated on cuda" in on_gpu
 
@@ -279,3 +281,21 @@ def test_a_plan_reads_no_weights(model_directory, tmp_path):
     parts = parts_of_model(str(tmp_path), Execution(), "cpu")
     assert parts.assumptions == ()
     assert make_plan(parts, SMALL, Execution(), "cpu", None).peak > 0
+
+
+def test_small_models_are_planned_in_small_units(planned):
+    text = str(make_plan(planned, SMALL, Execution(), "cpu", None))
+    assert " 0.00 " not in text
+    assert "transformer 1.31 million" in text
+
+
+def test_a_plan_says_what_context_parallelism_changes(planned):
+    plan = make_plan(planned, SMALL, Execution(context_parallel_size=2), "cpu", None)
+    assert "each of 2 has fewer tokens" in str(plan)
+
+
+def test_a_sampler_that_evaluates_the_network_twice_a_step_takes_more_work(planned):
+    euler, heun = (make_plan(planned, SMALL, Execution(), "cpu", None, scheduler=name) for name in ("euler", "heun"))
+    assert (euler.num_steps, heun.num_steps) == (3, 5)
+    # The first evaluation embeds the times of all of them.
+    assert heun.stages[2].flops == pytest.approx(euler.stages[2].flops + 2 * euler.step_flops, rel=1e-3)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flashi2v_data.transforms import center_crop_resize
+from flashi2v_infer.execution import Execution
 from flashi2v_infer.pipeline import prepare_image
 from flashi2v_infer.sample import Sample, Sampler, psnr
 from flashi2v_infer.settings import InputError, Request, SamplingSettings
@@ -28,7 +29,7 @@ def test_psnr_is_that_of_the_definition():
     [(30, 35, False), (22, 38, False), (12, 35, True), (12, 13, False), (19, 21, False), (14, 21, True)],
 )
 def test_a_video_starts_elsewhere_when_the_vae_is_not_the_reason(first_frame, vae, elsewhere):
-    assert Sample(np.zeros((1, 2, 2, 3), np.uint8), first_frame, vae).starts_elsewhere is elsewhere
+    assert Sample(np.zeros((1, 2, 2, 3), np.uint8), first_frame, vae, "").starts_elsewhere is elsewhere
 
 
 @pytest.fixture
@@ -51,6 +52,15 @@ def test_the_first_frame_is_compared_with_the_image_and_with_the_vae_alone(pipe,
     (reconstruction,) = pipe.vae(frame).sample[0, :, 0].clamp(-1, 1).permute(1, 2, 0)[None].detach().numpy()
     expected = psnr((reconstruction * 127.5 + 127.5).round().astype(np.uint8), image)
     assert sample.vae_psnr == pytest.approx(expected, abs=0.1)
+
+
+def test_the_vae_alone_decodes_as_the_video_was_decoded(pipe, image, monkeypatch):
+    whole = Sampler(pipe)(REQUEST, image)
+    monkeypatch.setattr(pipe, "execution", Execution(vae_tiling=True))
+    monkeypatch.setattr("flashi2v_infer.decoding.TILES", ((32, 16),))
+    tiled = Sampler(pipe)(REQUEST, image)
+    assert (whole.decoding, tiled.decoding) == ("whole pictures", "tiles of 32 pixels, 16 apart")
+    assert tiled.vae_psnr != whole.vae_psnr
 
 
 def test_a_video_that_starts_elsewhere_is_warned_about(pipe, image, caplog, monkeypatch):

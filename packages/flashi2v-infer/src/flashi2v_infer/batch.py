@@ -61,15 +61,21 @@ class Batch:
     image_list: str
 
 
-def read_batch(config: InferenceConfig, seed: int) -> Batch:
+def read_batch(config: InferenceConfig, seed: int, vae_tiling: bool | None = None) -> Batch:
     """Read prompts and images; an image that cannot be used costs its own video only, and is reported.
+
+    Args:
+        config: of inference_model.json, settled.
+        seed: of the noise.
+        vae_tiling: as of `Execution`: where it was asked for, tiles are a setting like others; a choice by the free
+            memory is in the records too, and compared with nothing.
 
     Raises:
         InputError: the lists or a prompt cannot be used, or no image can.
     """
     directory = Path(config.save_path)
     check_directory(directory, "save_path")
-    source = _source(config)
+    source = _source(config, vae_tiling)
     pictures: dict[str, tuple[Pixels, str]] = {}  # many videos may start with one image
     jobs: list[Job] = []
     bad_lines: dict[int, str] = {}
@@ -109,7 +115,7 @@ def _read_picture(config: InferenceConfig, path: str, where: str) -> tuple[Pixel
     return cropped, hash_file(path)
 
 
-def _source(config: InferenceConfig) -> Source:
+def _source(config: InferenceConfig, vae_tiling: bool | None) -> Source:
     predictor = str(config.predictor.from_pretrained)
     parts = {
         "predictor": predictor,
@@ -117,7 +123,8 @@ def _source(config: InferenceConfig) -> Source:
         "text_encoder": config.text_encoder.from_pretrained,
         "tokenizer": config.tokenizer.from_pretrained,
     }
-    return Source(predictor, config.model_settings, {part: fingerprint(path) for part, path in parts.items()})
+    settings = {**config.model_settings, "vae_tiling": vae_tiling}
+    return Source(predictor, settings, {part: fingerprint(path) for part, path in parts.items()})
 
 
 def unfinished(jobs: Sequence[Job]) -> list[Job]:
@@ -170,6 +177,11 @@ def read_back(job: Job) -> Frames | None:
     return frames if frames.shape[1:] == job.image.shape else None
 
 
+def strip_path(strips: Path, index: int) -> Path:
+    """Return where a video's film strip goes."""
+    return strips / f"video_{index}.png"
+
+
 def write_together(batch: Batch, strips: Path | None = None) -> list[Job]:
     """Write what shows all videos: the grid, and on request film strips; return the jobs that are not finished.
 
@@ -187,7 +199,7 @@ def write_together(batch: Batch, strips: Path | None = None) -> list[Job]:
             if job is not None and frames is None:
                 missing.append(job)
             if job is not None and frames is not None and strips is not None:
-                write_picture(strips / f"video_{index}.png", film_strip(job.image, frames), job.origin)
+                write_picture(strip_path(strips, index), film_strip(job.image, frames), job.origin)
             yield frames
 
     grid = video_grid(videos(), batch.num_videos)

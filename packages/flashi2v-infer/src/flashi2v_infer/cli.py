@@ -144,7 +144,7 @@ def infer(
             raise InputError(f"--model also needs {', '.join(missing)}")
         from flashi2v_infer.commands import plan_one
 
-        plan_one(model, settings, execution)
+        plan_one(model, settings, execution, scheduler)
         return
     request = Request(
         prompt,

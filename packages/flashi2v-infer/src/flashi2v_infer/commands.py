@@ -6,20 +6,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
 from tqdm import tqdm
 
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.console import configure_logging
 from flashi2v_data.errors import InputError
 from flashi2v_data.transforms import center_crop_resize
-from flashi2v_infer.batch import Batch, Job, read_batch, unfinished, write_together
+from flashi2v_infer.batch import Batch, Job, read_batch, strip_path, unfinished, write_together
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.export import check_output, check_picture, save_video, write_picture
+from flashi2v_infer.export import check_output, check_picture, check_spared, save_video, write_picture
 from flashi2v_infer.inputs import hash_file, read_image
 from flashi2v_infer.layout import film_strip
-from flashi2v_infer.load import load_from_config, load_from_pretrained, settled_config
+from flashi2v_infer.load import (
+    check_model,
+    check_parts,
+    load_from_config,
+    load_from_pretrained,
+    settled_config,
+    settled_device,
+)
 from flashi2v_infer.measured import Meter, comparison
 from flashi2v_infer.parts import Parts, parts_of_config, parts_of_model
 from flashi2v_infer.pipeline import FlashI2VPipeline
@@ -31,6 +39,7 @@ from flashi2v_infer.sample import Sample, Sampler
 from flashi2v_infer.settings import Request, SamplingSettings
 from flashi2v_model.config import SchedulerName
 from flashi2v_model.libraries import quieten
+from flashi2v_model.parallel import check_degree
 from flashi2v_model.scheduler import make_scheduler
 
 logger = logging.getLogger(__name__)
@@ -68,22 +77,39 @@ def sample_batch(
             raise InputError(f"--strip: {strips}: of a batch, name a directory, which gets video_0.png, ...")
         check_directory(strips, "--strip")
     quieten()
-    planned = None
-    if plan:
-        planned = _print_plan(
-            lambda kind: parts_of_config(config, execution), config.sampling, execution, config.device
+
+    def read() -> tuple[Batch, Sequence[Job]]:
+        batch = read_batch(config, config.seed if seed is None else seed, execution.vae_tiling)
+        if strips is not None:
+            for job in batch.jobs:
+                check_spared(strip_path(strips, job.request.index), "--strip", job.request.image)
+        return batch, unfinished(batch.jobs) if resume else batch.jobs
+
+    def print_plan() -> Plan:
+        return _print_plan(
+            lambda kind: parts_of_config(config, execution),
+            config.sampling,
+            execution,
+            config.device,
+            config.diffusion.scheduler,
         )
+
     if dry_run:
-        batch = read_batch(config, config.seed if seed is None else seed)
-        jobs = unfinished(batch.jobs) if resume else batch.jobs
+        if plan:
+            print_plan()  # also for a device that is elsewhere
+        else:
+            settled_device(execution, config.device)
+        check_parts(config)
+        check_degree(execution.context_parallel_size, config.predictor.num_heads)
+        batch, jobs = read()
         print(f"would write {_videos(len(jobs))} to {batch.directory}")
         _raise_faults(batch, [])
         return
     with join_processes(execution.device or config.device, execution.context_parallel_size) as processes:
         # What all processes would say alike is said by the first.
         configure_logging(logging.INFO if processes.is_first else logging.ERROR)
-        batch = read_batch(config, config.seed if seed is None else seed)
-        jobs = unfinished(batch.jobs) if resume else batch.jobs
+        batch, jobs = read()
+        planned = print_plan() if plan and processes.is_first else None
         processes.barrier()  # before any of them finishes another
         if jobs:
             configure_logging(logging.INFO if processes.is_first else logging.WARNING)
@@ -103,7 +129,7 @@ def _sample_batch(
         sample_jobs(pipeline, processes.share(jobs), execution, processes, meter)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command with --resume goes on from here") from None
-    if planned is not None and processes.is_first:
+    if planned is not None:
         print(comparison(planned, meter.read()))
 
 
@@ -135,7 +161,7 @@ def _sampler(
     length = requests[0].settings.max_sequence_length if requests else None
     texts = encode_prompts(pipeline, prompts, execution, processes.device, length)
     put_away_text_encoder(pipeline, execution, processes.device)
-    return Sampler(pipeline, texts, cfg_batch=execution.cfg_batch, on_step_end=meter.on_step_end)
+    return Sampler(pipeline, texts, on_step_end=meter.on_step_end)
 
 
 def _report(batch: Batch, sampled: Sequence[Job], missing: Sequence[Job]) -> None:
@@ -167,21 +193,30 @@ def _videos(number: int) -> str:
     return f"{number} video{'' if number == 1 else 's'}"
 
 
-def plan_one(model: str, settings: SamplingSettings, execution: Execution) -> Plan:
+def plan_one(
+    model: str, settings: SamplingSettings, execution: Execution, scheduler: SchedulerName | None = None
+) -> Plan:
     """Print what sampling one video will take; nothing is loaded.
 
     Raises:
         InputError: there is no such model or device.
     """
     quieten()
-    return _print_plan(lambda kind: parts_of_model(model, execution, kind), settings, execution, "auto")
+    # The model's own scheduler is as all releases have it.
+    return _print_plan(
+        lambda kind: parts_of_model(model, execution, kind), settings, execution, "auto", scheduler or "euler"
+    )
 
 
 def _print_plan(
-    parts: Callable[[str], Parts], settings: SamplingSettings, execution: Execution, device_name: str
+    parts: Callable[[str], Parts],
+    settings: SamplingSettings,
+    execution: Execution,
+    device_name: str,
+    scheduler: SchedulerName,
 ) -> Plan:
     kind, free = target_device(execution, device_name)
-    plan = make_plan(parts(kind), settings, execution, kind, free)
+    plan = make_plan(parts(kind), settings, execution, kind, free, scheduler=scheduler)
     print(plan)
     return plan
 
@@ -214,12 +249,18 @@ def sample_one(
         SamplingError: sampling ended in NaN or infinity.
     """
     path = check_output(output, request.fps, "--output")
+    check_spared(path, "--output", request.image)
     if strip is not None:
         check_picture(strip, "--strip")
+        check_spared(strip, "--strip", request.image)
     image, contents = read_image(request.image, "--image"), hash_file(request.image)
     image = center_crop_resize(image[None], request.settings.height, request.settings.width)[0]
-    planned = plan_one(model, request.settings, execution) if plan else None
     if dry_run:
+        if plan:
+            plan_one(model, request.settings, execution, scheduler)  # also for a device that is elsewhere
+        else:
+            check_model(model)
+            settled_device(execution)
         print(f"would write {output}")
         return
     quieten()
@@ -229,11 +270,19 @@ def sample_one(
                 f"one video cannot be shared out among {processes.num_replicas} times {execution.context_parallel_size}"
                 " processes: start as many as --context-parallel-size says"
             )
+        # What all processes would say alike is said by the first.
+        configure_logging(logging.INFO if processes.is_first else logging.ERROR)
         execution = replace(execution, device=str(processes.device))
+        planned = plan_one(model, request.settings, execution, scheduler) if plan and processes.is_first else None
         pipeline = load_from_pretrained(model, execution, processes.context)
         if scheduler is not None:
             pipeline.scheduler = make_scheduler(scheduler, _shift(pipeline))
-        settings = {"dtype": _dtype(pipeline), "scheduler": dict(pipeline.scheduler.config)}
+        settings = {
+            "dtype": _dtype(pipeline.transformer),
+            "vae_dtype": _dtype(pipeline.vae),
+            "vae_tiling": execution.vae_tiling,
+            "scheduler": {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__},
+        }
         source = Source(model, settings, {"pipeline": fingerprint(model)})
         _show_steps(pipeline, path.name, None if processes.is_first else True)
         meter = Meter(processes.device)
@@ -258,8 +307,8 @@ def _shift(pipeline: FlashI2VPipeline) -> float:
     return float(config.get("shift", config.get("flow_shift", 1.0)))
 
 
-def _dtype(pipeline: FlashI2VPipeline) -> str:
-    return str(pipeline.transformer.dtype).removeprefix("torch.")
+def _dtype(module: ModelMixin) -> str:
+    return str(module.dtype).removeprefix("torch.")
 
 
 def _show_steps(pipeline: FlashI2VPipeline, name: str, disable: bool | None) -> None:
@@ -271,7 +320,8 @@ def _record(pipeline: FlashI2VPipeline, origin: dict[str, Any], sample: Sample) 
         **origin,
         "first_frame_psnr": round(sample.first_frame_psnr, 2),
         "vae_psnr": round(sample.vae_psnr, 2),
-        "dtype": _dtype(pipeline),
+        "dtype": _dtype(pipeline.transformer),
+        "decoding": sample.decoding,
         "device": str(pipeline._execution_device),
         "versions": versions(),
     }

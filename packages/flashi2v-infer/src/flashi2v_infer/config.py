@@ -108,9 +108,10 @@ class InferenceConfig(Settings):
         """What the videos depend on besides `sampling`, the weights and the single request."""
         # Without what has no effect on the numbers, or stands in `sampling`.
         apart = {"model_id", "from_pretrained", "img_dim", "use_fused_rmsnorm", "max_seq_len", "low_freq_energy_ratio"}
+        tiling = {"enable_tiling", "tiling_param"} if self.ae.enable_tiling else {"enable_tiling"}
         return {
             "data_transform": self.data_transform.crop_resize.model_dump(exclude={"transform_size"}),
-            "ae": self.ae.model_dump(include={"dtype", "enable_tiling", "tiling_param"}),
+            "ae": self.ae.model_dump(include={"dtype", *tiling}),
             "text_encoder": self.text_encoder.model_dump(include={"dtype", "use_attention_mask"}),
             "predictor": self.predictor.model_dump(exclude=apart),
             "diffusion": self.diffusion.model_dump(include={"shift", "scheduler"}),

@@ -51,8 +51,17 @@ class Decoding:
         return tiles + (", one video at a time" if self.sliced else "")
 
 
-def decode_within_memory(vae: AutoencoderKLWan, latents: Tensor, execution: Execution) -> Tensor:
-    """Decode as `flashi2v_model.encoders.decode_video` does, in the way that `choose_decoding` chooses."""
+def describe(decoding: Decoding | None) -> str:
+    """Put what `choose_decoding` returns in words."""
+    return "the tiles that are set for the VAE" if decoding is None else str(decoding)
+
+
+def decode_within_memory(vae: AutoencoderKLWan, latents: Tensor, execution: Execution) -> tuple[Tensor, str]:
+    """Decode as `flashi2v_model.encoders.decode_video` does, in the way that `choose_decoding` chooses.
+
+    Returns:
+        the video, and the way in words.
+    """
     if hasattr(vae, "_hf_hook"):
         # Where parts are offloaded, the VAE's call makes the transformer leave: before the memory is asked for.
         vae._hf_hook.pre_forward(vae)
@@ -60,12 +69,11 @@ def decode_within_memory(vae: AutoencoderKLWan, latents: Tensor, execution: Exec
     decoding = choose_decoding(vae, tuple(latents.shape), execution, free)
     if (decoding, latents.shape) not in _reported:
         _reported.add((decoding, latents.shape))
-        way = "the tiles that are set for the VAE" if decoding is None else decoding
         known = "" if free is None else f" ({free / 2**30:.1f} GiB are free)"
         level = logging.DEBUG if decoding == Decoding() else logging.INFO
-        logger.log(level, "decoding %s in %s%s", tuple(latents.shape), way, known)
+        logger.log(level, "decoding %s in %s%s", tuple(latents.shape), describe(decoding), known)
     with decoding_as(vae, decoding):
-        return decode_video(vae, latents)
+        return decode_video(vae, latents), describe(decoding)
 
 
 def choose_decoding(
@@ -88,7 +96,10 @@ def choose_decoding(
     budget = free
     if execution.low_memory:
         budget = LOW_MEMORY_BUDGET if free is None else min(free, LOW_MEMORY_BUDGET)
-    candidates = _candidates(shape, execution)
+    slicing = execution.vae_slicing
+    if slicing is None and vae.use_slicing:  # `vae.enable_slicing()`
+        slicing = True
+    candidates = _candidates(shape, slicing, execution.vae_tiling)
     if budget is None or len(candidates) == 1:
         return candidates[0]
     for decoding in candidates:
@@ -104,8 +115,7 @@ def choose_decoding(
     return decoding
 
 
-def _candidates(shape: tuple[int, ...], execution: Execution) -> list[Decoding]:
-    slicing, tiling = execution.vae_slicing, execution.vae_tiling
+def _candidates(shape: tuple[int, ...], slicing: bool | None, tiling: bool | None) -> list[Decoding]:
     slices = [False] if shape[0] == 1 else [False, True] if slicing is None else [slicing]
     longest = max(shape[-2:]) * SPATIAL_STRIDE
     tiles = [Decoding(slices[-1], tile) for tile in TILES if tile[0] < longest]

@@ -5,7 +5,7 @@ Nothing heavy is imported, so that a contradiction is told at once.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar, get_args
 
 from cyclopts import Parameter
 
@@ -62,8 +62,13 @@ class Execution:
     context_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.offload not in (None, "none", "model", "group"):
-            raise InputError(f"offload must be none, model or group, got {self.offload!r}")
+        for name, allowed in (
+            ("offload", get_args(Offload)),
+            ("dtype", get_args(DType)),
+            ("vae_dtype", get_args(DType)),
+        ):
+            if getattr(self, name) not in (None, *allowed):
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.low_memory:
             for setting, wrong, why in (
                 ("offload", self.offload not in (None, "group"), f"offloads in groups, not {self.offload!r}"),

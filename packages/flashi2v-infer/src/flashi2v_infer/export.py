@@ -82,6 +82,16 @@ def check_picture(path: Path, option: str) -> None:
     _check_file(path, option)
 
 
+def check_spared(path: Path, option: str, image: str) -> None:
+    """Refuse to write over the very image that a video is made from.
+
+    Raises:
+        InputError: naming `option`.
+    """
+    if path.exists() and Path(image).exists() and path.samefile(image):
+        raise InputError(f"{option}: {path} is the image itself, which would be lost: choose another name")
+
+
 def _check_file(path: Path, option: str) -> None:
     if path.is_dir():
         raise InputError(f"{option}: {path} is a directory: name a file")

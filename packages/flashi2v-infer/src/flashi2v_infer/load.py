@@ -15,9 +15,10 @@ from flashi2v_infer.execution import Execution
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import home, place
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
-from flashi2v_model.config import PredictorConfig
+from flashi2v_model.config import PredictorConfig, check_pretrained
 from flashi2v_model.encoders import DTYPES, load_pretrained, load_text_encoder, load_vae
 from flashi2v_model.parallel import check_degree
+from flashi2v_model.reading import weight_files
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_npu_ops import UnsupportedError, set_backend
 from flashi2v_npu_ops.device import resolve_device
@@ -103,8 +104,24 @@ def settled_config(config: InferenceConfig, execution: Execution) -> InferenceCo
         "text_encoder": execution.dtype or config.text_encoder.dtype,
         "ae": execution.settled_vae_dtype(config.ae.dtype),
     }
-    parts = {name: getattr(config, name).model_copy(update={"dtype": dtype}) for name, dtype in dtypes.items()}
+    # Of the two names of one dtype always the same, as records are compared.
+    names = {part: "fp32" if dtype == "float32" else dtype for part, dtype in dtypes.items()}
+    parts = {part: getattr(config, part).model_copy(update={"dtype": name}) for part, name in names.items()}
     return config.model_copy(update=parts)
+
+
+def check_parts(config: InferenceConfig) -> None:
+    """Refuse a part that is not there; none is read.
+
+    Raises:
+        InputError: the tokenizer is missing.
+        flashi2v_model.InputError: another part is.
+    """
+    assert config.predictor.from_pretrained is not None
+    weight_files(Path(config.predictor.from_pretrained))
+    check_pretrained(config.text_encoder.from_pretrained, "text_encoder.from_pretrained")
+    check_pretrained(config.ae.from_pretrained, "ae.from_pretrained")
+    _check_tokenizer(config.tokenizer.from_pretrained)
 
 
 def load_from_pretrained(
@@ -177,9 +194,13 @@ def cast(transformer: FlashI2VTransformer3DModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(torch.float32 if kept else dtype)
 
 
-def _load_tokenizer(path: str) -> Any:
+def _check_tokenizer(path: str) -> None:
     if not Path(path).is_dir():
         raise InputError(f"tokenizer.from_pretrained: no directory {path!r}")
+
+
+def _load_tokenizer(path: str) -> Any:
+    _check_tokenizer(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:

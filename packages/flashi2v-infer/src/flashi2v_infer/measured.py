@@ -59,13 +59,14 @@ def comparison(plan: Plan, measured: Measured) -> str:
     """Return a table of what was planned and what was measured, and what each number counts."""
     on_cpu = measured.device.type == "cpu"
     seconds = measured.seconds_per_step
-    rate = "" if seconds is None else f"{plan.step_flops / seconds / 1e12:.2f} TFLOP/s"
+    rate = "" if seconds is None else f"{tera(plan.step_flops / seconds)}/s"
     lines = [
         "| | planned | measured |",
         "|---|---|---|",
         f"| peak memory | {gib(plan.peak)} | {gib(measured.peak)} |",
-        f"| operations per step | {tera(plan.step_flops)} | {rate} |",
+        f"| operations per step | {tera(plan.step_flops)} | |",
         f"| seconds per step | | {'' if seconds is None else f'{seconds:.3f}'} |",
+        f"| operations per second | | {rate} |",
         "",
         "planned memory: weights and tensors; measured memory: "
         + (

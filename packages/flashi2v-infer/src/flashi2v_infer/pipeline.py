@@ -88,6 +88,7 @@ class FlashI2VPipeline(DiffusionPipeline):
         self.register_to_config(use_attention_mask=use_attention_mask)
         self.video_processor = VideoProcessor(vae_scale_factor=SPATIAL_STRIDE)
         self.execution = Execution()
+        self.decoding = ""  # in words: in which way the VAE decoded last
         self._interrupt = False
 
     @property
@@ -113,7 +114,7 @@ class FlashI2VPipeline(DiffusionPipeline):
         negative_prompt_embeds: Tensor | None = None,
         output_type: OutputType = "pil",
         max_sequence_length: int | None = None,
-        cfg_batch: bool = False,
+        cfg_batch: bool | None = None,
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -138,7 +139,8 @@ class FlashI2VPipeline(DiffusionPipeline):
             output_type: see `FlashI2VPipelineOutput`.
             max_sequence_length: L, text tokens that the transformer attends to, padding included; it should be the
                 number that it was trained with. None: the transformer config's `text_len`.
-            cfg_batch: run both branches of guidance as one batch: a little faster where memory allows it.
+            cfg_batch: run both branches of guidance as one batch: a little faster where memory allows it. None: as
+                `execution` says.
             return_dict: return a `FlashI2VPipelineOutput` instead of a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": y})` after every step; the
                 "latents" of the dict that it returns take the place of y. It ends the run by `pipe._interrupt = True`.
@@ -188,16 +190,15 @@ class FlashI2VPipeline(DiffusionPipeline):
             text,
             negative_text,
             guidance_scale,
-            cfg_batch=cfg_batch,
+            cfg_batch=self.execution.cfg_batch if cfg_batch is None else cfg_batch,
             generator=generator,
             progress=self.progress_bar,
             on_step=on_step,
         )
         frames = denoised
         if output_type != "latent":
-            frames = self.video_processor.postprocess_video(
-                decode_within_memory(self.vae, denoised, self.execution), output_type
-            )
+            video, self.decoding = decode_within_memory(self.vae, denoised, self.execution)
+            frames = self.video_processor.postprocess_video(video, output_type)
         return FlashI2VPipelineOutput(frames=frames) if return_dict else (frames,)
 
     @torch.no_grad()

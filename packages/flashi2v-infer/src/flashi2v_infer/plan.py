@@ -7,7 +7,7 @@ have no numbers, and `flashi2v_infer.tracing` counts.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
-from flashi2v_infer.decoding import choose_decoding, decoding_as
-from flashi2v_infer.denoising import velocity_field
+from flashi2v_infer.decoding import choose_decoding, decoding_as, describe
+from flashi2v_infer.denoising import set_timesteps, velocity_field
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import find_device
 from flashi2v_infer.parts import Parts
@@ -24,7 +24,9 @@ from flashi2v_infer.placement import streams
 from flashi2v_infer.settings import SamplingSettings
 from flashi2v_infer.tracing import held_while_running, num_bytes, tracing
 from flashi2v_model import FlashI2VTransformer3DModel, guide
+from flashi2v_model.config import SchedulerName
 from flashi2v_model.encoders import SPATIAL_STRIDE, TEMPORAL_STRIDE, decode_video, encode_text, encode_video
+from flashi2v_model.scheduler import make_scheduler
 from flashi2v_npu_ops.device import free_memory, missing
 
 
@@ -54,7 +56,7 @@ class Plan:
     Attributes:
         stages: in the order in which they run.
         step_flops: floating-point operations of one step after the first, both branches of the guidance.
-        num_steps: of the sampler.
+        num_steps: evaluations of the sampler.
         calls_per_step: of the network.
         num_tokens: N, of one video.
         num_videos: B.
@@ -85,7 +87,7 @@ class Plan:
             for stage in self.stages
         ]
         calls = self.num_steps * self.calls_per_step
-        sizes = ", ".join(f"{name} {count / 1e9:.2f} billion" for name, count in self.parameters.items())
+        sizes = ", ".join(f"{name} {_count(count)}" for name, count in self.parameters.items())
         lines += [
             "",
             f"peak memory {gib(self.peak)}, operations per step {tera(self.step_flops)}",
@@ -99,11 +101,15 @@ class Plan:
 
 
 def gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def tera(flops: int) -> str:
-    return f"{flops / 1e12:.1f} TFLOP"
+def tera(flops: float) -> str:
+    return f"{flops / 1e12:.1f} TFLOP" if flops >= 1e11 else f"{flops / 1e9:.1f} GFLOP"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} billion" if parameters >= 1e7 else f"{parameters / 1e6:.2f} million"
 
 
 def target_device(execution: Execution, file: str = "auto") -> tuple[str, int | None]:
@@ -134,6 +140,7 @@ def make_plan(
     device_type: str,
     free: int | None,
     num_videos: int = 1,
+    scheduler: SchedulerName = "euler",
 ) -> Plan:
     """Predict what a run takes.
 
@@ -147,6 +154,7 @@ def make_plan(
         device_type: where.
         free: bytes that are free there now; None, where this is not known, lets the VAE decode whole.
         num_videos: B, sampled at once.
+        scheduler: the sampler; heun evaluates the network twice for each of `num_inference_steps` but the last.
     """
     grid = (
         (settings.num_frames - 1) // TEMPORAL_STRIDE + 1,
@@ -176,7 +184,9 @@ def make_plan(
             (num_videos, num_text_tokens, config.text_dim), dtype=parts.text_encoder.dtype, device=device
         )
     negative_text = torch.zeros_like(text) if settings.uses_negative_prompt else None
-    timesteps = torch.linspace(1000, 0, settings.num_inference_steps + 1)[:-1]
+    sampler = make_scheduler(scheduler, shift=1.0)
+    set_timesteps(sampler, settings.num_inference_steps, torch.device("cpu"))
+    timesteps = sampler.timesteps
     velocity = velocity_field(
         parts.transformer,
         timesteps,
@@ -209,14 +219,21 @@ def make_plan(
     return Plan(
         (encoding, image, denoising, decoded),
         step_flops=denoising.last_flops,
-        num_steps=settings.num_inference_steps,
+        num_steps=len(timesteps),
         calls_per_step=calls,
         num_tokens=math.prod(size // step for size, step in zip(grid, patch)),
         num_videos=num_videos,
         parameters={name: sum(p.numel() for p in module.parameters()) for name, module in parts.modules.items()},
-        decoding="the tiles that are set for the VAE" if decoding is None else str(decoding),
-        notes=(*parts.assumptions, *(("compiled blocks need less memory than this",) if execution.compile else ())),
+        decoding=describe(decoding),
+        notes=(*parts.assumptions, *_notes(execution)),
     )
+
+
+def _notes(execution: Execution) -> Iterator[str]:
+    if execution.compile:
+        yield "compiled blocks need less memory than this"
+    if (size := execution.context_parallel_size) > 1:
+        yield f"this is what a process alone takes: in denoising each of {size} has fewer tokens, and less to do"
 
 
 def group_sizes(

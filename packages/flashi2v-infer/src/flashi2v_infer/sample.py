@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashi2v_data.randomness import generator
+from flashi2v_infer.decoding import decode_within_memory
 from flashi2v_infer.inputs import Pixels
 from flashi2v_infer.pipeline import FlashI2VPipeline, StepCallback, prepare_image
 from flashi2v_infer.settings import Request
-from flashi2v_model.encoders import decode_video, encode_video
+from flashi2v_model.encoders import encode_video
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,13 @@ class Sample:
         frames: (T, H, W, 3), uint8.
         first_frame_psnr: between the first frame and the image it was to start with, in dB.
         vae_psnr: between the image and its reconstruction by the VAE alone, in dB: what can be expected at best.
+        decoding: in words, in which way the VAE decoded it.
     """
 
     frames: NDArray[np.uint8]
     first_frame_psnr: float
     vae_psnr: float
+    decoding: str
 
     @property
     def starts_elsewhere(self) -> bool:
@@ -51,7 +54,6 @@ class Sampler:
         pipeline: any `FlashI2VPipeline`.
         texts: states (1, L, text_dim) of prompts that were encoded ahead, negative ones too; None encodes each prompt
             when it is sampled.
-        cfg_batch: as of the pipeline.
         on_step_end: the pipeline's `callback_on_step_end`.
     """
 
@@ -60,12 +62,10 @@ class Sampler:
         pipeline: FlashI2VPipeline,
         texts: Mapping[str, Tensor] | None = None,
         *,
-        cfg_batch: bool = False,
         on_step_end: StepCallback | None = None,
     ) -> None:
         self.pipeline = pipeline
         self._texts = texts
-        self._cfg_batch = cfg_batch
         self._on_step_end = on_step_end
         # Many videos of a batch may start with one image.
         self._vae_psnr: dict[bytes, float] = {}
@@ -83,7 +83,6 @@ class Sampler:
         (videos,) = self.pipeline(
             image=image,
             **self._text(request),
-            cfg_batch=self._cfg_batch,
             callback_on_step_end=self._on_step_end,
             generator=generator(request.seed, "noise", 0, request.index),
             output_type="np",
@@ -91,7 +90,8 @@ class Sampler:
             **asdict(request.settings),
         )
         frames = _as_pixels(np.asarray(videos)[0])
-        sample = Sample(frames, psnr(frames[0], image), self._best_psnr(image))
+        decoding = self.pipeline.decoding
+        sample = Sample(frames, psnr(frames[0], image), self._best_psnr(image), decoding)
         logger.info(
             "video %d: first frame %.1f dB PSNR against the image (the VAE alone %.1f dB)",
             request.index,
@@ -131,7 +131,7 @@ def psnr(picture: Pixels, reference: Pixels) -> float:
 def _reconstruct(pipeline: FlashI2VPipeline, image: Pixels) -> Pixels:
     """Encode and decode one picture: (H, W, 3)."""
     frame = prepare_image(image, *image.shape[:2])[None].to(pipeline._execution_device)  # (1, 3, 1, H, W)
-    decoded = decode_video(pipeline.vae, encode_video(pipeline.vae, frame))
+    decoded, _ = decode_within_memory(pipeline.vae, encode_video(pipeline.vae, frame), pipeline.execution)
     return _as_pixels((decoded[0, :, 0].permute(1, 2, 0) / 2 + 0.5).cpu().numpy())
 
 
