@@ -4,6 +4,7 @@ Nothing is unpickled but tensors.
 """
 
 import json
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,21 +100,35 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == _SAFETENSORS:
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how torch reads quantised tensors, which are refused below
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except (SafetensorError, *UNREADABLE) as error:
         if "Cannot allocate memory" in str(error):
             gigabytes = path.stat().st_size / 1e9
             raise InputError(f"{path} ({gigabytes:.1f} GB) is larger than this machine's memory can map") from error
         raise _unreadable(path, error) from error
     if _is_state_dict(loaded):
-        return dict(loaded)
+        return _plain(path, loaded)
     # {"model": weights, "iteration": 7} and the like
     nested = {key: value for key, value in loaded.items() if _is_state_dict(value)} if isinstance(loaded, dict) else {}
     if len(nested) > 1:
         raise InputError(f"{path} holds several state dicts ({', '.join(map(str, nested))}): save one of them alone")
     if not nested:
         raise InputError(f"{path} does not hold a state dict (names with tensors)")
-    return dict(next(iter(nested.values())))
+    return _plain(path, next(iter(nested.values())))
+
+
+def _plain(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Refuse tensors that torch can save, but that are not numbers side by side."""
+    for name, tensor in tensors.items():
+        is_dense = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        if not is_dense or tensor.is_quantized or tensor.is_meta:
+            raise InputError(
+                f"{path} is not loaded: {name} is sparse, quantised, without numbers (meta) or of a class of its own: "
+                "save plain tensors"
+            )
+    return dict(tensors)
 
 
 def _read_header(path: Path) -> dict[str, Tensor]:

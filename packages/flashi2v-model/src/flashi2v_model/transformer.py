@@ -52,6 +52,14 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers declares it so)
     _repeated_blocks = ["Block"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
     _keep_in_fp32_modules = ["time_embedder", "time_proj", "scale_shift_table", "norm2"]  # noqa: RUF012
+    # `enable_layerwise_casting` stores weights in 8 bits; these layers read the dtype that they compute in off theirs.
+    _skip_layerwise_casting_patterns = (
+        "patch_embedding",
+        "fourier_embedding",
+        "learnable_proj",
+        "condition_embedder",
+        "norm",
+    )
 
     @register_to_config
     def __init__(
