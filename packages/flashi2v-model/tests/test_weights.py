@@ -407,6 +407,16 @@ class TestFromPretrained:
         message = faults_of(lambda: FlashI2VTransformer3DModel.from_pretrained(saved, torch_dtype=torch.bfloat16))
         assert f"patch_embedding.bias is {str(dtype).removeprefix('torch.')}" in message
 
+    @pytest.mark.parametrize("max_shard_size", ["200KB", "1GB"])
+    def test_the_variant_that_is_asked_for_is_the_one_that_is_checked(self, tmp_path, max_shard_size):
+        for variant, dtype in {"half": torch.float16, "eighth": torch.float8_e4m3fn}.items():
+            small_model().to(dtype).save_pretrained(tmp_path, variant=variant, max_shard_size=max_shard_size)
+        FlashI2VTransformer3DModel.from_pretrained(tmp_path, variant="half")
+        load = partial(
+            FlashI2VTransformer3DModel.from_pretrained, tmp_path, variant="eighth", torch_dtype=torch.float32
+        )
+        assert "patch_embedding.weight is float8_e4m3fn" in faults_of(load)
+
     def test_ignoring_shapes_is_refused(self, saved):
         with pytest.raises(InputError, match="ignore_mismatched_sizes"):
             FlashI2VTransformer3DModel.from_pretrained(saved, ignore_mismatched_sizes=True)
