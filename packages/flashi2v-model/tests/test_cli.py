@@ -290,3 +290,28 @@ def test_init_and_convert_make_pipelines_with_the_encoders_given(run, tmp_path):
     files = {str(path.relative_to(tmp_path / "tiny")) for path in (tmp_path / "tiny").rglob("*")}
     assert {str(path.relative_to(tmp_path / "new")) for path in (tmp_path / "new").rglob("*")} == files
     assert load_file(tmp_path / "new" / name).keys() == load_file(tmp_path / "tiny" / name).keys()
+
+
+def test_what_is_written_has_the_permissions_of_any_new_file(run, tmp_path):
+    small_model().save_pretrained(tmp_path / "source")
+    (tmp_path / "any").touch()
+    run("convert", tmp_path / "source", tmp_path / "model", "--to", "diffusers")
+    run("convert", tmp_path / "source", tmp_path / "npu.safetensors", "--to", "npu")
+    for file in (*(tmp_path / "model").iterdir(), tmp_path / "npu.safetensors"):
+        assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda tiny: (tiny / "tokenizer" / "tokenizer_config.json").write_text("{"), "tokenizer cannot be loaded"),
+        (lambda tiny: (tiny / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "vae lacks"),
+        (lambda tiny: (tiny / "text_encoder" / "config.json").unlink(), "text_encoder lacks"),
+    ],
+)
+def test_damaged_encoders_are_one_line_and_leave_nothing(run, tmp_path, spoil, words):
+    run("init", tmp_path / "tiny", "--preset", "tiny")
+    spoil(tmp_path / "tiny")
+    command = ["convert", tmp_path / "tiny", tmp_path / "new", "--to", "diffusers", "--encoders", tmp_path / "tiny"]
+    assert words in run(*command, code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -61,6 +61,10 @@ def _work(rank: int, port: int, directory: str) -> None:
                 shared[key] /= size
             results[size, name] = shared
             results[size, name]["two steps"] = _two_steps(parallel, grid)
+        halved = small_model().to(torch.bfloat16)
+        parallelise_context(halved, group)
+        for name, grid in GRIDS.items():
+            results[size, name]["bf16 output"] = _run(halved, grid)["output"]
         with contextlib.suppress(ValueError):
             _two_steps(parallel, (1, 1, 2, 2))
             raise AssertionError("one token cannot be shared")
@@ -82,6 +86,7 @@ def results(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_processes_that_share_tokens_compute_what_one_computes(results, size, grid):
     single = _run(small_model(), GRIDS[grid]) | {"two steps": _two_steps(small_model(), GRIDS[grid])}
+    single["bf16 output"] = _run(small_model().to(torch.bfloat16), GRIDS[grid])["output"]
     for result in results:
         shared = result[size, grid]
         assert shared.keys() == single.keys()

@@ -141,3 +141,14 @@ def test_hashed_weights_are_those_of_the_reference():
     """Guards the test's own generator."""
     value = weight("blocks.0.self_attn.q.weight", (96, 96))
     torch.testing.assert_close(value[0, :3], torch.tensor([-0.0750989, -0.0847244, -0.1764133]))
+
+
+@torch.no_grad()
+def test_weights_stored_in_eight_bits_compute_in_sixteen():
+    model = small_model().to(torch.bfloat16)
+    condition = inputs()[0][:, :, :1]
+    exact, shift = model(*inputs()).sample, model.learnable_proj(condition, 3)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert model.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
+    assert torch.equal(model.learnable_proj(condition, 3), shift)
+    assert 0 < (model(*inputs()).sample - exact).norm() < 0.1 * exact.norm()

@@ -268,6 +268,29 @@ def test_files_that_hold_more_than_tensors_are_refused(tmp_path, content):
     assert not trap.path.exists()
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        Tensor.to_sparse,
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_that_are_not_numbers_side_by_side_are_refused(tmp_path, spoil, device):
+    torch.save({"a": torch.zeros(2, 2), "b": spoil(torch.ones(2, 2))}, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=r"weights\.pt is not loaded: b is sparse, quantised"):
+        read_state_dict(tmp_path / "weights.pt", device=device)
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"{}", "Unsupported operand 123"), (b"h0", "it refers to 48, which")])
+def test_files_of_another_kind_say_what_is_wrong(tmp_path, content, words):
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        read_state_dict(tmp_path / "weights.pt")
+
+
 def test_the_trap_of_these_tests_would_spring(tmp_path):
     torch.save({"a": Trap(tmp_path / "sprung")}, tmp_path / "weights.pt")
     torch.load(tmp_path / "weights.pt", weights_only=False)
@@ -383,6 +406,16 @@ class TestFromPretrained:
         self.spoil(saved, patch_embedding__bias=torch.zeros(96, dtype=dtype))
         message = faults_of(lambda: FlashI2VTransformer3DModel.from_pretrained(saved, torch_dtype=torch.bfloat16))
         assert f"patch_embedding.bias is {str(dtype).removeprefix('torch.')}" in message
+
+    @pytest.mark.parametrize("max_shard_size", ["200KB", "1GB"])
+    def test_the_variant_that_is_asked_for_is_the_one_that_is_checked(self, tmp_path, max_shard_size):
+        for variant, dtype in {"half": torch.float16, "eighth": torch.float8_e4m3fn}.items():
+            small_model().to(dtype).save_pretrained(tmp_path, variant=variant, max_shard_size=max_shard_size)
+        FlashI2VTransformer3DModel.from_pretrained(tmp_path, variant="half")
+        load = partial(
+            FlashI2VTransformer3DModel.from_pretrained, tmp_path, variant="eighth", torch_dtype=torch.float32
+        )
+        assert "patch_embedding.weight is float8_e4m3fn" in faults_of(load)
 
     def test_ignoring_shapes_is_refused(self, saved):
         with pytest.raises(InputError, match="ignore_mismatched_sizes"):

@@ -193,6 +193,11 @@ def _appearing_whole(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
             temporary = Path(directory) / path.name
             yield temporary
+            # safetensors makes files that only their owner can read; these get the permissions of any new file.
+            (usual := Path(directory) / "usual").touch()
+            for file in (temporary, *temporary.rglob("*.safetensors")):
+                if file.is_file():
+                    file.chmod(usual.stat().st_mode)
             temporary.rename(path)
     except (OSError, SafetensorError) as error:
         raise _WriteError(f"cannot write {path}: {error}") from error

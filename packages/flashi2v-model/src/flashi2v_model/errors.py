@@ -32,5 +32,8 @@ def reason_of(error: BaseException) -> str:
     """
     text = str(error)
     if isinstance(error, pickle.UnpicklingError) and "WeightsUnpickler error: " in text:
-        text = "the pickle in it asks for more: " + text.partition("WeightsUnpickler error: ")[2].split(" was not ")[0]
+        asked = text.partition("WeightsUnpickler error: ")[2].split(" was not ")[0].strip()
+        text = f"the pickle in it asks for more: {asked}"
+    if isinstance(error, KeyError):  # whose text is the key alone
+        text = f"it refers to {text}, which is not in it"
     return next(iter(text.strip().splitlines()), type(error).__name__)[:300]

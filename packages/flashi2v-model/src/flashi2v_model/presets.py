@@ -53,12 +53,21 @@ def save_pipeline(
     """Write a transformer as a whole pipeline, with copies of the encoders' directories.
 
     Raises:
-        InputError: `encoders` lacks one of them.
+        InputError: `encoders` lacks one of them, or a file of one.
     """
     parts = ("vae", "text_encoder", "tokenizer")
     missing = [part for part in parts if not (encoders / part).is_dir()]
     if missing:
         raise InputError(f"--encoders {encoders}: holds no directory {' or '.join(missing)}")
+    for part in ("vae", "text_encoder"):
+        names = {file.name for file in (encoders / part).iterdir()}
+        if "config.json" not in names or not any(Path(name).suffix in (".safetensors", ".bin") for name in names):
+            raise InputError(f"--encoders {encoders}: {part} lacks its config.json or its weights")
+    try:
+        _tokenizer_class(encoders)
+    except Exception as error:  # whatever the library raises on what it cannot read
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--encoders {encoders}: tokenizer cannot be loaded: {reason}") from error
     _save_sampler(transformer, directory, max_shard_size)
     for part in parts:
         shutil.copytree(encoders / part, directory / part)
@@ -71,10 +80,17 @@ def _save_sampler(transformer: FlashI2VTransformer3DModel, directory: Path, max_
 
 
 def _write_index(directory: Path) -> None:
-    # diffusers wants the tokenizer's own class, which AutoTokenizer reads off the files.
-    tokenizer = type(AutoTokenizer.from_pretrained(directory / "tokenizer")).__name__
-    index = {"_class_name": "FlashI2VPipeline", **_COMPONENTS, "tokenizer": ("transformers", tokenizer)}
+    index = {
+        "_class_name": "FlashI2VPipeline",
+        **_COMPONENTS,
+        "tokenizer": ("transformers", _tokenizer_class(directory)),
+    }
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tokenizer_class(directory: Path) -> str:
+    """diffusers wants the tokenizer's own class, which AutoTokenizer reads off the files."""
+    return type(AutoTokenizer.from_pretrained(directory / "tokenizer")).__name__
 
 
 def _save_tiny_encoders(directory: Path, text_dim: int) -> None:

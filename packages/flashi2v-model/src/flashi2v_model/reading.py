@@ -4,6 +4,7 @@ Nothing is unpickled but tensors.
 """
 
 import json
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint, load_stored, stored_weights, weight_name
 from flashi2v_model.errors import UNREADABLE, InputError, reason_of
 
-_STANDARD = "diffusion_pytorch_model.safetensors"
+_STANDARD = "diffusion_pytorch_model"
 _SAFETENSORS = ".safetensors"
 _SUFFIXES = (_SAFETENSORS, ".pt", ".pth", ".bin")
 # What a safetensors header calls a dtype. Others are no weights; a byte stands for them.
@@ -26,7 +27,9 @@ _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": to
 _DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
-def read_state_dict(path: str | Path, *, ema: bool = True, device: str = "cpu") -> dict[str, Tensor]:
+def read_state_dict(
+    path: str | Path, *, ema: bool = True, device: str = "cpu", variant: str | None = None
+) -> dict[str, Tensor]:
     """Read weights, from files without touching their numbers until they are used (legacy `.pt` files excepted).
 
     A name under which all weights are nested ("model", "state_dict") and a prefix that all of them carry ("module.")
@@ -37,6 +40,7 @@ def read_state_dict(path: str | Path, *, ema: bool = True, device: str = "cpu") 
             `flashi2v-train`, or a run (its newest checkpoint).
         ema: of a checkpoint, the moving average where it has one, instead of the raw weights.
         device: "cpu", or "meta" for names, shapes and dtypes alone.
+        variant: of a diffusers directory that holds several, such as "fp16".
 
     Raises:
         InputError: weights are missing, unreadable, or hold anything but named tensors.
@@ -49,7 +53,7 @@ def read_state_dict(path: str | Path, *, ema: bool = True, device: str = "cpu") 
             load_stored(path, stored)
         return {weight_name(key): tensor for key, tensor in stored.items()}
     state_dict: dict[str, Tensor] = {}
-    for file in weight_files(path):
+    for file in weight_files(path, variant):
         tensors = _read_header(file) if device == "meta" and file.suffix == _SAFETENSORS else _read_file(file)
         if twice := tensors.keys() & state_dict.keys():
             raise InputError(f"{path} is damaged: {file.name} and another file both hold {sorted(twice)[0]}")
@@ -59,11 +63,12 @@ def read_state_dict(path: str | Path, *, ema: bool = True, device: str = "cpu") 
     return _without_prefix(state_dict)
 
 
-def weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path, variant: str | None = None) -> list[Path]:
     """Return the files that hold a model's weights, in order.
 
     Args:
         path: what `read_state_dict` takes.
+        variant: likewise.
 
     Raises:
         InputError: there are none, or a shard is missing.
@@ -76,18 +81,20 @@ def weight_files(path: Path) -> list[Path]:
     if is_checkpoint(path):
         return sorted(path.glob("*.distcp"))
     path = path / "transformer" if (path / "transformer").is_dir() else path
-    index = path / f"{_STANDARD}.index.json"
+    infix = f".{variant}" if variant else ""
+    standard = f"{_STANDARD}{infix}{_SAFETENSORS}"
+    index = path / f"{_STANDARD}{_SAFETENSORS}.index{infix}.json"
     if index.is_file():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
             raise InputError(f"{index} is damaged: its weight_map must name files beside it")
         names = sorted(set(shards.values()))
     else:
-        names = [_STANDARD]
+        names = [standard]
         others = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)
-        if _STANDARD not in others and len(others) == 1:
+        if standard not in others and len(others) == 1:
             names = others
-        elif _STANDARD not in others and others:
+        elif standard not in others and others:
             raise InputError(f"{path} holds several files of weights: name one of {', '.join(others)}")
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
@@ -99,21 +106,35 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == _SAFETENSORS:
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how torch reads quantised tensors, which are refused below
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except (SafetensorError, *UNREADABLE) as error:
         if "Cannot allocate memory" in str(error):
             gigabytes = path.stat().st_size / 1e9
             raise InputError(f"{path} ({gigabytes:.1f} GB) is larger than this machine's memory can map") from error
         raise _unreadable(path, error) from error
     if _is_state_dict(loaded):
-        return dict(loaded)
+        return _plain(path, loaded)
     # {"model": weights, "iteration": 7} and the like
     nested = {key: value for key, value in loaded.items() if _is_state_dict(value)} if isinstance(loaded, dict) else {}
     if len(nested) > 1:
         raise InputError(f"{path} holds several state dicts ({', '.join(map(str, nested))}): save one of them alone")
     if not nested:
         raise InputError(f"{path} does not hold a state dict (names with tensors)")
-    return dict(next(iter(nested.values())))
+    return _plain(path, next(iter(nested.values())))
+
+
+def _plain(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Refuse tensors that torch can save, but that are not numbers side by side."""
+    for name, tensor in tensors.items():
+        is_dense = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        if not is_dense or tensor.is_quantized or tensor.is_meta:
+            raise InputError(
+                f"{path} is not loaded: {name} is sparse, quantised, without numbers (meta) or of a class of its own: "
+                "save plain tensors"
+            )
+    return dict(tensors)
 
 
 def _read_header(path: Path) -> dict[str, Tensor]:

@@ -52,6 +52,14 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers declares it so)
     _repeated_blocks = ["Block"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
     _keep_in_fp32_modules = ["time_embedder", "time_proj", "scale_shift_table", "norm2"]  # noqa: RUF012
+    # `enable_layerwise_casting` stores weights in 8 bits; these layers read the dtype that they compute in off theirs.
+    _skip_layerwise_casting_patterns = (
+        "patch_embedding",
+        "fourier_embedding",
+        "learnable_proj",
+        "condition_embedder",
+        "norm",
+    )
 
     @register_to_config
     def __init__(
@@ -147,7 +155,7 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             missing=[name for name in model.state_dict() if name in missing],
             unexpected=sorted(report.get("unexpected_keys", ())),
             misshapen=misshapen,
-            mistyped=[] if quantized else _mistyped(Path(path, kwargs.get("subfolder") or "")),
+            mistyped=[] if quantized else _mistyped(Path(path, kwargs.get("subfolder") or ""), kwargs.get("variant")),
         )
         if faults:
             raise InputError(f"{path} does not fit the transformer: {'; '.join(faults)}")
@@ -234,9 +242,9 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return frames, height, width
 
 
-def _mistyped(directory: Path) -> list[tuple[str, torch.dtype]]:
+def _mistyped(directory: Path, variant: str | None) -> list[tuple[str, torch.dtype]]:
     """Return the tensors of a directory that are no floats of 16 bits or more, which diffusers would cast."""
     if not directory.is_dir():
         return []  # a hub id
-    stored = read_state_dict(directory, device="meta")
+    stored = read_state_dict(directory, device="meta", variant=variant)
     return [(name, tensor.dtype) for name, tensor in stored.items() if tensor.dtype not in FLOATS]

@@ -31,7 +31,7 @@ def write_file(state_dict: Mapping[str, Tensor], path: Path, settings: Mapping[s
         try:
             torch.save(tensors, path)
         except RuntimeError as error:  # how torch reports a full disk
-            raise OSError(f"cannot write {path.name}: {str(error).splitlines()[0]}") from error
+            raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
     else:
         save_file(tensors, path, metadata={"format": "pt", HEADER: json.dumps(dict(settings))})
 
