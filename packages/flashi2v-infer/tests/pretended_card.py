@@ -68,7 +68,7 @@ def main(offload: str, forget: bool) -> None:
         place(pipe, execution, CARD)
         assert pipe._execution_device == CARD
         if forget:
-            transformer.learnable_proj._forward_pre_hooks.clear()
+            type(transformer.learnable_proj).device = CARD  # as if it were there already
 
         seen = {}
 

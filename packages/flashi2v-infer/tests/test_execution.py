@@ -234,15 +234,6 @@ def test_without_following_the_latent_shift_would_not_be_on_the_card():
     assert seen["in the latent shift"]["shift"] == 0
 
 
-def test_the_latent_shift_follows_its_input_where_the_transformer_is_offloaded(model_directory):
-    pipe, _ = load(model_directory, offload="model")
-    shift = pipe.transformer.learnable_proj
-    moved = []
-    shift.to = moved.append
-    shift(torch.zeros(1, 16, 1, 4, 6), 2)
-    assert moved == [CPU]
-
-
 def test_every_block_is_compiled_on_its_own(model_directory, sampled, photograph):
     pipe, _ = load(model_directory, compile=True)
     assert all(block._compiled_call_impl is not None for block in pipe.transformer.blocks)

@@ -1,18 +1,13 @@
-"""Where the parts of a pipeline are while it runs: on the device, offloaded, or gone after use.
-
-Offloading is diffusers' own. What it cannot know of this pipeline is settled here: `flashi2v_model.guide` calls the
-latent shift alone, outside of the transformer's forward to which the offloading is tied.
-"""
+"""Where the parts of a pipeline are while it runs: on the device, offloaded (as diffusers does), or gone after use."""
 
 import gc
 import logging
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from diffusers.hooks import apply_group_offloading
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.pipeline import FlashI2VPipeline
@@ -63,14 +58,8 @@ def place(
         pipeline.transformer.enable_group_offload(
             onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=streams(device.type)
         )
-    if execution.offloading != "none":
-        pipeline.transformer.learnable_proj.register_forward_pre_hook(_follow)
     if execution.compile:
         pipeline.transformer.compile_repeated_blocks()
-
-
-def _follow(module: nn.Module, args: tuple[Any, ...]) -> None:
-    module.to(args[0].device)
 
 
 @torch.no_grad()

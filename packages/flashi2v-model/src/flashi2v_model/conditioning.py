@@ -50,6 +50,9 @@ def guide(
     with torch.no_grad():
         high, low, _ = split_frequencies(condition[:, :, 0], ratio, magnitude=config.fft_return_abs)
     source = low[:, :, None] if config.low_freq_proj else condition
+    if transformer.learnable_proj.device != condition.device:
+        # Offloading brings weights along for the transformer's own call only.
+        transformer.learnable_proj.to(condition.device)
     return Guidance(
         shift=transformer.learnable_proj(source, num_frames),
         fourier=high[:, :, None].expand(-1, -1, num_frames, -1, -1),

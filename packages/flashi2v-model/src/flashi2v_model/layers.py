@@ -226,6 +226,11 @@ class LatentShift(nn.Module):
             nn.Conv3d(4 * channels, channels, kernel, padding=padding),
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.proj[0].get_parameter("weight").device
+
     def forward(self, condition: Tensor, num_frames: int) -> Tensor:
         """Take the condition (B, C, 1, H, W); return the shift (B, C, F, H, W)."""
         condition = condition.to(self.proj[0].get_parameter("weight").dtype)
