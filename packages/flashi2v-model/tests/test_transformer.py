@@ -1,5 +1,7 @@
 """The transformer against reference numbers and against diffusers."""
 
+from itertools import product
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -7,6 +9,7 @@ from golden import SMALL, number, small_model, tensor, weight
 from torch import Tensor
 
 from flashi2v_model import FlashI2VTransformer3DModel
+from flashi2v_model.caching import SamplingCache
 from flashi2v_model.layers import timestep_embedding
 
 TIMESTEP = torch.tensor([737.25, 41.5])
@@ -152,3 +155,24 @@ def test_weights_stored_in_eight_bits_compute_in_sixteen():
     assert model.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
     assert torch.equal(model.learnable_proj(condition, 3), shift)
     assert 0 < (model(*inputs()).sample - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("way", ["plain", "compiled", "blocks offloaded", "layers offloaded"])
+@torch.no_grad()
+def test_a_cache_over_steps_and_prompts_changes_no_number(way):
+    model, cpu = small_model(), torch.device("cpu")
+    if way == "compiled":
+        model.compile_repeated_blocks()
+    elif way == "blocks offloaded":
+        model.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+    elif way == "layers offloaded":
+        model.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    latents, _, text, features = inputs()
+    timesteps = torch.tensor([900.0, 700.0, 400.0])
+    first = SamplingCache(timesteps)
+    prompts = ((text, first), (-text, first.other_prompt()))
+    for step, (prompt, cache) in product(range(3), prompts):
+        batch = timesteps[step].expand(2)
+        plain = small_model()(latents, batch, prompt, features).sample
+        torch.testing.assert_close(model(latents, batch, prompt, features, cache=cache.at(step)).sample, plain, **CLOSE)
+        latents = latents - 0.1 * plain

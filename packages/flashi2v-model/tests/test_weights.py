@@ -210,6 +210,23 @@ def test_the_config_of_the_original_wan_is_held_against_the_model(tmp_path):
     assert "eps is" not in message
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("[]", "must hold a JSON object"),
+        ('{"_class_name": "WanModel", "dim": "wide", "num_heads": 4}', "dim must be like 1536, got 'wide'"),
+        ('{"_class_name": "WanModel", "dim": 96, "num_heads": "4"}', "num_attention_heads must be like 12, got '4'"),
+        ('{"_class_name": "WanModel", "dim": 96, "num_heads": 0}', "num_attention_heads must be above 0"),
+        ('{"num_attention_heads": 4, "eps": NaN}', "eps must be above 0, got nan"),
+        ('{"num_attention_heads": 4, "text_len": -5}', "text_len must be above 0, got -5"),
+    ],
+)
+def test_settings_that_no_model_has_are_refused(tmp_path, config, words):
+    torch.save(small_model().state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "config.json").write_text(config)
+    assert words in faults_of(lambda: load_weights(FlashI2VTransformer3DModel(**SMALL), tmp_path / "weights.pt"))
+
+
 def test_a_config_of_something_else_beside_a_file_is_left_alone(tmp_path):
     torch.save(small_model().state_dict(), tmp_path / "weights.pt")
     (tmp_path / "config.json").write_text('{"options": {"seed": 1}}')

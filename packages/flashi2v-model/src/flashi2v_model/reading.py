@@ -187,6 +187,9 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file holds none.
     """
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} cannot be read: it must hold a JSON object")
+    return values

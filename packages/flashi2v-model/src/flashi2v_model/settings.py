@@ -5,6 +5,7 @@ Settings go by the names of `FlashI2VTransformer3DModel`'s constructor.
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,12 @@ def _from_config(file: Path) -> dict[str, Any]:
     values = read_json(file)
     kind = values.get("_class_name")
     if kind == "WanModel":
-        settings = {ours: values[wan] for wan, ours in _WAN.items() if wan in values}
-        if {"dim", "num_heads"} <= values.keys():
-            settings["attention_head_dim"] = values["dim"] // (values["num_heads"] or 1)
-        return _checked(file, settings)
+        settings = _checked(file, {ours: values[wan] for wan, ours in _WAN.items() if wan in values})
+        if "dim" in values and "num_attention_heads" in settings:
+            if type(values["dim"]) is not int:
+                raise InputError(f"{file}: dim must be like 1536, got {values['dim']!r}")
+            settings["attention_head_dim"] = values["dim"] // settings["num_attention_heads"]
+        return settings
     if kind not in (None, "FlashI2VTransformer3DModel", "WanTransformer3DModel") or "num_attention_heads" not in values:
         return {}  # a run's, say, or another library's
     values = {key: value for key, value in values.items() if not key.startswith("_")}
@@ -96,6 +99,8 @@ def _checked(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
         fits = type(value) is type(default) or (type(value), type(default)) == (int, float)
         if not fits and not (key == "qk_norm" and value is None):
             raise InputError(f"{file}: {key} must be like {default!r}, got {value!r}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf:
+            raise InputError(f"{file}: {key} must be above 0, got {value!r}")
     return settings
 
 
