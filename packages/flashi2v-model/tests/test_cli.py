@@ -205,6 +205,7 @@ def test_settings_that_contradict_the_weights_beside_them_are_refused(run, tmp_p
     ("arguments", "words"),
     [
         (["inspect", "nothing.pt"], "nothing.pt"),
+        (["init", "{tmp}/out", "--preset", "tiny", "--seed", str(2**64)], "--seed is a number from 0 to"),
         (["inspect", "{tmp}/source/nothing"], "no weights at"),
         (["convert", "{tmp}/source", "{tmp}/out", "--to", "npu"], "ends in .safetensors or .pt"),
         (["convert", "{tmp}/source", "{tmp}/out.pt", "--to", "diffusers"], "is a directory"),

@@ -176,6 +176,8 @@ def init(directory: Path, *, preset: Literal["tiny", "1.3b", "14b"], seed: int =
 
     if directory.exists():
         raise InputError(f"{directory} exists: name a new directory, or remove it first")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed is a number from 0 to {2**63 - 1}, got {seed}")
     libraries.quieten()
     torch.manual_seed(seed)
     with _appearing_whole(directory) as temporary:
