@@ -94,7 +94,7 @@ def wheels(session: nox.Session) -> None:
         session.run("python", "-c", f"import {module}; print({module}.__version__, {module}.__file__)")
         session.run(name, "--help", silent=True)
     install(session, *TEST_TOOLS)
-    run_tests(session, "packages", "examples")
+    run_tests(session, "-m", "not slow", "packages", "examples")
 
 
 @nox.session

@@ -32,7 +32,7 @@ NUM_FRAMES, HEIGHT, WIDTH, NUM_STEPS = 17, 128, 192, 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
 

@@ -25,6 +25,7 @@ def _fill(model: nn.Module) -> None:
             part.copy_(stretch[: len(part)])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_released_size_samples_a_video(photograph):
     free = free_memory(torch.device("cpu"))

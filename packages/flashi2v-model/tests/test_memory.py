@@ -83,6 +83,7 @@ def measure(width: int) -> dict[str, float]:
 
 
 @pytest.mark.skipif(not _PEAK.exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.slow
 def test_every_direction_holds_about_one_copy_of_the_weights():
     # Every tensor of a megabyte goes back to the system when it is freed, so that the next growth is not hidden.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
