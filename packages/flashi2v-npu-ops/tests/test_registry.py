@@ -27,7 +27,6 @@ from flashi2v_npu_ops.device import (
     peak_memory,
     reset_peak_memory,
     resolve_device,
-    total_memory,
 )
 
 HOPPER_CASE = ("cuda", torch.bfloat16, True, 128, True, False)
@@ -269,7 +268,7 @@ def test_the_peak_of_the_cpu_starts_anew():
 def test_free_memory_of_the_cpu_shrinks_with_a_containers_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "_CGROUP", tmp_path)
     free = free_memory(CPU)
-    assert 2**20 < free < total_memory(CPU)
+    assert free > 2**20
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(CPU) > free / 2
     (tmp_path / "memory.max").write_text("5000000\n")
@@ -282,7 +281,6 @@ def test_memory_is_unknown_where_the_system_does_not_tell(tmp_path, monkeypatch)
     for name in ("_MEMINFO", "_RESET_PEAK"):
         monkeypatch.setattr(devices, name, tmp_path / "absent")
     assert free_memory(CPU) is None
-    assert total_memory(CPU) is None
     reset_peak_memory(CPU)
 
 
@@ -291,7 +289,6 @@ def test_what_an_allocator_holds_unused_is_free(monkeypatch):
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     assert free_memory(torch.device("cuda:0")) == 1300
-    assert total_memory(torch.device("cuda:0")) == 8000
 
 
 def test_operators_run_on_the_meta_device():

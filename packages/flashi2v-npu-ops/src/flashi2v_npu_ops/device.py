@@ -105,19 +105,9 @@ def free_memory(device: torch.device) -> int | None:
         module = getattr(torch, device.type)
         free, _ = module.mem_get_info(device)
         return int(free + module.memory_reserved(device) - module.memory_allocated(device))
-    available = _meminfo("MemAvailable")
-    return None if available is None else min([available, *_container_room()])
-
-
-def total_memory(device: torch.device) -> int | None:
-    """Return the bytes that the device has, or None where the system does not tell."""
-    if device.type != "cpu":
-        return int(getattr(torch, device.type).mem_get_info(device)[1])
-    return _meminfo("MemTotal")
-
-
-def _meminfo(name: str) -> int | None:
-    return _kibibytes(_MEMINFO, name) if _MEMINFO.exists() else None
+    if not _MEMINFO.exists():
+        return None
+    return min([_kibibytes(_MEMINFO, "MemAvailable"), *_container_room()])
 
 
 def _kibibytes(file: Path, name: str) -> int:
