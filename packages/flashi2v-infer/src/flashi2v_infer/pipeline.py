@@ -199,6 +199,7 @@ class FlashI2VPipeline(DiffusionPipeline):
         if output_type != "latent":
             video, self.decoding = decode_within_memory(self.vae, denoised, self.execution)
             frames = self.video_processor.postprocess_video(video, output_type)
+        self.maybe_free_model_hooks()  # with offloading by diffusers, the last part leaves the device too
         return FlashI2VPipelineOutput(frames=frames) if return_dict else (frames,)
 
     @torch.no_grad()
