@@ -73,6 +73,20 @@ def test_wrong_usage_and_bad_input_exit_2_with_one_line(monkeypatch, capsys, arg
     assert err.startswith(expected)
 
 
+def test_another_process_than_the_first_of_torchrun_lets_it_speak_before_it_says_the_same(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(
+        "flashi2v_data.console.time.sleep", lambda seconds: waited.append((seconds, capsys.readouterr()))
+    )
+    monkeypatch.setenv("RANK", "0")
+    _run(monkeypatch, capsys, "input")
+    assert waited == []
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = _run(monkeypatch, capsys, "input")
+    assert (code, err) == (2, "tool: file.json: what is wrong\n")
+    assert [(seconds, said.err) for seconds, said in waited] == [(5, "")]
+
+
 def test_further_errors_may_be_named(monkeypatch, capsys):
     assert _run(monkeypatch, capsys, "custom", errors=(InputError, CustomError))[0] == 2
 

@@ -139,7 +139,7 @@ ONE = {"--model": "{model}", "--image": "first.png", "--prompt": "a cat", "-o": 
         ({"--model": "broken"}, "--model: cannot load FlashI2VTransformer3DModel from 'broken'"),
         (
             {"--model": "foreign"},
-            "--model: cannot load FlashI2VTransformer3DModel from 'foreign': foreign does not fit",
+            "--model: foreign does not fit the transformer: missing learnable_proj.proj.0.weight",
         ),
         ({"--device": "npu"}, "device 'npu': torch_npu is not installed"),
         ({"--device": "tpu"}, "unknown device type 'tpu'"),

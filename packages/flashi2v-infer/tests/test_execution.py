@@ -67,7 +67,7 @@ def test_low_memory_settles_what_is_left_open_and_bows_to_what_is_said():
     assert Execution().settled_vae_dtype() == "fp32"
     assert Execution().settled_dtype("cuda") == "bf16"
     assert Execution().settled_dtype("cpu") == "fp32"
-    assert Execution(dtype="fp16").settled_dtype("cuda", "bf16") == "fp16"
+    assert Execution(dtype="fp16").settled_dtype("cuda") == "fp16"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import flashi2v_infer.load
 from flashi2v_data.config import load_config
@@ -10,6 +11,7 @@ from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import load_from_config, load_from_pretrained, settled_device
 from flashi2v_infer.placement import home
+from flashi2v_model import InputError
 from flashi2v_npu_ops import set_backend
 
 
@@ -32,6 +34,18 @@ def test_file_and_directory_give_the_same_pipeline(config, model_directory, dtyp
     assert theirs.vae.dtype == torch.float32
     assert ours.scheduler.config.shift == theirs.scheduler.config.shift == 7
     assert dict(ours.transformer.config)["attention_head_dim"] == theirs.transformer.config.attention_head_dim
+
+
+def test_every_weight_that_a_pipeline_directory_lacks_is_named(model_directory, tmp_path):
+    model = shutil.copytree(model_directory, tmp_path / "model")
+    path = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    lost = [key for key in weights if key.startswith(("blocks.1.attn2.", "condition_embedder."))]
+    save_file({key: tensor for key, tensor in weights.items() if key not in lost}, path)
+    with pytest.raises(InputError, match=r"^--model: .*model does not fit the transformer: missing ") as caught:
+        load_from_pretrained(str(model), Execution(device="cpu"))
+    assert len(str(caught.value)) > 600  # none is cut off
+    assert [key for key in lost if f"missing {key}" not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize(("fused", "backend"), [(True, "auto"), (False, "reference")])

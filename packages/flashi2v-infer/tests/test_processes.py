@@ -84,7 +84,7 @@ def test_what_is_wrong_is_one_line_of_the_first_process(job):
     [
         (1, ("cpu", 2), "size 2 does not divide the 1 processes of this run: start as many by torchrun"),
         (2, ("cpu", 4), "--context-parallel-size 4 does not divide the 2 processes of this run"),
-        (2, ("cpu:0",), "names one device for 2 processes: leave its number out"),
+        (2, ("cpu:0",), "is one device for 2 processes: leave its number out"),
     ],
 )
 def test_processes_that_do_not_fit_are_refused(monkeypatch, num_processes, arguments, message):

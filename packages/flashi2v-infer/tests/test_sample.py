@@ -16,6 +16,10 @@ REQUEST = Request(
 )
 
 
+def sampler_of(pipe) -> Sampler:
+    return Sampler(pipe, {prompt: pipe.encode_prompt([prompt], 24) for prompt in (REQUEST.prompt, "")})
+
+
 def test_psnr_is_that_of_the_definition():
     black = np.zeros((4, 4, 3), np.uint8)
     assert psnr(black, black + 255) == 0
@@ -38,14 +42,14 @@ def image(photograph) -> np.ndarray:
 
 
 def test_noise_depends_on_seed_and_index_alone(pipe, image):
-    first = Sampler(pipe)(REQUEST, image)
-    assert np.array_equal(Sampler(pipe)(REQUEST, image).frames, first.frames)
-    assert not np.array_equal(Sampler(pipe)(replace(REQUEST, seed=1), image).frames, first.frames)
-    assert not np.array_equal(Sampler(pipe)(replace(REQUEST, index=1), image).frames, first.frames)
+    first = sampler_of(pipe)(REQUEST, image)
+    assert np.array_equal(sampler_of(pipe)(REQUEST, image).frames, first.frames)
+    assert not np.array_equal(sampler_of(pipe)(replace(REQUEST, seed=1), image).frames, first.frames)
+    assert not np.array_equal(sampler_of(pipe)(replace(REQUEST, index=1), image).frames, first.frames)
 
 
 def test_the_first_frame_is_compared_with_the_image_and_with_the_vae_alone(pipe, image):
-    sample = Sampler(pipe)(REQUEST, image)
+    sample = sampler_of(pipe)(REQUEST, image)
     assert sample.frames.shape == (5, 32, 48, 3)
     assert sample.first_frame_psnr == psnr(sample.frames[0], image)
     frame = prepare_image(image, 32, 48)[None]
@@ -55,10 +59,10 @@ def test_the_first_frame_is_compared_with_the_image_and_with_the_vae_alone(pipe,
 
 
 def test_the_vae_alone_decodes_as_the_video_was_decoded(pipe, image, monkeypatch):
-    whole = Sampler(pipe)(REQUEST, image)
+    whole = sampler_of(pipe)(REQUEST, image)
     monkeypatch.setattr(pipe, "execution", Execution(vae_tiling=True))
     monkeypatch.setattr("flashi2v_infer.decoding.TILES", ((32, 16),))
-    tiled = Sampler(pipe)(REQUEST, image)
+    tiled = sampler_of(pipe)(REQUEST, image)
     assert (whole.decoding, tiled.decoding) == ("whole pictures", "tiles of 32 pixels, 16 apart")
     assert tiled.vae_psnr != whole.vae_psnr
 
@@ -66,10 +70,10 @@ def test_the_vae_alone_decodes_as_the_video_was_decoded(pipe, image, monkeypatch
 def test_a_video_that_starts_elsewhere_is_warned_about(pipe, image, caplog, monkeypatch):
     import flashi2v_infer.sample as module
 
-    sample = Sampler(pipe)(REQUEST, image)
+    sample = sampler_of(pipe)(REQUEST, image)
     monkeypatch.setattr(module, "_reconstruct", lambda pipeline, image: image)  # as a perfect VAE would
     with caplog.at_level(logging.INFO):
-        again = Sampler(pipe)(REQUEST, image)
+        again = sampler_of(pipe)(REQUEST, image)
     assert again.vae_psnr == 100
     assert again.first_frame_psnr == sample.first_frame_psnr < 20
     assert "video 0 does not start with its image" in caplog.text
@@ -85,7 +89,7 @@ def test_requests_that_make_no_sense_are_refused():
 
 
 def test_the_vae_sees_an_image_once_however_many_videos_start_with_it(pipe, image):
-    sampler, encoded = Sampler(pipe), []
+    sampler, encoded = sampler_of(pipe), []
     handle = pipe.vae.encoder.register_forward_hook(lambda *_: encoded.append(1))
     first = sampler(REQUEST, image)
     per_video_and_image = len(encoded)

@@ -1,6 +1,7 @@
 """Choosing backends and devices."""
 
 import logging
+import os
 import subprocess
 import sys
 import types
@@ -22,6 +23,7 @@ from flashi2v_npu_ops import (
 )
 from flashi2v_npu_ops import device as devices
 from flashi2v_npu_ops.device import (
+    claim_device,
     collective_backend,
     free_memory,
     peak_memory,
@@ -249,6 +251,26 @@ assert dict(os.environ) == before
 assert "torch_npu" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_processes_on_one_machine_share_out_its_cores_and_devices(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert claim_device("cpu") == CPU
+    assert threads == []  # alone it keeps what it has
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert claim_device("cpu") == CPU
+    assert threads == [2]
+    with pytest.raises(UnsupportedError, match="'cuda:1' is one device for 4 processes: leave its number out"):
+        claim_device("cuda:1")
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    assert claim_device("cuda") == torch.device("cuda", 1)
+    assert current == [1]
 
 
 CPU = torch.device("cpu")

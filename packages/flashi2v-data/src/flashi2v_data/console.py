@@ -72,9 +72,8 @@ def _usage_fault(error: cyclopts.CycloptsError) -> str:
 def _fail(app: cyclopts.App, message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
     if code == 2 and os.environ.get("RANK", "0") != "0":
-        # Under torchrun, what all processes would say alike is said by the first, which must get there: when one
-        # process ends, torchrun ends the others.
+        # What all processes of torchrun would say alike is said by the first: when it ends, torchrun ends the others.
+        # What is wrong in this one alone (a file that its machine lacks) is said after a while.
         time.sleep(5)
-        sys.exit(code)
     print(f"{app.name[0]}: {line}", file=sys.stderr)
     sys.exit(code)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from flashi2v_data.config import Settings, TransformPipeline
-from flashi2v_infer.settings import SPATIAL_STRIDE, TEMPORAL_STRIDE, SamplingSettings, check_negative_prompt
+from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model.config import AEConfig, DiffusionConfig, DType, PredictorConfig, SchedulerName, TextEncoderConfig
 
 
@@ -88,8 +88,7 @@ class InferenceConfig(Settings):
         return self
 
     def _check_tokens(self) -> None:
-        num_frames, height, width = self.pipeline_config.input_size
-        latent = (num_frames - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
+        latent = self.sampling.latent_grid
         patch, longest = self.predictor.patch_size, self.predictor.max_seq_len
         if any(size % step for size, step in zip(latent, patch)):
             raise ValueError(

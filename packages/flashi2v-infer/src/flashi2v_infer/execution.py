@@ -105,9 +105,9 @@ class Execution:
         """`offload`, settled."""
         return self.offload or ("group" if self.low_memory else "none")
 
-    def settled_dtype(self, device_type: str, file: DType | None = None) -> DType:
-        """Return the dtype of transformer and text encoder; `file` is what a configuration file says."""
-        return self.dtype or file or ("fp32" if device_type == "cpu" else "bf16")
+    def settled_dtype(self, device_type: str) -> DType:
+        """Return the dtype of transformer and text encoder, where no configuration file says it."""
+        return self.dtype or ("fp32" if device_type == "cpu" else "bf16")
 
     def settled_vae_dtype(self, file: DType | None = None) -> DType:
         """Return the dtype of the VAE; `file` is what a configuration file says."""

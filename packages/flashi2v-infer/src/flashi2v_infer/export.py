@@ -28,9 +28,6 @@ _NAME, _FIRST = "frame_{:04d}.png", "frame_0000.png"
 _ASCII = b"ASCII\0\0\0"  # how EXIF says which text a user's comment is
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------
-
-
 def check_output(text: str, fps: float, option: str) -> Path:
     """Refuse a name that could not be written, before hours of sampling rather than after.
 
@@ -124,7 +121,11 @@ def save_video(path: str | Path, frames: Frames, fps: float, record: Record) -> 
     else:
         (_write_gif if path.suffix == ".gif" else _write_webp)(path, frames, fps, record)
     with atomic_file(record_path(path)) as file:
-        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_record(file, record)
+
+
+def _write_record(path: Path, record: Record) -> None:
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_mp4(path: Path, frames: Frames, fps: float, record: Record | None = None) -> None:
@@ -149,31 +150,22 @@ def _write_gif(path: Path, frames: Frames, fps: float, record: Record) -> None:
     pictures = [
         Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames
     ]
-    with atomic_file(path) as file:
-        pictures[0].save(
-            file,
-            save_all=True,
-            append_images=pictures[1:],
-            duration=durations(len(frames), fps, _GIF_TICK),
-            loop=0,
-            comment=json.dumps(record).encode("ascii"),
-        )
+    _write_animation(
+        path, pictures, durations(len(frames), fps, _GIF_TICK), {"comment": json.dumps(record).encode("ascii")}
+    )
 
 
 def _write_webp(path: Path, frames: Frames, fps: float, record: Record) -> None:
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + json.dumps(record).encode("ascii")
     pictures = [Image.fromarray(frame) for frame in frames]
+    _write_animation(path, pictures, durations(len(frames), fps, _WEBP_TICK), {"quality": 90, "exif": exif})
+
+
+def _write_animation(path: Path, pictures: list[Image.Image], milliseconds: list[int], options: Record) -> None:
+    first, *others = pictures
     with atomic_file(path) as file:
-        pictures[0].save(
-            file,
-            save_all=True,
-            append_images=pictures[1:],
-            duration=durations(len(frames), fps, _WEBP_TICK),
-            loop=0,
-            quality=90,
-            exif=exif,
-        )
+        first.save(file, save_all=True, append_images=others, duration=milliseconds, loop=0, **options)
 
 
 def write_frames(path: Path, frames: Frames, record: Record) -> None:
@@ -181,9 +173,7 @@ def write_frames(path: Path, frames: Frames, record: Record) -> None:
     with atomic_directory(path) as directory:
         for number, frame in enumerate(frames):
             write_picture(directory / _NAME.format(number), Image.fromarray(frame), record)
-        (directory / "record.json").write_text(
-            json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        _write_record(record_path(directory), record)
 
 
 def write_picture(path: Path, picture: Image.Image, record: Record | None = None) -> None:
@@ -202,9 +192,6 @@ def durations(num_frames: int, fps: float, tick: int) -> list[int]:
     """
     ends = [round(number * 1000 / fps / tick) * tick for number in range(num_frames + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
-
-
-# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

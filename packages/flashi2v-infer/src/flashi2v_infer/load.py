@@ -21,21 +21,21 @@ from flashi2v_model.parallel import check_degree
 from flashi2v_model.reading import weight_files
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_npu_ops import UnsupportedError, set_backend
-from flashi2v_npu_ops.device import resolve_device
+from flashi2v_npu_ops.device import claim_device, resolve_device
 
 logger = logging.getLogger(__name__)
 
 _AS_THE_FILE_SAYS = Execution()
 
 
-def find_device(name: str, index: int | None = None) -> torch.device:
-    """Return the device called `name`; `index` says which of several, where the name does not.
+def find_device(name: str, *, claim: bool = False) -> torch.device:
+    """Return the device called `name`; `claim` makes it this process's own (`device.claim_device`).
 
     Raises:
         InputError: this machine lacks it; the message says how to choose another.
     """
     try:
-        return resolve_device(name, index=index)
+        return claim_device(name) if claim else resolve_device(name)
     except UnsupportedError as error:
         raise InputError(f'{error}; or choose another: "device": "auto" in the file, or --device auto') from None
 
@@ -143,12 +143,12 @@ def load_from_pretrained(
     where = home(execution, device)
     dtype = DTYPES[execution.settled_dtype(device.type)]
 
-    def part(cls: Any, name: str, dtype: torch.dtype, exact: bool = False) -> Any:
-        loaded = load_pretrained(cls, model, "--model", dtype, where, subfolder=name, exact=exact)
+    def part(cls: Any, name: str, dtype: torch.dtype) -> Any:
+        loaded = load_pretrained(cls, model, "--model", dtype, where, subfolder=name)
         return loaded.requires_grad_(False).eval()
 
     parts = {
-        "transformer": part(FlashI2VTransformer3DModel, "transformer", dtype, exact=True),
+        "transformer": part(FlashI2VTransformer3DModel, "transformer", dtype),
         "text_encoder": part(UMT5EncoderModel, "text_encoder", dtype),
         "vae": part(AutoencoderKLWan, "vae", DTYPES[execution.settled_vae_dtype()]),
     }
@@ -181,10 +181,9 @@ def _load_transformer(config: PredictorConfig, device: torch.device) -> FlashI2V
     with torch.device("meta"):  # random start values of a large model would take minutes
         transformer = FlashI2VTransformer3DModel(**config.transformer_arguments())
     cast(transformer, DTYPES[config.dtype])
-    transformer.to_empty(device=device)
     assert config.from_pretrained is not None
-    load_weights(transformer, config.from_pretrained)
-    return transformer.requires_grad_(False).eval()
+    load_weights(transformer, config.from_pretrained)  # the file's own tensors, so that there is no second copy
+    return transformer.to(device).requires_grad_(False).eval()
 
 
 def cast(transformer: FlashI2VTransformer3DModel, dtype: torch.dtype) -> None:

@@ -27,7 +27,8 @@ from flashi2v_infer.execution import Execution
 from flashi2v_infer.inputs import AnyImage, as_pixels, tidy
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model import FlashI2VTransformer3DModel, guide
-from flashi2v_model.encoders import SPATIAL_STRIDE, TEMPORAL_STRIDE, encode_text, encode_video
+from flashi2v_model.config import SPATIAL_STRIDE
+from flashi2v_model.encoders import encode_text, encode_video
 
 logger = logging.getLogger(__name__)
 
@@ -238,13 +239,7 @@ class FlashI2VPipeline(DiffusionPipeline):
     def _noise(
         self, num_videos: int, settings: SamplingSettings, generator: Generators | None, latents: Tensor | None
     ) -> Tensor:
-        shape = (
-            num_videos,
-            self.transformer.config.in_channels,
-            (settings.num_frames - 1) // TEMPORAL_STRIDE + 1,
-            settings.height // SPATIAL_STRIDE,
-            settings.width // SPATIAL_STRIDE,
-        )
+        shape = (num_videos, self.transformer.config.in_channels, *settings.latent_grid)
         if isinstance(generator, list) and len(generator) != num_videos:
             raise InputError(f"give one generator, or one for each of the {num_videos} videos, got {len(generator)}")
         if latents is None:

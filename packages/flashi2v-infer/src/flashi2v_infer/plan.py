@@ -25,7 +25,7 @@ from flashi2v_infer.settings import SamplingSettings
 from flashi2v_infer.tracing import held_while_running, num_bytes, tracing
 from flashi2v_model import FlashI2VTransformer3DModel, guide
 from flashi2v_model.config import SchedulerName
-from flashi2v_model.encoders import SPATIAL_STRIDE, TEMPORAL_STRIDE, decode_video, encode_text, encode_video
+from flashi2v_model.encoders import decode_video, encode_text, encode_video
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_npu_ops.device import free_memory, missing
 
@@ -156,11 +156,7 @@ def make_plan(
         num_videos: B, sampled at once.
         scheduler: the sampler; heun evaluates the network twice for each of `num_inference_steps` but the last.
     """
-    grid = (
-        (settings.num_frames - 1) // TEMPORAL_STRIDE + 1,
-        settings.height // SPATIAL_STRIDE,
-        settings.width // SPATIAL_STRIDE,
-    )
+    grid = settings.latent_grid
     config = parts.transformer.config
     device = parts.vae.device  # meta, but the same functions measure real modules
     latents = torch.zeros((num_videos, config.in_channels, *grid), device=device)

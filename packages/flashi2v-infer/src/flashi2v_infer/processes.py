@@ -76,17 +76,11 @@ def join_processes(device_name: str, context_parallel_size: int = 1) -> Iterator
             f"--context-parallel-size {context_parallel_size} does not divide the {size} processes of this run: "
             f"start as many by torchrun --nproc-per-node {context_parallel_size} --no-python flashi2v-infer ..."
         )
+    device = find_device(device_name, claim=True)
     if size == 1:
-        yield Processes(find_device(device_name))
+        yield Processes(device)
         return
-    rank, local, neighbours = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    if neighbours > 1 and ":" in device_name:
-        raise InputError(f"--device {device_name} names one device for {neighbours} processes: leave its number out")
-    device = find_device(device_name, index=local)
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
-    else:
-        torch.accelerator.set_device_index(device.index)
+    rank = int(os.environ["RANK"])
     # Replicas may end hours apart; a process that dies is torchrun's to notice.
     dist.init_process_group(collective_backend(device), timeout=timedelta(days=7))
     try:

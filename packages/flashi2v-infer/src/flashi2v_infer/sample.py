@@ -52,15 +52,14 @@ class Sampler:
 
     Args:
         pipeline: any `FlashI2VPipeline`.
-        texts: states (1, L, text_dim) of prompts that were encoded ahead, negative ones too; None encodes each prompt
-            when it is sampled.
+        texts: states (1, L, text_dim) of all prompts, negative ones too, from `placement.encode_prompts`.
         on_step_end: the pipeline's `callback_on_step_end`.
     """
 
     def __init__(
         self,
         pipeline: FlashI2VPipeline,
-        texts: Mapping[str, Tensor] | None = None,
+        texts: Mapping[str, Tensor],
         *,
         on_step_end: StepCallback | None = None,
     ) -> None:
@@ -107,8 +106,6 @@ class Sampler:
         return sample
 
     def _text(self, request: Request) -> dict[str, Any]:
-        if self._texts is None:
-            return {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
         text = {"prompt_embeds": self._texts[request.prompt]}
         if request.settings.uses_negative_prompt:
             text["negative_prompt_embeds"] = self._texts[request.negative_prompt]

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from flashi2v_data.errors import InputError
+from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
 
-# The VAE compresses space by 8 and time by 4 (the first frame stands alone); the transformer's patch is 2 x 2.
-SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
+# The transformer's patch is 2 x 2.
 SPATIAL_MULTIPLE, TEMPORAL_MULTIPLE = 2 * SPATIAL_STRIDE, TEMPORAL_STRIDE
 
 
@@ -52,6 +52,15 @@ class SamplingSettings:
             raise InputError(f"guidance_scale must be 0 or more, got {self.guidance_scale}")
         if not 0 <= self.low_freq_energy_ratio <= 1:
             raise InputError(f"low_freq_energy_ratio must lie in [0, 1], got {self.low_freq_energy_ratio}")
+
+    @property
+    def latent_grid(self) -> tuple[int, int, int]:
+        """F, H and W of the video's latents."""
+        return (
+            (self.num_frames - 1) // TEMPORAL_STRIDE + 1,
+            self.height // SPATIAL_STRIDE,
+            self.width // SPATIAL_STRIDE,
+        )
 
     @property
     def uses_negative_prompt(self) -> bool:

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from flashi2v_model.errors import InputError
 
+# Wan's VAE compresses space by 8 and time by 4, the first frame standing alone.
+SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
+
 DType = Literal["fp32", "float32", "bf16", "fp16"]
 SchedulerName = Literal["euler", "heun", "unipc", "dpm++"]
 

@@ -14,13 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from flashi2v_model.config import AEConfig, TextEncoderConfig, check_pretrained
+from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, AEConfig, TextEncoderConfig, check_pretrained
 from flashi2v_model.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Wan's VAE compresses space by 8 and time by 4, the first frame standing alone.
-SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
 
 
 def load_vae(config: AEConfig, device: torch.device) -> AutoencoderKLWan:
@@ -60,12 +57,12 @@ def load_text_encoder(config: TextEncoderConfig, device: torch.device) -> UMT5En
 
 
 def load_pretrained(
-    cls: Any, path: str, key: str, dtype: torch.dtype, device: torch.device, *, subfolder: str = "", exact: bool = False
+    cls: Any, path: str, key: str, dtype: torch.dtype, device: torch.device, *, subfolder: str = ""
 ) -> Any:
     """Call `cls.from_pretrained` on a directory or hub id, with one clear line where that cannot work.
 
     The weights go straight to the device, with no whole copy of them on the CPU in between. Weights that the model has
-    no place for are passed over (a text encoder is often published with its decoder), or an error where `exact`.
+    no place for are passed over (a text encoder is often published with its decoder), except by our own transformer.
 
     Raises:
         InputError: naming `key`, the configuration key or option that gave `path`.
@@ -78,12 +75,13 @@ def load_pretrained(
             model, report = load(device_map={"": device})
         except NotImplementedError:  # diffusers leaves missing weights without numbers, and cannot move those
             model, report = load()
+    except InputError as error:  # of our transformer, which lists all that does not fit
+        raise InputError(f"{key}: {error}") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         hub = "" if Path(path).is_dir() else " (there is no such directory here, so it was looked up on the hub)"
         raise InputError(f"{key}: cannot load {cls.__name__} from {path!r}: {reason}{hub}") from error
-    kinds = ("missing_keys", "mismatched_keys", *(("unexpected_keys",) if exact else ()))
-    problems = {what: sorted(map(str, report[what])) for what in kinds if report[what]}
+    problems = {what: sorted(map(str, report[what])) for what in ("missing_keys", "mismatched_keys") if report[what]}
     if problems:
         raise InputError(f"{key}: the weights in {path!r} are not those of {cls.__name__}: {str(problems)[:300]}")
     return model

@@ -1,6 +1,7 @@
 """Which accelerator there is, and what it needs: asked here and nowhere else."""
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -50,6 +51,28 @@ def resolve_device(name: str = "auto", *, index: int | None = None) -> torch.dev
     if position >= count:
         raise UnsupportedError(f"device {kind}:{position}: this machine has {count} ({kind}:0 to {kind}:{count - 1})")
     return torch.device(kind, position)
+
+
+def claim_device(name: str = "auto") -> torch.device:
+    """Return the device of this process among those that torchrun started on this machine, and make it its own.
+
+    An accelerator becomes the current one; on the CPU the processes share out the cores.
+
+    Args:
+        name: as of `resolve_device`.
+
+    Raises:
+        UnsupportedError: this machine lacks it, or it is one device for several processes.
+    """
+    local, neighbours = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if neighbours > 1 and ":" in name:
+        raise UnsupportedError(f"device {name!r} is one device for {neighbours} processes: leave its number out")
+    device = resolve_device(name, index=local)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    elif neighbours > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+    return device
 
 
 def collective_backend(device: torch.device) -> str:

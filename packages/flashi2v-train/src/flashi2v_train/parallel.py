@@ -12,12 +12,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # public,
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from flashi2v_data.errors import InputError
-from flashi2v_npu_ops.device import collective_backend, resolve_device
+from flashi2v_npu_ops.device import claim_device, collective_backend
 from flashi2v_train.step import FlowMatchingLoss
 
 # What torchrun tells every process, and what holds for the only one.
-_TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+_TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1}
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,8 @@ class World:
 @contextmanager
 def join_world(device_name: str) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one."""
-    rank, size, local, neighbours = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
-    if neighbours > 1 and ":" in device_name:
-        raise InputError(f"--device {device_name} names one device for {neighbours} processes: leave its number out")
-    device = resolve_device(device_name, index=local)
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
-    elif neighbours > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+    rank, size = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
+    device = claim_device(device_name)
     # Sharding wants a process group even where it has nothing to share.
     store = None if size > 1 else HashStore()
     dist.init_process_group(collective_backend(device), store=store, rank=rank, world_size=size)
