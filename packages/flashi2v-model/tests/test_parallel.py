@@ -1,4 +1,4 @@
-"""The transformer with its tokens shared out among processes against the same in one process."""
+"""The transformer with its tokens or matrices shared out among processes against the same in one process."""
 
 import contextlib
 import socket
@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from golden import small_model, tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from flashi2v_model import InputError
 from flashi2v_model.caching import SamplingCache
-from flashi2v_model.parallel import check_degree, parallelise_context
+from flashi2v_model.parallel import check_degree, parallelise_context, parallelise_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("context parallelism")]
 
@@ -37,6 +39,10 @@ def _run(model: torch.nn.Module, grid: tuple[int, ...]) -> dict[str, torch.Tenso
         name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
     }
     return {"output": output.detach(), "input": inputs[0].grad, **gradients}
+
+
+def _whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
 
 @torch.no_grad()
@@ -70,6 +76,18 @@ def _work(rank: int, port: int, directory: str) -> None:
         with contextlib.suppress(ValueError):
             _two_steps(parallel, (1, 1, 2, 2))
             raise AssertionError("one token cannot be shared")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
+    for name, grid in GRIDS.items():
+        matrices = small_model()
+        parallelise_tensors(matrices, mesh["tensor"])
+        results["tensor", name] = _whole(_run(matrices, grid)) | {"two steps": _two_steps(matrices, grid)}
+        results["tensor", name]["share"] = matrices.blocks[0].ffn.net[0].proj.weight.to_local().shape[0]
+        parallelise_context(matrices, mesh.get_group("context"))
+        shared = _whole(_run(matrices, grid))
+        for key in sorted(shared.keys() - {"output"}):
+            dist.all_reduce(shared[key], group=mesh.get_group("context"))
+            shared[key] /= 2
+        results["both", name] = shared
     torch.save(results, Path(directory) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -91,6 +109,21 @@ def test_processes_that_share_tokens_compute_what_one_computes(results, size, gr
     single["bf16 output"] = _run(small_model().to(torch.bfloat16), GRIDS[grid])["output"]
     for result in results:
         shared = result[size, grid]
+        assert shared.keys() == single.keys()
+        for key, value in single.items():
+            atol = 1e-5 * max(1.0, value.abs().max().item())
+            torch.testing.assert_close(shared[key], value, rtol=1e-4, atol=atol, msg=f"{key}: ranks differ")
+
+
+@pytest.mark.parametrize("kind", ["tensor", "both"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_processes_that_share_matrices_compute_what_one_computes(results, kind, grid):
+    single = _run(small_model(), GRIDS[grid])
+    for result in results:
+        shared = result[kind, grid]
+        assert shared.pop("share", 64) == 64  # of 128 hidden channels
+        if kind == "tensor":
+            single["two steps"] = _two_steps(small_model(), GRIDS[grid])
         assert shared.keys() == single.keys()
         for key, value in single.items():
             atol = 1e-5 * max(1.0, value.abs().max().item())

@@ -130,7 +130,7 @@ def test_every_parameter_learns():
     ("change", "words"),
     [
         ({0: torch.zeros(2, 16, 3, 7, 12), 3: torch.zeros(2, 16, 3, 7, 12)}, "not divisible by the patch"),
-        ({3: torch.zeros(2, 16, 1, 8, 12)}, "must both be"),
+        ({3: torch.zeros(2, 16, 1, 8, 12)}, "must be like hidden_states"),
         ({1: torch.tensor([1.0])}, "timestep"),
     ],
 )

@@ -1,11 +1,14 @@
-"""Context parallelism: the tokens of a video shared out among processes, applied to a transformer from outside.
+"""A transformer shared among processes, from outside: its tokens (context parallelism) or its matrices (tensor).
 
-Each process runs the blocks on its own tokens. Only self attention needs all of them: there the processes exchange, so
-that each attends with all tokens for its share of the heads, and exchange back.
+Context parallelism: each process runs the blocks on its own tokens. Only self attention needs all of them: there the
+processes exchange, so that each attends with all tokens for its share of the heads, and exchange back.
 
-P processes, B batch, N tokens of the video, n of this process, K heads, d head size, C channels.
+Tensor parallelism: each process has a share of the heads and of the MLP's hidden channels, and all tokens; what they
+add up is summed over the processes behind each attention and each MLP.
 
-Source: DeepSpeed Ulysses, arXiv 2309.14509.
+P processes, B batch, N tokens of the video, n of this process, K heads, d head size, D width, C channels.
+
+Sources: DeepSpeed Ulysses, arXiv 2309.14509; Megatron-LM, arXiv 1909.08053.
 """
 
 from collections.abc import Callable
@@ -15,13 +18,88 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
 from flashi2v_model.errors import InputError
-from flashi2v_model.layers import Attention
+from flashi2v_model.layers import Attention, RMSNorm
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
 
 
-def check_degree(size: int, num_heads: int) -> None:
+def parallelise_tensors(transformer: FlashI2VTransformer3DModel, mesh: DeviceMesh) -> None:
+    """Let the processes of a mesh share the matrices of each block; all of them give and get the whole latent.
+
+    Sharded parameters become `DTensor`s; the others stay as they are, the same on every process, and so do their
+    gradients.
+
+    Args:
+        transformer: whole, or a pipeline stage's part.
+        mesh: one dimension.
+
+    Raises:
+        InputError: the processes do not divide the number of heads.
+    """
+    check_degree(mesh.size(), transformer.config.num_attention_heads, "tensor")
+    for block in transformer.blocks.children():
+        plan: dict[str, Any] = {"ffn.net.0.proj": ColwiseParallel(), "ffn.net.2": RowwiseParallel()}
+        texts: dict[str, Placement] = {"context": Replicate()}
+        for name, inputs in (("attn1", None), ("attn2", texts)):
+            plan |= {
+                # Converted once for the three projections, so that their gradients are summed in one go.
+                name: PrepareModuleInput(
+                    input_layouts=Replicate(),
+                    desired_input_layouts=Replicate(),
+                    input_kwarg_layouts=inputs,
+                    desired_input_kwarg_layouts=inputs,
+                ),
+                **{f"{name}.{part}": ColwiseParallel() for part in ("to_q", "to_k", "to_v")},
+                f"{name}.to_out.0": RowwiseParallel(),
+            }
+        parallelize_module(block, mesh, plan)
+        for name in ("attn1", "attn2"):
+            attention = block.get_submodule(name)
+            assert isinstance(attention, Attention)
+            attention.num_heads //= mesh.size()
+            for norm in (attention.norm_q, attention.norm_k):
+                if isinstance(norm, RMSNorm):
+                    _share_norm(norm, mesh)
+
+
+def _share_norm(norm: RMSNorm, mesh: DeviceMesh) -> None:
+    """Normalise (B, N, D / P) by the mean square over the full width D, which all processes have a part of."""
+    norm.weight = nn.Parameter(
+        distribute_tensor(norm.weight.detach(), mesh, [Shard(0)]), requires_grad=norm.weight.requires_grad
+    )
+    group = mesh.get_group()
+
+    def normalise(x: Tensor) -> Tensor:
+        weight = norm.weight.to_local() if isinstance(norm.weight, DTensor) else norm.weight
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = _Sum.apply(exact.square().mean(-1, keepdim=True), group) / group.size()
+        return (exact * torch.rsqrt(mean_square + norm.eps) * weight.to(exact.dtype)).to(x.dtype)
+
+    norm.forward = normalise  # type: ignore[method-assign]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes of a group; backwards the sum of all their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def check_degree(size: int, num_heads: int, kind: str = "context") -> None:
     """Refuse a number of processes among which heads cannot be shared out evenly.
 
     Raises:
@@ -30,12 +108,15 @@ def check_degree(size: int, num_heads: int) -> None:
     if size < 1 or num_heads % size:
         divisors = [str(number) for number in range(1, num_heads + 1) if num_heads % number == 0]
         raise InputError(
-            f"a context parallel size of {size} does not divide the {num_heads} heads: use one of {', '.join(divisors)}"
+            f"a {kind} parallel size of {size} does not divide the {num_heads} heads: use one of {', '.join(divisors)}"
         )
 
 
 def parallelise_context(transformer: FlashI2VTransformer3DModel, group: dist.ProcessGroup) -> None:
     """Let the processes of a group share the tokens of each video; all of them give and get the whole latent.
+
+    Of a pipeline, every stage is treated so: tokens are shared out where they are embedded, gathered where the velocity
+    is projected, and stay shared in between.
 
     Gradients are those of this process's share times the size of the group, so their mean over the group is the whole
     gradient, as it is with data parallelism.
@@ -46,13 +127,16 @@ def parallelise_context(transformer: FlashI2VTransformer3DModel, group: dist.Pro
     """
     check_degree(group.size(), transformer.config.num_attention_heads)
     context = _Context(group)
-    transformer.blocks[0].register_forward_pre_hook(context.share_tokens)
-    for block in transformer.blocks:
+    blocks = [*transformer.blocks.children()]
+    if hasattr(transformer, "patch_embedding"):
+        blocks[0].register_forward_pre_hook(context.share_tokens)
+    for block in blocks:
         block.register_forward_pre_hook(context.share_rope)
         attention = block.get_submodule("attn1")
         assert isinstance(attention, Attention)
         attention.attend = context.attending(attention.attend)
-    transformer.proj_out.register_forward_hook(context.gather_tokens)
+    if hasattr(transformer, "proj_out"):
+        transformer.proj_out.register_forward_hook(context.gather_tokens)
 
 
 class _Context:

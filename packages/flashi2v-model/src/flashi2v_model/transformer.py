@@ -4,6 +4,7 @@ B batch, C latent channels, F frames, H W latent grid, N tokens, L text tokens, 
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,32 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             ValueError: shapes do not match each other or the patch.
         """
-        grid = self._token_grid(hidden_states, timestep, fourier_features)
+        grid = self.token_grid(hidden_states.shape)
+        if fourier_features.shape != hidden_states.shape:
+            raise ValueError(
+                f"fourier_features must be like hidden_states, (B, C, F, H, W) = {tuple(hidden_states.shape)}, "
+                f"got {tuple(fourier_features.shape)}"
+            )
+        if timestep.shape != hidden_states.shape[:1]:
+            raise ValueError(f"timestep must be (B,) = ({len(hidden_states)},), got {tuple(timestep.shape)}")
+        x, context, time, modulation = self.embed(
+            hidden_states, timestep, encoder_hidden_states, fourier_features, cache
+        )
+        x = self.run_blocks(x, context, modulation, grid, cache)
+        velocity = self.project(x, time, grid)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    # The three parts of the forward pass; a pipeline stage has some of the blocks, and the first and last part perhaps.
+
+    def embed(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        fourier_features: Tensor,
+        cache: CachedStep | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return tokens (B, N, D), text (B, L, D), time (B, D) and its modulation (B, 6, D); arguments of `forward`."""
         dtype = self.patch_embedding.weight.dtype
         embedder = self.condition_embedder
         if cache is None:
@@ -201,16 +227,30 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )  # (S, D), (S, 6, D)
             time, modulation = (table[cache.step].expand(len(timestep), *table.shape[1:]) for table in times)
         x = rearrange(self.patch_embedding(hidden_states.to(dtype)) + fourier, "b d f h w -> b (f h w) d")
-        rope = rope_tables(grid, self.config.attention_head_dim, x.device)
-        for number, block in enumerate(self.blocks):
-            x = block(x, context, modulation, rope, None if cache is None else cache.of_block(number))
+        return x, context, time, modulation
 
+    def run_blocks(
+        self,
+        x: Tensor,
+        context: Tensor,
+        modulation: Tensor,
+        grid: tuple[int, int, int],
+        cache: CachedStep | None = None,
+    ) -> Tensor:
+        """Return the tokens, (B, N, D), behind all blocks; arguments as `embed` returns them."""
+        rope = rope_tables(grid, self.config.attention_head_dim, x.device)
+        for number, block in self.blocks.named_children():
+            x = block(x, context, modulation, rope, None if cache is None else cache.of_block(int(number)))
+        return x
+
+    def project(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Return the velocity, (B, C, F, H, W) in fp32, of the tokens (B, N, D) at times (B, D)."""
         shift, scale = (self.scale_shift_table.to(time.dtype) + time[:, None]).chunk(2, dim=1)  # (B, 1, D) each
         head = layer_norm_modulate(x.to(shift.dtype), shift, scale, self.config.eps)
         out = self.proj_out(head)  # (B, N, C*patch)
         frames, height, width = grid
         pf, ph, pw = self.config.patch_size
-        velocity = rearrange(
+        return rearrange(
             out,
             "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
             f=frames,
@@ -220,17 +260,19 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             ph=ph,
             pw=pw,
         )
-        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _token_grid(self, latents: Tensor, timestep: Tensor, features: Tensor) -> tuple[int, int, int]:
-        if latents.ndim != 5 or features.shape != latents.shape:
-            raise ValueError(
-                "hidden_states and fourier_features must both be (B, C, F, H, W), "
-                f"got {tuple(latents.shape)} and {tuple(features.shape)}"
-            )
-        if timestep.shape != latents.shape[:1]:
-            raise ValueError(f"timestep must be (B,) = ({latents.shape[0]},), got {tuple(timestep.shape)}")
-        sizes = tuple(latents.shape[2:])
+    def token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Return (F, H, W) of the tokens of a latent.
+
+        Args:
+            shape: of the latent, (B, C, F, H, W).
+
+        Raises:
+            ValueError: it is not divisible by the patch, or longer than `rope_max_seq_len`.
+        """
+        if len(shape) != 5:
+            raise ValueError(f"hidden_states must be (B, C, F, H, W), got {tuple(shape)}")
+        sizes = tuple(shape[2:])
         patch = self.config.patch_size
         if any(size % step for size, step in zip(sizes, patch)):
             raise ValueError(f"latent (F, H, W) = {sizes} is not divisible by the patch {tuple(patch)}")
