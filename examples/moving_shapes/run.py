@@ -23,7 +23,7 @@ from matplotlib import pyplot
 from PIL import Image
 
 from flashi2v_data import read_frames
-from flashi2v_infer.layout import film_strip
+from flashi2v_data.strips import film_strip
 
 HERE = Path("examples/moving_shapes")
 DEMO = Path("demo")

@@ -3,6 +3,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -10,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import av
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -404,11 +406,38 @@ def test_features_take_the_place_of_the_video(data_config, encoded, num_workers)
     assert len({caption == "" for batch in batches for caption in batch["caption"]}) == 2
 
 
-def test_features_made_by_something_else_or_missing_are_refused(data_config, encoded):
+def test_features_made_by_something_else_are_refused(data_config, encoded):
     path, _ = encoded
     config = data_config(features_path=path, load_video_features=True)
     with pytest.raises(InputError, match="made with vae 'mean', this run has 'max'"):
         build_dataloader(config, seed=3, batch_size=4, made_by={"vae": "max"})
-    other_crops = build_dataloader(config, seed=4, batch_size=4)
-    with pytest.raises(InputError, match=r"holds no features of .*mp4, frames \d+ to \d+: encode with the same seed"):
-        list(islice(other_crops, 3))
+
+
+def test_a_clip_without_features_is_stood_in_for_in_every_epoch_and_only_there(data_config, encoded, tmp_path):
+    path, plain = encoded
+    with lmdb.open(path) as environment, environment.begin(write=True) as transaction:
+        transaction.delete(plain.clip_key(5))
+    loader = build_dataloader(data_config(features_path=path, load_video_features=True), seed=3, batch_size=4)
+    bad = plain.store[5]["path"]
+    for batch in islice(loader, 9):  # three epochs
+        for index, found in zip(batch["index"].tolist(), batch["path"]):
+            assert found != bad
+            assert index == 5 or found == plain.store[index]["path"]
+    (message,) = loader.skipped
+    assert re.search(rf"{bad}: .* holds no features of frames \d+ to \d+", message)
+
+
+def test_a_caption_without_features_is_an_error(data_config, encoded):
+    path, plain = encoded
+    with lmdb.open(path) as environment, environment.begin(write=True) as transaction:
+        transaction.delete(text_key(plain.store[5]["cap"]))
+    loader = build_dataloader(data_config(features_path=path, load_text_features=True), seed=3, batch_size=4)
+    with pytest.raises(InputError, match=r"holds no features of caption .*: run flashi2v-encode again"):
+        list(islice(loader, 6))
+
+
+def test_a_store_may_hold_fewer_records_than_there_are_ranks(data_config):
+    loader = build_dataloader(data_config(), seed=3, batch_size=1, rank=20, num_replicas=32, num_required=12)
+    assert next(iter(loader))["epoch"].tolist() == [1]
+    with pytest.raises(InputError, match="fewer than the 13 of one batch"):
+        build_dataloader(data_config(), seed=3, batch_size=1, num_required=13)

@@ -39,6 +39,7 @@ class _Sample(TypedDict):
     path: str
     first_frame: int  # of the crop in time, counted in the file
     flipped: bool  # mirrored
+    clip: bytes  # key of its features: file, frames, mirroring, part of the picture
     skipped: list[str]  # messages of the unreadable videos that this one stands in for
 
 
@@ -111,7 +112,7 @@ class FlashI2VDataset(Dataset[Sample]):
         Raises:
             DecodeError: more than 100 videos in a row are unreadable.
             IndexError: there is no such record.
-            InputError: features are to be loaded, and are missing.
+            InputError: features of a caption are to be loaded, and are missing.
         """
         if not isinstance(key, tuple):
             key = SampleKey(0, key)
@@ -181,14 +182,11 @@ class FlashI2VDataset(Dataset[Sample]):
             pictures: (T, 3, H, W), see `pictures_shape`.
 
         Raises:
-            DecodeError: the video is unreadable, or not what its record says.
-            InputError: features are missing.
+            DecodeError: the video is unreadable, not what its record says, or was so when it was encoded.
+            InputError: features of the caption are missing.
         """
         record = self.store[index]
-        # Features are encoded once, so their crop in time is the same in every epoch.
-        draw = SampleKey(0, key.index) if self.config.load_video_features else key
-        frames = self._frames(record, draw)
-        flip = self._random("flip", draw) < self.transform.flip_probability
+        frames, flip, clip = self._clip(index, key.epoch)
         caption = self._caption(record, key)
         tokens = self.tokenizer(caption)
         sample: Sample = {
@@ -199,19 +197,47 @@ class FlashI2VDataset(Dataset[Sample]):
             "path": record["path"],
             "first_frame": frames[0],
             "flipped": flip,
+            "clip": clip,
             "skipped": [],
         }
         if self.config.return_prompt_mask:
             sample["prompt_mask"] = tokens.mask
         if self.config.load_text_features:
-            sample["text_features"] = self._load(text_key(caption), f"caption {caption[:60]!r}")
+            states = self._stored(text_key(caption))
+            if states is None:
+                raise InputError(
+                    f"{self.config.features_path} holds no features of caption {caption[:60]!r}: run flashi2v-encode "
+                    "again, with the same settings"
+                )
+            sample["text_features"] = states
         if self.config.load_video_features:
-            features = video_key(record["path"], frames, flip=flip, crop=_crop(record))
-            sample["video_features"] = self._load(features, f"{record['path']}, frames {frames[0]} to {frames[-1]}")
+            features = self._stored(clip)
+            if features is None:  # as encoding met it
+                reason = f"{self.config.features_path} holds no features of frames {frames[0]} to {frames[-1]}"
+                raise _record_fault(record, reason)
+            sample["video_features"] = features
         else:
             convert = self._converter(record, flip)
             read_frames(record["path"], frames, self.decoder, convert=convert, out=pictures)
         return sample
+
+    def clip_key(self, index: int) -> bytes:
+        """Return the key of the features of a record, as its first epoch crops and mirrors it.
+
+        Raises:
+            DecodeError: the record is at fault.
+        """
+        return self._clip(index, 0)[2]
+
+    def _clip(self, index: int, epoch: int) -> tuple[list[int], bool, bytes]:
+        """Return the frames of a record in an epoch, whether they are mirrored, and the key of their features."""
+        record = self.store[index]
+        # Features are encoded once for each record, so crop in time and mirroring are the same in every epoch, and for
+        # whichever sample the record stands in.
+        draw = SampleKey(0 if self.config.load_video_features else epoch, index)
+        frames = self._frames(record, draw)
+        flip = self._random("flip", draw) < self.transform.flip_probability
+        return frames, flip, video_key(record["path"], frames, flip=flip, crop=_crop(record))
 
     def _frames(self, record: Record, key: SampleKey) -> list[int]:
         config = self.config
@@ -257,14 +283,9 @@ class FlashI2VDataset(Dataset[Sample]):
     def _random(self, purpose: str, key: SampleKey) -> float:
         return torch.rand((), generator=generator(self.seed, purpose, key.epoch, key.index)).item()
 
-    def _load(self, key: bytes, what: str) -> dict[str, Tensor]:
+    def _stored(self, key: bytes) -> dict[str, Tensor] | None:
         assert self.features is not None
-        features = self.features.get(key)
-        if features is None:
-            raise InputError(
-                f"{self.config.features_path} holds no features of {what}: encode with the same seed and settings"
-            )
-        return features
+        return self.features.get(key)
 
 
 def _crop(record: Record) -> list[int] | None:

@@ -67,7 +67,7 @@ class FeatureWriter:
             if old is None:
                 transaction.put(_HEADER, header)
         if old is not None:
-            _check_header(self.path, old, made_by)
+            _check_header(self.path, old, made_by, exact=True)
 
     def __contains__(self, key: bytes) -> bool:
         """Tell whether features are there already, so that they need not be encoded again."""
@@ -111,7 +111,7 @@ class FeatureStore:
 
     Args:
         path: of a store, or of a folder of `*.lmdb`.
-        made_by: what the features must have been made by; None takes any.
+        made_by: what the features must have been made by, as far as it matters to the reader; None takes any.
 
     Raises:
         InputError: there is no store, or it holds features of another kind.
@@ -125,7 +125,17 @@ class FeatureStore:
         for store in self.paths:
             with open_shared(store).begin() as transaction:
                 header = transaction.get(_HEADER)
-            self.made_by = made_by = _check_header(store, header, made_by)
+            found = _check_header(store, header, made_by)
+            made_by = found if made_by is None else made_by  # all stores of a folder are of one kind
+        self.made_by = found
+
+    def __contains__(self, key: bytes) -> bool:
+        """Tell whether there are features of a key."""
+        for path in self.paths:
+            with open_shared(path).begin() as transaction:
+                if transaction.get(key) is not None:
+                    return True
+        return False
 
     def get(self, key: bytes) -> dict[str, Tensor] | None:
         """Return the tensors of a key, or None where there are none.
@@ -144,7 +154,9 @@ class FeatureStore:
         return None
 
 
-def _check_header(path: Path, header: bytes | None, made_by: Mapping[str, Any] | None) -> dict[str, Any]:
+def _check_header(
+    path: Path, header: bytes | None, made_by: Mapping[str, Any] | None, *, exact: bool = False
+) -> dict[str, Any]:
     if header is None:
         raise InputError(f"{path}: an LMDB without the header of a feature store; write one with flashi2v-encode")
     found = msgspec.msgpack.decode(header)
@@ -155,7 +167,7 @@ def _check_header(path: Path, header: bytes | None, made_by: Mapping[str, Any] |
         ours = msgspec.msgpack.decode(
             msgspec.msgpack.encode(dict(made_by))
         )  # tuples become lists, as they did in the file
-        for key in sorted({*ours, *theirs}):
+        for key in sorted({*ours, *theirs} if exact else ours):
             if ours.get(key) != theirs.get(key):
                 raise InputError(
                     f"{path}: its features were made with {key} {theirs.get(key)!r}, this run has {ours.get(key)!r}: "

@@ -38,6 +38,7 @@ class _Batch(TypedDict):
     path: list[str]
     first_frame: list[int]  # of the crop in time, counted in the file
     flipped: list[bool]  # mirrored
+    clip: list[bytes]  # keys of their features
     skipped: list[str]  # messages of the unreadable videos that samples of this batch stand in for
 
 
@@ -60,6 +61,7 @@ def build_dataloader(
     consumed: int = 0,
     device: torch.device | None = None,
     made_by: Mapping[str, Any] | None = None,
+    num_required: int | None = None,
 ) -> "StatefulLoader":
     """Make the training loader that data.json describes.
 
@@ -73,15 +75,17 @@ def build_dataloader(
         device: where `video` is wanted; an accelerator is sent a quarter of the bytes, and normalises there. The
             default leaves everything on the CPU.
         made_by: what features must have been made by, where any are loaded; None takes any.
+        num_required: records that the store must hold at least; the default is one batch of all ranks.
 
     Raises:
-        InputError: the store is missing, does not fit the config, or holds less than one batch of all ranks.
+        InputError: the store is missing, does not fit the config, or holds fewer records than required.
     """
     store = open_store(config.dataset_param.metafile_or_dir_path)
-    if len(store) < batch_size * num_replicas:
+    num_required = batch_size * num_replicas if num_required is None else num_required
+    if len(store) < num_required:
         raise InputError(
-            f"{store.paths[0]} holds {len(store)} records, fewer than the {batch_size * num_replicas} of one batch "
-            "over all ranks: lower the batch size, or relax the filter"
+            f"{store.paths[0]} holds {len(store)} records, fewer than the {num_required} of one batch over all ranks: "
+            "lower the batch size, or relax the filter"
         )
     dataset = FlashI2VDataset(store, config.dataset_param, seed=seed, made_by=made_by)
     sampler = StatefulDistributedSampler(
@@ -207,6 +211,7 @@ class StatefulLoader:
             "path": [sample["path"] for sample in taken],
             "first_frame": [sample["first_frame"] for sample in taken],
             "flipped": [sample["flipped"] for sample in taken],
+            "clip": [sample["clip"] for sample in taken],
             "skipped": [message for sample in taken for message in sample["skipped"]],
         }
         if video is not None:

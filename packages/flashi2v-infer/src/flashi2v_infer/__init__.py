@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashi2v_data.errors import InputError
+    from flashi2v_data.strips import film_strip
     from flashi2v_infer.denoising import denoise
     from flashi2v_infer.errors import SamplingError
     from flashi2v_infer.execution import Execution
     from flashi2v_infer.export import read_record, save_video, write_mp4
-    from flashi2v_infer.layout import film_strip, video_grid
+    from flashi2v_infer.layout import video_grid
     from flashi2v_infer.pipeline import FlashI2VPipeline, FlashI2VPipelineOutput
     from flashi2v_infer.placement import place
     from flashi2v_infer.settings import SamplingSettings
@@ -24,7 +25,7 @@ _HOMES = {
     "SamplingError": "flashi2v_infer.errors",
     "SamplingSettings": "flashi2v_infer.settings",
     "denoise": "flashi2v_infer.denoising",
-    "film_strip": "flashi2v_infer.layout",
+    "film_strip": "flashi2v_data.strips",
     "place": "flashi2v_infer.placement",
     "read_record": "flashi2v_infer.export",
     "save_video": "flashi2v_infer.export",

@@ -14,11 +14,12 @@ from tqdm import tqdm
 from flashi2v_data import read_frames
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.strips import film_strip
 from flashi2v_data.transforms import center_crop_resize
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.export import Frames, read_record, record_path, write_mp4, write_picture
 from flashi2v_infer.inputs import Pixels, clean_prompt, hash_file, read_image, read_pairs
-from flashi2v_infer.layout import film_strip, video_grid
+from flashi2v_infer.layout import video_grid
 from flashi2v_infer.records import Source, differences, fingerprint, origin
 from flashi2v_infer.settings import Request
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.console import configure_logging
 from flashi2v_data.errors import InputError
+from flashi2v_data.strips import film_strip
 from flashi2v_data.transforms import center_crop_resize
 from flashi2v_infer.batch import Batch, Job, read_batch, strip_path, unfinished, write_together
 from flashi2v_infer.config import InferenceConfig
@@ -19,7 +20,6 @@ from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.export import check_output, check_picture, check_spared, save_video, write_picture
 from flashi2v_infer.inputs import hash_file, read_image
-from flashi2v_infer.layout import film_strip
 from flashi2v_infer.load import (
     check_model,
     check_parts,
