@@ -1,7 +1,11 @@
 """A small world to train in: videos, store, model directory and configuration files."""
 
+import contextlib
 import copy
 import json
+import random
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +125,27 @@ def inputs(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     presets.save("tiny", directory / "model")
     return directory
+
+
+@pytest.fixture(scope="session")
+def new_workspace(inputs) -> Callable[[Path], Workspace]:
+    return lambda directory: Workspace(directory, inputs)
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], list[int]]:
+    """Free ports, of those that the system gives to nobody who does not ask for them."""
+
+    def find(number: int) -> list[int]:
+        found: set[int] = set()
+        while len(found) < number:
+            with socket.socket() as free, contextlib.suppress(OSError):
+                port = random.randrange(20_000, 32_000)
+                free.bind(("localhost", port))
+                found.add(port)
+        return [*found]
+
+    return find
 
 
 @pytest.fixture

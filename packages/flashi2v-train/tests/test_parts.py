@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from flashi2v_data.errors import InputError
 from flashi2v_train.clip import AdaptiveClip, PlainClip
 from flashi2v_train.config import TrainOptions, read_run_config
 from flashi2v_train.ema import EMA
-from flashi2v_train.optim import build_optimizer, learning_rate, set_learning_rate
+from flashi2v_train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 from flashi2v_train.step import draw
 
 # (norm, norm after clipping, threshold, mean, variance) of the public NPU release, max_norm 1.0, decay 0.99
@@ -72,9 +73,32 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(10**6, options(lr=3e-5)) == 3e-5
 
 
+def test_freezing_goes_by_pattern():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(1, 1) for _ in range(3)]), "head": nn.Linear(1, 1)})
+    freeze(model, ["blocks.[01].*", "head.bias"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"blocks.2.weight", "blocks.2.bias", "head.weight"}
+    optimizer = build_optimizer(dict(model.named_parameters()), options())
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
+    with pytest.raises(InputError, match=r"--freeze block\.\*: no parameter is called so; names are like blocks"):
+        freeze(model, ["block.*"])
+    with pytest.raises(InputError, match="nothing to train"):
+        freeze(model, ["*"])
+
+
+def test_the_average_can_take_the_weights_place_for_a_while():
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    ema = EMA([("p", parameter)], decay=0.5)
+    parameter.data.fill_(3.0)
+    with ema.in_place():
+        assert parameter.tolist() == [1.0, 2.0]
+    assert parameter.tolist() == [3.0, 3.0]
+    assert ema.shadows["p"].tolist() == [1.0, 2.0]
+
+
 def test_the_projection_learns_at_its_own_rate():
     model = nn.ModuleDict({"learnable_proj": nn.Linear(1, 1), "other": nn.Linear(1, 1)})
-    optimizer = build_optimizer(model, options(proj_lr_scale=10.0), torch.device("cpu"))
+    optimizer = build_optimizer(dict(model.named_parameters()), options(proj_lr_scale=10.0))
     set_learning_rate(optimizer, 0.5)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates[id(model["learnable_proj"].weight)] == 5.0

@@ -1,8 +1,52 @@
-"""Gradient clipping: how much of a gradient is kept, given its norm."""
+"""Gradient clipping: the norm of a gradient that is spread over processes, and how much of it is kept."""
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def share_of_square(parameters: Iterable[nn.Parameter], num_holders: int, device: torch.device) -> Tensor:
+    """Return what this process adds to the square of the gradient's norm; summed over all processes it is the square.
+
+    Args:
+        parameters: of this process; sharded, replicated or both.
+        num_holders: processes that hold them, in shards or copies: all of a pipeline stage.
+        device: of the result, a number in fp32.
+    """
+    by_copies: dict[int, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        num_shards = 1
+        if isinstance(gradient, DTensor):
+            sizes = zip(gradient.placements, gradient.device_mesh.shape)
+            num_shards = prod(size for placement, size in sizes if not placement.is_replicate())
+        by_copies[num_holders // num_shards].append(_local(gradient))
+    total = torch.zeros((), device=device)
+    for copies, gradients in by_copies.items():
+        norms = torch.stack(torch._foreach_norm(gradients))
+        total += (norms.float().square().sum() / copies).to(device)
+    return total
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients of this process by a factor, in place."""
+    gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if factor == 0:  # which would keep what is not finite
+        torch._foreach_zero_(gradients)
+    else:
+        torch._foreach_mul_(gradients, factor)
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 @dataclass

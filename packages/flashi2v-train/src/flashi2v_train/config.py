@@ -1,11 +1,11 @@
-"""What a training run is made of: options of the command line, model file and data file."""
+"""What a training run is made of: options of the command line, model file and data file; checked together."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.config import DataConfig, load_config
@@ -18,71 +18,8 @@ from flashi2v_model.config import (
     TextEncoderConfig,
     check_pretrained,
 )
-
-
-@Parameter(name="*")
-class TrainOptions(BaseModel):
-    """Options of `flashi2v-train`, under Megatron's names."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    mm_model: Path = Field(description="model file (JSON with # comments): encoders, diffusion, transformer")
-    mm_data: Path = Field(description="data file (JSON with # comments): dataset and loader")
-
-    device: str = Field("auto", description="auto, npu, cuda or cpu")
-    nproc_per_node: int = Field(1, ge=1, description="processes to start; weights and optimizer are sharded over them")
-    bf16: bool | None = Field(
-        None,
-        description="compute in bf16 with fp32 master weights and fp32 gradient reduction; "
-        "default: what predictor.dtype says",
-    )
-    seed: int = Field(1024, description="of everything random")
-
-    train_iters: int = Field(1_000_000, ge=1, description="optimizer steps of the whole run, resumed ones included")
-    micro_batch_size: int = Field(1, ge=1, description="samples of one forward and backward on one device")
-    global_batch_size: int | None = Field(
-        None, ge=1, description="samples of one optimizer step; default: micro batch size x processes"
-    )
-
-    lr: float = Field(2e-5, gt=0, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of a cosine or linear decay")
-    lr_decay_style: Literal["constant", "cosine", "linear"] = "constant"
-    lr_warmup_iters: int = Field(0, ge=0, description="steps of linear warm-up")
-    lr_warmup_init: float = Field(0.0, ge=0, description="learning rate at which the warm-up starts")
-    proj_lr_scale: float = Field(
-        1.0, gt=0, description="factor on the learning rate of learnable_proj, which starts at zero and learns slowly"
-    )
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-15, gt=0)
-    weight_decay: float = Field(1e-2, ge=0)
-    clip_grad: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
-    clip_grad_ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="clip adaptively: the threshold follows the norms' moving mean with this decay"
-    )
-    use_ema: bool = Field(True, description="keep an exponential moving average of the weights")
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-
-    feature_cache_gib: float = Field(
-        0.0,
-        ge=0,
-        description="memory for encoded clips and captions per process: each is encoded once, not once per epoch",
-    )
-
-    save: Path = Field(Path("save"), description="the run's directory: metrics, configuration, checkpoints")
-    load: Path | None = Field(None, description="run to resume; default: the one in --save, if there is one")
-    save_interval: int = Field(1000, ge=1, description="steps between checkpoints; the last step is always saved")
-    log_interval: int = Field(1, ge=1, description="steps between lines of metrics")
-
-    @model_validator(mode="after")
-    def _check(self) -> "TrainOptions":
-        if self.lr_decay_style == "constant" and self.min_lr:
-            raise ValueError("--min-lr has no effect with --lr-decay-style constant: choose cosine or linear")
-        if self.lr_warmup_init and not self.lr_warmup_iters:
-            raise ValueError("--lr-warmup-init has no effect without --lr-warmup-iters")
-        if self.min_lr > self.lr or self.lr_warmup_init > self.lr:
-            raise ValueError(f"--min-lr and --lr-warmup-init must not exceed --lr {self.lr}")
-        return self
+from flashi2v_train.layout import Layout, plan_layout
+from flashi2v_train.options import TrainOptions
 
 
 class TrainPredictorConfig(PredictorConfig):
@@ -90,14 +27,21 @@ class TrainPredictorConfig(PredictorConfig):
 
     dtype: Literal["fp32", "float32", "bf16"] = Field("bf16", description="training in fp16 would need loss scaling")
     low_freq_energy_ratio: tuple[float, float] = Field((0.05, 0.95), strict=False)
-    pipeline_num_layers: list[int] | None = Field(None, description="layers per pipeline stage")
-    attention_async_offload: Literal[False] = Field(False, description="offloading attention is not available yet")
+    pipeline_num_layers: list[PositiveInt] | list[list[PositiveInt]] | None = Field(
+        None, description="layers per pipeline stage; a list of lists for virtual stages"
+    )
+    attention_async_offload: bool = Field(
+        False, description="move what attention saves for the backward pass to the CPU's memory and back"
+    )
 
     @model_validator(mode="after")
     def _check_stages(self) -> "TrainPredictorConfig":
-        stages = self.pipeline_num_layers
-        if stages is not None and sum(stages) != self.num_layers:
-            raise ValueError(f"pipeline_num_layers {stages} sums to {sum(stages)}, num_layers is {self.num_layers}")
+        numbers = [n for part in self.pipeline_num_layers or [] for n in ([part] if isinstance(part, int) else part)]
+        if numbers and sum(numbers) != self.num_layers:
+            raise ValueError(
+                f"pipeline_num_layers {self.pipeline_num_layers} sums to {sum(numbers)}, num_layers is "
+                f"{self.num_layers}"
+            )
         return self
 
 
@@ -110,8 +54,8 @@ class PatchConfig(Settings):
 class TrainModelConfig(Settings):
     """The model file of a training run."""
 
-    load_video_features: Literal[False] = Field(False, description="precomputed features are not available yet")
-    load_text_features: Literal[False] = Field(False, description="precomputed features are not available yet")
+    load_video_features: bool = Field(False, description="train on what flashi2v-encode wrote; see the data file")
+    load_text_features: bool = Field(False, description="the same for captions")
     task: Literal["t2v", "i2v"] = "i2v"  # the reference's files say t2v, after the trunk, and mean the same
     patch: PatchConfig = PatchConfig()
     ae: AEConfig
@@ -146,24 +90,53 @@ class RunConfig:
         frames = (data.sample_num_frames - 1) // 4 + 1
         return self.model.predictor.in_dim, frames, data.sample_height // 8, data.sample_width // 8
 
-    def accumulation(self, world_size: int) -> int:
-        """Micro batches per optimizer step.
+    def layout(self, world_size: int) -> Layout:
+        """Return how this run is spread over a number of processes.
 
         Raises:
-            InputError: the global batch does not divide.
+            InputError: it cannot be.
         """
-        per_pass = self.options.micro_batch_size * world_size
+        predictor = self.model.predictor
+        return plan_layout(
+            self.options,
+            world_size,
+            num_layers=predictor.num_layers,
+            num_heads=predictor.num_heads,
+            split=predictor.pipeline_num_layers,
+        )
+
+    def micro_batches(self, layout: Layout) -> int:
+        """Return the micro batches per optimizer step of one data parallel place.
+
+        Raises:
+            InputError: the global batch does not divide, or does not fill the pipeline.
+        """
+        per_pass = self.options.micro_batch_size * layout.data
         total = self.options.global_batch_size or per_pass
         if total % per_pass:
             raise InputError(
-                f"--global-batch-size {total} must be a multiple of --micro-batch-size x processes = {per_pass}"
+                f"--global-batch-size {total} must be a multiple of --micro-batch-size x data parallel processes = "
+                f"{per_pass}"
             )
-        return total // per_pass
+        number = total // per_pass
+        if number < layout.pipeline:
+            raise InputError(
+                f"micro batches per step: {number}, too few to fill a pipeline of {layout.pipeline} processes: set "
+                f"--global-batch-size to at least {layout.pipeline * per_pass}"
+            )
+        rounds = max(1, number // layout.pipeline)
+        in_rounds = layout.num_stages > layout.pipeline or self.options.pipeline_schedule == "zero-bubble"
+        if in_rounds and number % rounds:
+            raise InputError(
+                f"micro batches per step: {number}, which cannot be split into {rounds} equal rounds: set "
+                f"--global-batch-size to a multiple of {layout.pipeline * per_pass}"
+            )
+        return number
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as plain JSON values."""
         return {
-            "options": self.options.model_dump(mode="json"),
+            "options": self.options.model_dump(mode="json", exclude=self.options.unanswered()),
             "model": self.model.model_dump(mode="json"),
             "data": self.data.model_dump(mode="json"),
         }
@@ -171,21 +144,34 @@ class RunConfig:
     def notes(self) -> list[str]:
         """Say which settings of the files have no effect here, and why."""
         notes = self.model.predictor.notes()
-        inference = self.model.diffusion.model_fields_set & {"num_inference_steps", "shift", "guidance_scale"}
+        sampling = {"num_inference_steps"}  # --eval-steps says it
+        if not (self.options.eval_interval and self.options.eval_videos):
+            sampling |= {"shift", "guidance_scale"}
+        inference = self.model.diffusion.model_fields_set & sampling
         notes += [f"diffusion.{key} has no effect in training: it belongs to sampling" for key in sorted(inference)]
-        if self.model.predictor.pipeline_num_layers is not None:
-            notes.append("predictor.pipeline_num_layers has no effect: this version trains in one pipeline stage")
+        if self.model.predictor.pipeline_num_layers is not None and self.options.pipeline_model_parallel_size == 1:
+            notes.append("predictor.pipeline_num_layers has no effect without --pipeline-model-parallel-size")
         return notes
 
 
-def read_run_config(options: TrainOptions) -> RunConfig:
+def read_run_config(options: TrainOptions, *, encodes: bool = False) -> RunConfig:
     """Read and check all files of a run, before any device is touched.
+
+    Args:
+        options: of the command line.
+        encodes: read them for encoding ahead: features are then to be made, whatever the files say of loading them.
 
     Raises:
         InputError: one line that names the file and key, and what to change.
     """
+    _check_wandb(options)
     model = load_config(options.mm_model, TrainModelConfig)
     data = load_config(options.mm_data, DataConfig)
+    if encodes:
+        without = {"load_video_features": False, "load_text_features": False}
+        model = model.model_copy(update=without)
+        dataset = data.dataset_param.model_copy(update={**without, "features_path": None})
+        data = data.model_copy(update={"dataset_param": dataset})
     dataset = data.dataset_param
     if dataset.tokenizer_max_length != model.predictor.text_len:
         raise InputError(
@@ -195,15 +181,53 @@ def read_run_config(options: TrainOptions) -> RunConfig:
     if not dataset.return_prompt_mask:
         raise InputError(f"{options.mm_data}: return_prompt_mask must be true: padding is zeroed by the mask")
     for key in ("load_video_features", "load_text_features"):
-        if getattr(dataset, key):
+        if getattr(dataset, key) != getattr(model, key):
             raise InputError(
-                f"{options.mm_data}: {key} cannot be honoured: this version encodes as it trains; set it false"
+                f"{key} is {_json(getattr(model, key))} in {options.mm_model} and {_json(getattr(dataset, key))} in "
+                f"{options.mm_data} (dataset_param): set the same"
             )
     dataset.transform_pipeline.check_range()
     check_directory(options.save, "--save")
     check_pretrained(model.ae.from_pretrained, f"{options.mm_model}: ae.from_pretrained")
     check_pretrained(model.text_encoder.from_pretrained, f"{options.mm_model}: text_encoder.from_pretrained")
     weights = model.predictor.from_pretrained
-    if weights is not None and not Path(weights).exists():
+    if weights is not None and not encodes and not Path(weights).exists():
         raise InputError(f"{options.mm_model}: predictor.from_pretrained: {weights} does not exist")
+    read_eval_data(options, data)
     return RunConfig(options, model, data)
+
+
+def _check_wandb(options: TrainOptions) -> None:
+    """Refuse `--wandb-project` where wandb is not installed.
+
+    Raises:
+        InputError: with what to install.
+    """
+    given = options.wandb_exp_name or options.wandb_save_dir
+    if given and not options.wandb_project:
+        raise InputError("--wandb-exp-name and --wandb-save-dir have no effect without --wandb-project")
+    if options.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise InputError("--wandb-project: wandb is not installed: pip install 'flashi2v-train[wandb]'")
+
+
+def read_eval_data(options: TrainOptions, trained_on: DataConfig) -> DataConfig:
+    """Read the data file of the validation, which is that of the training where there is no other.
+
+    Raises:
+        InputError: its samples are not of the shape that the run trains on.
+    """
+    if options.eval_data is None:
+        return trained_on
+    data = load_config(options.eval_data, DataConfig)
+    for key in ("sample_height", "sample_width", "sample_num_frames", "tokenizer_max_length", "return_prompt_mask"):
+        ours, theirs = getattr(trained_on.dataset_param, key), getattr(data.dataset_param, key)
+        if ours != theirs:
+            raise InputError(
+                f"--eval-data {options.eval_data}: {key} is {theirs}, in {options.mm_data} it is {ours}: set the same"
+            )
+    data.dataset_param.transform_pipeline.check_range()
+    return data
+
+
+def _json(value: bool) -> str:
+    return "true" if value else "false"

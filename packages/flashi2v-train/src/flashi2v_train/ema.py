@@ -1,6 +1,7 @@
 """Exponential moving average of the weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -24,3 +25,19 @@ class EMA:
         """Move every shadow: shadow -= (1 - decay) * (shadow - parameter)."""
         for name, parameter in self._parameters.items():
             self.shadows[name].lerp_(parameter.detach().float(), 1 - self.decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Exchange weights and shadows for a while, so that what runs meanwhile runs with the average."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, parameter in self._parameters.items():
+            weights = parameter.detach().clone()
+            parameter.copy_(self.shadows[name])
+            self.shadows[name].copy_(weights)

@@ -1,98 +1,280 @@
-"""From a batch of videos and captions to what the transformer trains on.
+"""`flashi2v-encode`: latents of clips and states of captions, written to a store ahead of training."""
 
-B batch, C latent channels, F latent frames, H W latent grid, L text tokens.
-"""
-
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from functools import partial
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from cyclopts import App, Parameter
+from pydantic import BaseModel, ConfigDict, Field
+from tqdm import tqdm
 
-from flashi2v_data.errors import InputError
-from flashi2v_data.loader import Batch
-from flashi2v_model.encoders import Posterior, encode_text, load_text_encoder, load_vae, video_posterior
-from flashi2v_train.config import RunConfig
-from flashi2v_train.step import Draws
+import flashi2v_train
+from flashi2v_data.atomic import atomic_file, check_directory
+from flashi2v_data.captions import clean_caption
+from flashi2v_data.console import configure_logging, run
+from flashi2v_data.dataset import FlashI2VDataset
+from flashi2v_data.errors import DecodeError, InputError, StorageError
+from flashi2v_data.features import FeatureStore, FeatureWriter, text_key
+from flashi2v_data.loader import StatefulLoader
+from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
+from flashi2v_data.store import open_store
+from flashi2v_train import processes
+from flashi2v_train.config import RunConfig, read_run_config
+from flashi2v_train.options import FileOptions, LaunchOptions, TrainOptions, group_options
+from flashi2v_train.processes import USER_ERRORS, RunError
+
+logger = logging.getLogger(__name__)
+
+REPORT = "report.json"
+# Clips between two writes: as many are lost at most when the command is killed.
+_BATCH = 16
+# Processes wait for each other at the end only, when one may be hours behind; should one die, the launcher ends all.
+_PATIENCE = timedelta(days=7)
 
 
-@dataclass(frozen=True)
-class Features:
-    """A batch as the transformer's training sees it.
+class StoreOptions(FileOptions):
+    """What to encode, and where to."""
 
-    Attributes:
-        latents: (B, C, F, H, W), z.
-        condition: (B, C, 1, H, W), the first frame's latent.
-        context: (B, L, text_dim), text states with zeroed padding.
-    """
-
-    latents: Tensor
-    condition: Tensor
-    context: Tensor
+    output: Path = Field(description="directory of the store, made or added to; features_path of the data file")
+    seed: int = Field(1024, description="of the run to come: it decides crops in time and mirroring")
 
 
-class Encoders:
-    """The frozen VAE and text encoder, with room to remember what they have encoded.
+@Parameter(name="*")
+class EncodeOptions(LaunchOptions, StoreOptions):
+    """All options of `flashi2v-encode`."""
 
-    Clips and captions are encoded one by one, so that a sample's features do not depend on its batch, to the last
-    bit, and remembering them changes nothing.
+    model_config = ConfigDict(extra="forbid")
+
+
+group_options(EncodeOptions, {StoreOptions: "Files", LaunchOptions: "Processes"})
+
+
+class Report(BaseModel):
+    """What an encoding to its end has written, beside the store."""
+
+    clips: int
+    unreadable: list[str]
+    captions: int
+
+
+app = App(
+    name="flashi2v-encode",
+    help="""Encode all clips and captions ahead of training.
+
+    Training then needs neither the VAE nor the text encoder: set load_video_features and load_text_features true in
+    the model file and the data file, and features_path to the output. Crops in time and mirroring are those of the
+    first epoch. The command may be interrupted; started again it goes on where it was.
+
+    Example: flashi2v-encode --mm-model pretrain_model_flashi2v.json --mm-data data.json --output features
+    """,
+    help_format="plaintext",
+    version=flashi2v_train.__version__,
+)
+
+
+@app.default
+def launch(*, options: EncodeOptions) -> None:
+    check_directory(options.output, "--output")
+    config = _read_config(options)
+    slurm = processes.adopt_slurm(options)
+    if processes.is_started():
+        processes.check_started(options)
+    for note in (slurm, processes.set_ascend_environment(options.device)):
+        if note is not None and processes.is_first():
+            logger.info(note)
+    if processes.needs_launch(options):
+        processes.start(_encode, (config, options.output), options)
+    else:
+        _encode(config, options.output)
+    if processes.is_first():
+        report = Report.model_validate_json((options.output / REPORT).read_text())
+        logger.info(
+            "done: %s holds %d clips and %d captions; %d videos could not be read",
+            *(options.output, report.clips, report.captions, len(report.unreadable)),
+        )
+
+
+def _read_config(options: EncodeOptions) -> RunConfig:
+    """Read both files as a run that encodes as it trains."""
+    run_options = TrainOptions(
+        mm_model=options.mm_model, mm_data=options.mm_data, seed=options.seed, device=options.device
+    )
+    return read_run_config(run_options, encodes=True)
+
+
+def made_by(config: RunConfig, *, video: bool = True, text: bool = True) -> dict[str, Any]:
+    """Return everything that features depend on.
 
     Args:
-        config: of the run.
-        device: where to encode.
+        config: of a run.
+        video: of the clips.
+        text: of the captions.
+    """
+    data, model = config.data.dataset_param, config.model
+    found: dict[str, Any] = {}
+    if video:
+        transforms = data.transform_pipeline.model_dump(mode="json")
+        found |= {
+            "clips": len(open_store(data.metafile_or_dir_path)),
+            "vae": fingerprint(model.ae.from_pretrained),
+            "vae_dtype": _dtype(model.ae.dtype),
+            "vae_tiles": model.ae.tiling_param.model_dump(mode="json") if model.ae.enable_tiling else None,
+            "size": [data.sample_num_frames, data.sample_height, data.sample_width],
+            "train_fps": data.train_fps,
+            "sample_stride": data.sample_stride,
+            "transforms": transforms,
+            "seed": config.options.seed,
+        }
+    if text:
+        found |= {
+            "text_encoder": fingerprint(model.text_encoder.from_pretrained),
+            "text_encoder_dtype": _dtype(model.text_encoder.dtype),
+            "use_attention_mask": model.text_encoder.use_attention_mask,
+            "tokenizer": fingerprint(data.text_tokenizer_path),
+            "tokenizer_max_length": data.tokenizer_max_length,
+            "clean_captions": data.clean_captions,
+        }
+    return found
+
+
+def _dtype(name: str) -> str:
+    return "fp32" if name == "float32" else name
+
+
+def fingerprint(path: str) -> str:
+    """Return a hash of all that a directory of weights holds, or the hub id that names one."""
+    directory = Path(path)
+    if not directory.is_dir():
+        return path
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(part for part in directory.rglob("*") if part.is_file()):
+        name = file.relative_to(directory).as_posix()
+        if any(part.startswith(".") for part in name.split("/")):
+            continue  # such as a download's own notes
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+        with file.open("rb") as opened:
+            while block := opened.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_store(features_path: str) -> None:
+    """Refuse a store that is not encoded to its end.
 
     Raises:
-        InputError: an encoder does not fit the transformer, or cannot be loaded.
+        InputError: naming the directory.
     """
+    if not (Path(features_path) / REPORT).is_file():
+        raise InputError(
+            f"{features_path} is no store that flashi2v-encode has finished ({REPORT} is not there): run it, or run it "
+            "again to its end"
+        )
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.config = config.model
-        self.vae = load_vae(config.model.ae, device)
-        self.text_encoder = load_text_encoder(config.model.text_encoder, device)
-        self._memory: dict[Hashable, tuple[Tensor, ...]] = {}
-        self._room = int(config.options.feature_cache_gib * 2**30)
-        predictor = config.model.predictor
-        for key, ours, theirs in (
-            ("in_dim", predictor.in_dim, self.vae.config.z_dim),
-            ("text_dim", predictor.text_dim, self.text_encoder.config.d_model),
+
+class _Cycle(StatefulDistributedSampler):
+    """Some samples of the first epoch, again and again, as the loader reads ahead."""
+
+    def __init__(self, num_samples: int, seed: int, indices: Sequence[int]) -> None:
+        super().__init__(num_samples, seed=seed)
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        return itertools.cycle(SampleKey(0, index) for index in self._indices)
+
+
+def _encode(config: RunConfig, output: Path) -> None:
+    configure_logging(logging.INFO if processes.is_first() else logging.WARNING)
+    # Imported here: the encoders take seconds, and a wrong option should be told at once.
+    from flashi2v_model.libraries import quieten
+    from flashi2v_npu_ops.device import claim_device
+    from flashi2v_train.features import Encoders
+    from flashi2v_train.parallel import rank_and_size
+
+    quieten()
+    rank, size = rank_and_size()
+    device = claim_device(config.options.device)
+    store = open_store(config.data.dataset_param.metafile_or_dir_path)
+    dataset = FlashI2VDataset(store, config.data.dataset_param, seed=config.options.seed)
+    encoders = Encoders(config, device)
+    origin = made_by(config)
+    mine = range(rank, len(store), size)
+    captions = _captions(dataset, mine)
+    # Before any process writes: a store is read without locks, and must not be open twice in a process.
+    clips, missing = _not_stored(output, origin, dataset, mine, captions)
+    if size > 1:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+        dist.barrier()
+    with FeatureWriter(output / f"process_{rank:04d}.lmdb", origin) as writer:
+        waiting: dict[bytes, dict[str, torch.Tensor]] = {}
+        loader = StatefulLoader(
+            dataset, _Cycle(len(store), config.options.seed, clips), 1, config.data.dataloader_param, device
+        )
+        try:
+            batches = zip(clips, loader) if clips else ()
+            for _, batch in tqdm(batches, "clips", len(clips), disable=None if rank == 0 else True, unit="clip"):
+                waiting[batch["clip"][0]] = encoders.clip(batch, 0)
+                if len(waiting) >= _BATCH:
+                    writer.put(waiting)
+                    waiting.clear()
+            writer.put(waiting)
+        finally:
+            loader.close()
+        for group in tqdm(
+            [missing[i : i + _BATCH] for i in range(0, len(missing), _BATCH)],
+            "captions",
+            disable=None if rank == 0 else True,
+            unit=f"{_BATCH} captions",
         ):
-            if ours != theirs:
-                raise InputError(f"{config.options.mm_model}: predictor.{key} is {ours}, the encoder gives {theirs}")
+            writer.put({text_key(caption): encoders.caption(*dataset.tokenizer(caption)) for caption in group})
+        counts = [(len(mine), sorted(loader.skipped), captions)]
+        if size > 1:
+            everyones: list[Any] = [None] * size
+            dist.all_gather_object(everyones, counts[0])
+            counts = everyones
+            dist.destroy_process_group()
+    if rank == 0:
+        report = Report(
+            clips=sum(number for number, _, _ in counts),
+            unreadable=sorted({message for _, messages, _ in counts for message in messages}),
+            captions=len(set().union(*(captions for _, _, captions in counts))),
+        )
+        with atomic_file(output / REPORT) as path:
+            path.write_text(report.model_dump_json(indent=1) + "\n")
 
-    @torch.no_grad()
-    def __call__(self, batch: Batch, draws: Draws) -> Features:
-        """Encode a batch; the posteriors are drawn from with `draws`, or their modes taken (`ae.do_sample`)."""
-        sampled = self.config.ae.do_sample
-        latents: list[Tensor] = []
-        conditions: list[Tensor] = []
-        contexts: list[Tensor] = []
-        for i, clip in enumerate(zip(batch["path"], batch["first_frame"], batch["flipped"])):
-            video = batch["video"][i : i + 1]
-            whole = self._remember(clip, partial(self._posterior, video))
-            still = self._remember((*clip, "still"), partial(self._posterior, video[:, :, :1]))
-            latents.append(Posterior(*whole).draw(draws.posterior[i : i + 1] if sampled else None))
-            conditions.append(Posterior(*still).draw(draws.condition_posterior[i : i + 1] if sampled else None))
-            contexts += self._remember(batch["caption"][i], partial(self._text, batch, i))
-        return Features(torch.cat(latents), torch.cat(conditions), torch.cat(contexts))
 
-    def _posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = video_posterior(self.vae, video.to(self.vae.device, non_blocking=True))
-        return posterior.mean, posterior.std
+def _not_stored(
+    output: Path, origin: dict[str, Any], dataset: FlashI2VDataset, indices: range, captions: set[str]
+) -> tuple[list[int], list[str]]:
+    """Return the records and captions, of those given, that no store of the folder holds yet."""
+    if not any(output.glob("*.lmdb")):
+        return [*indices], sorted(captions)
+    stored = FeatureStore(output, origin)
+    clips = [index for index in indices if not _is_stored(stored, dataset, index)]
+    return clips, [caption for caption in sorted(captions) if text_key(caption) not in stored]
 
-    def _text(self, batch: Batch, i: int) -> tuple[Tensor]:
-        ids = batch["prompt_ids"][i : i + 1].to(self.text_encoder.device, non_blocking=True)
-        mask = batch["prompt_mask"][i : i + 1]
-        return (encode_text(self.text_encoder, ids, mask, use_mask=self.config.text_encoder.use_attention_mask),)
 
-    def _remember(self, key: Hashable, encode: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Return what was encoded under a key before, or encode it and keep it on the CPU while there is room."""
-        device = self.vae.device
-        if key in self._memory:
-            return tuple(tensor.to(device, non_blocking=True) for tensor in self._memory[key])
-        encoded = encode()
-        size = sum(tensor.nbytes for tensor in encoded)
-        if size <= self._room:
-            self._room -= size
-            self._memory[key] = tuple(tensor.cpu() for tensor in encoded)
-        return encoded
+def _is_stored(stored: FeatureStore, dataset: FlashI2VDataset, index: int) -> bool:
+    try:
+        return dataset.clip_key(index) in stored
+    except DecodeError:
+        return False
+
+
+def _captions(dataset: FlashI2VDataset, indices: range) -> set[str]:
+    """Return all captions that training may see of some records, and the empty one, as they are tokenised."""
+    captions = {""}
+    for index in indices:
+        caption = dataset.store[index]["cap"]
+        captions.update(caption if isinstance(caption, list) else [caption])
+    return {clean_caption(caption) if dataset.config.clean_captions else caption for caption in captions}
+
+
+def main() -> None:
+    """Run the command line."""
+    run(app, errors=USER_ERRORS, failures=(StorageError, RunError))

@@ -1,28 +1,27 @@
 """`flashi2v-train`: check everything, then train here or in processes of its own."""
 
 import logging
-import os
-import uuid
 
 from cyclopts import App
 
 import flashi2v_train
 from flashi2v_data.console import configure_logging, run
-from flashi2v_data.errors import InputError
-from flashi2v_model import InputError as ModelInputError
-from flashi2v_npu_ops import UnsupportedError
-from flashi2v_train.config import RunConfig, TrainOptions, read_run_config
+from flashi2v_data.errors import InputError, StorageError
+from flashi2v_train import processes
+from flashi2v_train.config import RunConfig, read_run_config
+from flashi2v_train.cost import check_split, describe_run, suggest_split
+from flashi2v_train.layout import Layout
+from flashi2v_train.options import TrainOptions
+from flashi2v_train.processes import USER_ERRORS, RunError
 
 logger = logging.getLogger(__name__)
-
-USER_ERRORS = (InputError, ModelInputError, UnsupportedError)
 
 app = App(
     name="flashi2v-train",
     help="""Train FlashI2V.
 
     The run's directory (--save) holds metrics.jsonl, TensorBoard events, config.json and checkpoints; starting the
-    same command again resumes from the newest one.
+    same command again resumes from the newest one. SIGTERM and SIGUSR1 let the step end, save and stop.
 
     Example: flashi2v-train --mm-model pretrain_model_flashi2v.json --mm-data data.json --save runs/first --bf16
     """,
@@ -33,56 +32,47 @@ app = App(
 
 @app.default
 def launch(*, options: TrainOptions) -> None:
+    if options.optimizer_selection == "fused_ema_adamw" and not options.use_ema:
+        raise InputError("--optimizer-selection fused_ema_adamw contradicts --no-use-ema: leave one of them out")
     config = read_run_config(options)
-    inside = "RANK" in os.environ  # torchrun has started the processes
-    if inside and options.nproc_per_node > 1:
-        raise InputError("--nproc-per-node starts processes of its own: leave it out inside torchrun")
-    if not inside:
-        config.accumulation(options.nproc_per_node)
-    for note in config.notes() if _is_first() else []:
+    slurm = processes.adopt_slurm(options)
+    if processes.is_started():
+        processes.check_started(options)
+    layouts = [config.layout(size) for size in processes.world_sizes(options)]
+    if not options.suggest_split:  # for which the batch does not matter
+        for layout in layouts:
+            config.micro_batches(layout)
+    if options.dry_run or options.suggest_split:
+        if processes.is_first():
+            _answer(config, layouts[-1])
+        return
+    uneven = check_split(config, layouts[-1])
+    ascend = processes.set_ascend_environment(options.device)
+    found = [note for note in (slurm, ascend, uneven) if note is not None]
+    for note in [*found, *options.notes(), *config.notes()] if processes.is_first() else []:
         logger.info(note)
-    if options.nproc_per_node > 1:
-        _launch_processes(config)
+    if processes.needs_launch(options):
+        processes.start(_train, (config,), options)
     else:
         _train(config)
-    if _is_first():
+    if processes.is_first():
         logger.info("done: %s", options.save)
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _answer(config: RunConfig, layout: Layout) -> None:
+    from flashi2v_model.libraries import quieten
 
-
-def _launch_processes(config: RunConfig) -> None:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    launcher = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.options.nproc_per_node,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="spawn",
-    )
-    try:
-        elastic_launch(launcher, _train)(config)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        # An exception comes as a record; a killed process has only a line about its signal.
-        words = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-        kind, _, message = words.partition(": ")
-        if kind in (cls.__name__ for cls in USER_ERRORS):
-            raise InputError(message) from None
-        raise RuntimeError(f"process {rank} failed: {words}") from None
+    quieten()
+    if config.options.dry_run:
+        print(describe_run(config, layout))
+    if config.options.suggest_split:
+        print(suggest_split(config, layout))
 
 
 def _train(config: RunConfig) -> None:
     # What all processes would say alike is said by the first.
-    configure_logging(logging.INFO if _is_first() else logging.WARNING)
-    # Imported here: torch and the encoders take seconds, and a wrong option should be told at once.
+    configure_logging(logging.INFO if processes.is_first() else logging.WARNING)
+    # Imported here: the encoders take seconds, and a wrong option should be told at once.
     from flashi2v_train.trainer import train
 
     train(config)
@@ -90,4 +80,4 @@ def _train(config: RunConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
-    run(app, errors=USER_ERRORS)
+    run(app, errors=USER_ERRORS, failures=(StorageError, RunError))

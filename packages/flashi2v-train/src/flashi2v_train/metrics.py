@@ -1,50 +1,203 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard, a progress line."""
+"""What a run says about itself: a progress line, metrics.jsonl, TensorBoard, Weights & Biases, train_summary.json."""
 
 import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from flashi2v_data.atomic import atomic_file
+from flashi2v_data.errors import InputError
+from flashi2v_train.options import TrainOptions
+
+logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float | int]
 
+# The reference's script measures its speed over these steps, when everything is warm.
+_TIMED = range(100, 201)
+
 
 class MetricsLog:
-    """Writes one JSON object per logged step, the same numbers for TensorBoard, and a progress line.
+    """Writes the numbers of steps to files, curves and a progress line; of all processes the first has one.
 
     Args:
-        directory: the run's directory.
+        options: of the run.
         first_step: steps done before; later lines of an interrupted run are removed, as their steps are done again.
-        last_step: the run's length.
+        config: everything resolved, for Weights & Biases.
+
+    Raises:
+        InputError: Weights & Biases refuses the run.
     """
 
-    def __init__(self, directory: Path, first_step: int, last_step: int) -> None:
-        path = directory / "metrics.jsonl"
-        _keep_until(path, first_step)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
-        self._progress = tqdm(total=last_step, initial=first_step, desc="training", unit="step", disable=None)
+    def __init__(self, options: TrainOptions, first_step: int, config: Mapping[str, Any]) -> None:
+        self._options, self._run = options, options.save
+        self._started = time.monotonic()
+        self._step = first_step
+        (self._run / "train_summary.json").unlink(missing_ok=True)  # of an earlier end: the run goes on
+        for name in ("metrics.jsonl", "validation.jsonl"):
+            _keep_until(self._run / name, first_step)
+        self._file = (self._run / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(self._run), purge_step=first_step + 1 if first_step else None)
+        self._progress = tqdm(total=options.train_iters, initial=first_step, desc="training", unit="step", disable=None)
+        self._wandb = _start_wandb(options, config) if options.wandb_project else None
 
-    def write(self, metrics: Metrics) -> None:
-        """Write a step's numbers; `step` counts from 1."""
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self._board.add_scalar(name, value, metrics["step"])
+    def __enter__(self) -> "MetricsLog":
+        return self
 
-    def advance(self, metrics: Metrics) -> None:
-        """Move the progress line on by a step."""
-        self._progress.set_postfix(loss=f"{metrics['loss']:.4f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
-        self._progress.update()
-
-    def close(self) -> None:
-        """Write out what is buffered."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.close()
         self._board.close()
         self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+
+    def write(self, metrics: Metrics) -> None:
+        """Note a step's numbers; `step` counts from 1."""
+        step = self._step = int(metrics["step"])
+        if step % self._options.log_interval == 0:
+            self._file.write(_line(metrics))
+            self._file.flush()
+            self._send(metrics)
+        if step % self._options.tensorboard_log_interval == 0:
+            self._draw(step, metrics)
+        self._progress.set_postfix_str(_progress_words(metrics), refresh=False)
+        self._progress.update()
+
+    def write_validation(self, step: int, metrics: Metrics) -> None:
+        """Note the numbers of a validation after a step."""
+        with (self._run / "validation.jsonl").open("a") as file:
+            file.write(_line({"step": step, **metrics}))
+        self._draw(step, metrics)
+        self._send({"step": step, **metrics})
+        logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+    def _draw(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+
+    def _send(self, metrics: Metrics) -> None:
+        if self._wandb is not None:
+            self._wandb.log(metrics)
+
+    def finish(self, ended: str, facts: Mapping[str, Any]) -> None:
+        """Write train_summary.json over the whole run, earlier starts included, and say how fast it was.
+
+        Args:
+            ended: why.
+            facts: about the run, to be written too.
+        """
+        lines = [json.loads(line) for line in (self._run / "metrics.jsonl").read_text().splitlines()]
+        summary = {
+            "ended": ended,
+            "steps": self._step,
+            "seconds_since_start": time.monotonic() - self._started,
+            **_summarise(lines),
+            **facts,
+        }
+        with atomic_file(self._run / "train_summary.json") as path:
+            path.write_text(json.dumps(summary, indent=1) + "\n")
+        if self._wandb is not None:
+            self._wandb.summary.update(summary)
+        if lines:
+            logger.info(
+                "steps %d to %d: elapsed time per iteration %.3f s, %.3f samples per second",
+                *summary["timed_steps"],
+                summary["seconds_per_step"],
+                summary["samples_per_second"],
+            )
+
+
+def _summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum up a run's lines of metrics: of every logged step, null where a number was not finite."""
+    timed = [line for line in lines if line["step"] in _TIMED] or lines
+    losses = [(line["loss"], line["step"]) for line in lines if line["loss"] is not None]
+    least, least_step = min(losses, default=(None, None))
+    overall, last = _speed(lines), lines[-1] if lines else {}
+    return {
+        **_speed(timed),
+        "timed_steps": [timed[0]["step"], timed[-1]["step"]] if timed else [],
+        "seconds_per_step_overall": overall["seconds_per_step"],
+        "samples_per_second_overall": overall["samples_per_second"],
+        "final_loss": losses[-1][0] if losses else None,
+        "least_loss": least,
+        "least_loss_step": least_step,
+        "mean_loss_of_last_tenth": _mean(lines[-max(1, len(lines) // 10) :], "loss"),
+        "peak_memory_bytes": max((line["peak_memory_bytes"] for line in lines), default=None),
+        "data_wait_share": _mean(timed, "data_wait_share"),
+        "model_flops_utilisation": _mean(timed, "model_flops_utilisation"),
+        "skipped_videos": last.get("skipped_videos", 0),
+        "skipped_steps": last.get("skipped_steps", 0),
+    }
+
+
+def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    seconds = sum(line["seconds"] for line in lines)
+    samples = sum(line["samples_per_second"] * line["seconds"] for line in lines)
+    return {
+        "seconds_per_step": seconds / len(lines) if lines else None,
+        "samples_per_second": samples / seconds if lines else None,
+    }
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [line[name] for line in lines if line.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _line(metrics: Metrics) -> str:
+    """Return a line of JSON, which has no word for what is not finite."""
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}) + "\n"
+
+
+def _progress_words(metrics: Metrics) -> str:
+    words = [
+        f"loss {metrics['loss']:.4f}",
+        f"grad {metrics['grad_norm']:.2f}",
+        f"lr {metrics['lr']:.2g}",
+        f"{metrics['samples_per_second']:.3g} samples/s",
+        f"{metrics['tokens_per_second']:.3g} tokens/s",
+    ]
+    if "model_flops_utilisation" in metrics:
+        words.append(f"MFU {metrics['model_flops_utilisation']:.1%}")
+    words += [f"data wait {metrics['data_wait_share']:.0%}", f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB"]
+    return ", ".join(words)
+
+
+def _start_wandb(options: TrainOptions, config: Mapping[str, Any]) -> Any:
+    import wandb
+
+    # A resumed run goes on under the same name there.
+    note = options.save / "wandb_id.txt"
+    if not note.exists():
+        with atomic_file(note) as path:
+            path.write_text(uuid.uuid4().hex[:12] + "\n")
+    try:
+        run = wandb.init(
+            project=options.wandb_project,
+            name=options.wandb_exp_name or options.save.resolve().name,
+            dir=str(options.wandb_save_dir or options.save),
+            id=note.read_text().strip(),
+            resume="allow",
+            config=dict(config),
+            allow_val_change=True,  # a resumed run may be longer, or laid out otherwise
+        )
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--wandb-project: {reason} Or set WANDB_MODE=offline.") from error
+    # Steps done again after a resume would be refused under wandb's own count, which only grows.
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _keep_until(path: Path, step: int) -> None:
@@ -59,4 +212,4 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):  # the last line of a killed run may be cut off
-        return float("inf")
+        return math.inf

@@ -1,19 +1,19 @@
-"""One training step's mathematics: draws and loss.
+"""One training step's mathematics: draws, velocity, loss.
 
 B batch, C latent channels, F latent frames, H W latent grid, L text tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashi2v_data.randomness import generator
-from flashi2v_model import FlashI2VTransformer3DModel, guide
-from flashi2v_model.scheduler import NUM_TIMESTEPS, draw_sigmas, dynamic_shift, interpolate, target
+from flashi2v_model.scheduler import draw_sigmas, dynamic_shift, target
 from flashi2v_train.config import RunConfig
+from flashi2v_train.features import Features
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,11 @@ class Draws:
         noise: (B, C, F, H, W), eps.
         sigma: (B,).
         ratio: (B,), the Fourier cut-off's energy share.
-        posterior: (B, C, F, H, W), for the draw from the VAE's posterior of the video.
-        condition_posterior: (B, C, 1, H, W), the same of the first frame.
     """
 
     noise: Tensor
     sigma: Tensor
     ratio: Tensor
-    posterior: Tensor
-    condition_posterior: Tensor
 
 
 def draw(config: RunConfig, keys: Sequence[tuple[int, int]]) -> Draws:
@@ -44,39 +40,58 @@ def draw(config: RunConfig, keys: Sequence[tuple[int, int]]) -> Draws:
     def generators(purpose: str) -> list[torch.Generator]:
         return [generator(config.options.seed, purpose, epoch, index) for epoch, index in keys]
 
-    def normal(purpose: str, frames: int) -> Tensor:
-        return torch.stack([torch.randn(channels, frames, height, width, generator=g) for g in generators(purpose)])
-
     return Draws(
-        noise=normal("noise", frames),
+        noise=torch.stack([torch.randn(channels, frames, height, width, generator=g) for g in generators("noise")]),
         sigma=draw_sigmas(
             generators("sigma"),
             logit_normal=diffusion.use_logitnorm_time_sampling,
             shift=dynamic_shift(height, width) if diffusion.use_dynamic_shifting else None,
         ),
         ratio=torch.cat([low + (high - low) * torch.rand(1, generator=g) for g in generators("ratio")]),
-        posterior=normal("posterior", frames),
-        condition_posterior=normal("condition posterior", 1),
     )
 
 
-class FlowMatchingLoss(nn.Module):
-    """From features and draws to the loss.
+@dataclass(frozen=True)
+class Inputs:
+    """What the velocity is computed from.
 
-    A module, so that sharding sees the whole computation: the latent shift is called beside the transformer's own
-    forward.
+    Attributes:
+        latents: (B, C, F, H, W), z.
+        condition: (B, C, 1, H, W), the first frame's latent.
+        context: (B, L, text_dim), text states with zeroed padding.
+        noise: (B, C, F, H, W), eps.
+        sigma: (B,).
+        ratio: (B,), the Fourier cut-off's energy share.
     """
 
-    def __init__(self, transformer: FlashI2VTransformer3DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
+    latents: Tensor
+    condition: Tensor
+    context: Tensor
+    noise: Tensor
+    sigma: Tensor
+    ratio: Tensor
 
-    def forward(
-        self, latents: Tensor, condition: Tensor, context: Tensor, noise: Tensor, sigma: Tensor, ratio: Tensor
-    ) -> Tensor:
-        """Return every sample's mean squared error, (B,) in fp32; arguments as in `encode.Features` and `Draws`."""
-        noise = noise.to(latents.device)
-        guidance = guide(self.transformer, condition, latents.shape[2], ratio)
-        x_t = interpolate(latents, noise, guidance.shift, sigma)
-        velocity = self.transformer(x_t, NUM_TIMESTEPS * sigma, context, guidance.fourier).sample
-        return F.mse_loss(velocity, target(latents, noise), reduction="none").mean(dim=(1, 2, 3, 4))
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all of it, in order."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def split(self, number: int) -> "list[Inputs]":
+        """Return equal parts of the batch."""
+        return [Inputs(*tensors) for tensors in zip(*(tensor.chunk(number) for tensor in self.tensors()), strict=True)]
+
+
+def make_inputs(features: Features, draws: Draws) -> Inputs:
+    """Put a batch's features and draws together, on the features' device."""
+    device = features.latents.device
+    noise, sigma, ratio = (tensor.to(device) for tensor in (draws.noise, draws.sigma, draws.ratio))
+    return Inputs(features.latents, features.condition, features.context, noise, sigma, ratio)
+
+
+def velocity_target(inputs: Inputs) -> Tensor:
+    """Return what the velocity should be: (B, C, F, H, W) in fp32."""
+    return target(inputs.latents, inputs.noise)
+
+
+def mean_loss(velocity: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean squared error, a number in fp32."""
+    return F.mse_loss(velocity.float(), wanted)

@@ -1,0 +1,314 @@
+"""What the transformer trains on: latents of clips and states of captions, encoded on the fly or read from a store.
+
+B batch, C latent channels, F latent frames, H W latent grid, L text tokens, T video frames.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from flashi2v_data.errors import InputError
+from flashi2v_data.loader import Batch, build_dataloader
+from flashi2v_data.randomness import generator
+from flashi2v_data.sampler import SamplerState
+from flashi2v_model.encoders import (
+    Posterior,
+    decode_video,
+    encode_text,
+    load_text_encoder,
+    load_vae,
+    video_posterior,
+)
+from flashi2v_train.config import RunConfig
+from flashi2v_train.parallel import World
+
+# Named tensors of a clip: what the VAE says of the whole of it, and of its first frame alone. fp32, (C, F, H, W) and
+# (C, 1, H, W), normalised.
+Clip = dict[str, Tensor]
+# `states`, (L, text_dim) in the encoder's dtype, padding zeroed.
+Caption = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Features:
+    """A batch as the transformer's training sees it.
+
+    Attributes:
+        latents: (B, C, F, H, W), z.
+        condition: (B, C, 1, H, W), the first frame's latent.
+        context: (B, L, text_dim), text states with zeroed padding.
+    """
+
+    latents: Tensor
+    condition: Tensor
+    context: Tensor
+
+    @classmethod
+    def join(cls, parts: "list[Features]") -> "Features":
+        """Put batches together."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+    def rows(self, begin: int, end: int) -> "Features":
+        """Return some samples of the batch."""
+        return Features(self.latents[begin:end], self.condition[begin:end], self.context[begin:end])
+
+
+class Encoders:
+    """The frozen VAE and text encoder, with room to remember what they have encoded; or what reads a store instead.
+
+    Clips and captions are encoded one by one, so that a sample's features do not depend on its batch, to the last
+    bit, and remembering them changes nothing.
+
+    Args:
+        config: of the run; an encoder whose features are loaded from a store is not loaded itself.
+        device: where to encode.
+
+    Raises:
+        InputError: an encoder does not fit the transformer, or cannot be loaded.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        data, model = config.data.dataset_param, config.model
+        self._vae = None if data.load_video_features else load_vae(model.ae, device)
+        self._text_encoder = None if data.load_text_features else load_text_encoder(model.text_encoder, device)
+        if self._vae is not None:
+            self._check_width("in_dim", self._vae.config.z_dim)
+        if self._text_encoder is not None:
+            self._check_width("text_dim", self._text_encoder.config.d_model)
+        self._memory: dict[bytes | str, dict[str, Tensor]] = {}
+        self._room = int(config.options.feature_cache_gib * 2**30)
+
+    def _check_width(self, key: str, given: int) -> None:
+        ours = getattr(self.config.model.predictor, key)
+        if ours != given:
+            raise InputError(f"{self.config.options.mm_model}: predictor.{key} is {ours}, the encoder gives {given}")
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, *, sampled: bool) -> Features:
+        """Encode a batch.
+
+        Args:
+            batch: of the loader.
+            sampled: draw from the posteriors, by each sample's epoch and index, instead of taking their modes.
+        """
+        parts = []
+        for i, key in enumerate(zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)):
+            clip, states = self.clip(batch, i), self.states(batch, i)
+            noise, still_noise = posterior_noise(self.config, *key) if sampled else (None, None)
+            latents = Posterior(clip["mean"], clip["std"]).draw(noise)
+            condition = Posterior(clip["first_frame_mean"], clip["first_frame_std"]).draw(still_noise)
+            parts.append(Features(latents[None], condition[None], states[None]))
+        return Features.join(parts)
+
+    def clip(self, batch: Batch, i: int) -> Clip:
+        """Return what the VAE says of sample i's clip."""
+        if self._vae is not None:
+            return self._remember(batch["clip"][i], partial(encode_clip, self._vae, batch, i))
+        clip = {name: tensors[i].to(self.device) for name, tensors in batch["video_features"].items()}
+        self._check_width("in_dim", len(clip["mean"]))
+        return clip
+
+    def states(self, batch: Batch, i: int) -> Tensor:
+        """Return the states of sample i's caption, (L, text_dim)."""
+        if self._text_encoder is not None:
+            encode = partial(self.caption, batch["prompt_ids"][i], batch["prompt_mask"][i])
+            return self._remember(batch["caption"][i], encode)["states"]
+        states = batch["text_features"]["states"][i].to(self.device)
+        self._check_width("text_dim", states.shape[-1])
+        return states
+
+    @torch.no_grad()
+    def caption(self, ids: Tensor, mask: Tensor) -> Caption:
+        """Encode a caption: token ids (L,), and a mask (L,) that is 1 for text."""
+        assert self._text_encoder is not None
+        use_mask = self.config.model.text_encoder.use_attention_mask
+        ids = ids.to(self.device, non_blocking=True)
+        return {"states": encode_text(self._text_encoder, ids[None], mask[None], use_mask=use_mask)[0]}
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the videos (B, 3, T, 8 H, 8 W) in [-1, 1] of latents (B, C, F, H, W), on the latents' device."""
+        if self._vae is None:
+            self._vae = load_vae(self.config.model.ae, self.device)
+        return decode_video(self._vae, latents)
+
+    def _remember(self, key: bytes | str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what was encoded under a key before, or encode it and keep it on the CPU while there is room."""
+        if key in self._memory:
+            return {name: tensor.to(self.device, non_blocking=True) for name, tensor in self._memory[key].items()}
+        encoded = encode()
+        size = sum(tensor.nbytes for tensor in encoded.values())
+        if size <= self._room:
+            self._room -= size
+            self._memory[key] = {name: tensor.cpu() for name, tensor in encoded.items()}
+        return encoded
+
+
+@torch.no_grad()
+def encode_clip(vae: AutoencoderKLWan, batch: Batch, i: int) -> Clip:
+    """Return what a VAE says of sample i's clip."""
+    video = batch["video"][i : i + 1].to(vae.device, non_blocking=True)
+    whole, still = video_posterior(vae, video), video_posterior(vae, video[:, :, :1])
+    return {
+        "mean": whole.mean[0],
+        "std": whole.std[0],
+        "first_frame_mean": still.mean[0],
+        "first_frame_std": still.std[0],
+    }
+
+
+def posterior_noise(config: RunConfig, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+    """Return a sample's draws from the VAE's posteriors: (C, F, H, W) of the video, (C, 1, H, W) of its first frame."""
+    channels, frames, height, width = config.latent_shape
+
+    def normal(purpose: str, frames: int) -> Tensor:
+        return torch.randn(
+            channels, frames, height, width, generator=generator(config.options.seed, purpose, epoch, index)
+        )
+
+    return normal("posterior", frames), normal("condition posterior", 1)
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The samples of one optimizer step at one data parallel place.
+
+    Attributes:
+        features: of the samples.
+        keys: (epoch, index) of each.
+        paths: of their videos.
+        captions: as they were encoded.
+        wait_seconds: how long this process waited for data.
+    """
+
+    features: Features
+    keys: list[tuple[int, int]]
+    paths: list[str]
+    captions: list[str]
+    wait_seconds: float
+
+
+class FeatureSource:
+    """Samples of one optimizer step after the other, without end; made where the first pipeline stage is.
+
+    The processes that work on the same samples (context and tensor parallel ones) read and encode them in turns: of
+    G such peers, peer g has every G-th sample, beginning with number g. A round is as many steps as it takes for all
+    to have equally many; then they exchange what they have.
+
+    Args:
+        config: of the run.
+        world: this process among all.
+        samples_per_step: of this data parallel place.
+        made_by: what features must have been made by, where any are loaded.
+
+    Raises:
+        InputError: data or encoders do not fit the configuration, or there are fewer samples than one step takes.
+    """
+
+    def __init__(
+        self, config: RunConfig, world: World, samples_per_step: int, made_by: Mapping[str, Any] | None = None
+    ) -> None:
+        self._config, self._peers = config, world.peers
+        self._samples_per_step, self._num_places = samples_per_step, world.layout.data
+        num_peers = world.peers.size()
+        self._steps_per_round = num_peers // math.gcd(samples_per_step, num_peers)
+        self._loader = build_dataloader(
+            config.data,
+            seed=config.options.seed,
+            batch_size=1,
+            rank=world.data_rank + world.layout.data * world.peers.rank(),
+            num_replicas=world.layout.data * num_peers,
+            device=world.device,
+            made_by=made_by,
+            num_required=1,  # peers may be more than records; what a step takes is checked here
+        )
+        total, available = samples_per_step * world.layout.data, len(self._loader.dataset)
+        if available < total:
+            raise InputError(
+                f"{config.data.dataset_param.metafile_or_dir_path} holds {available} records, fewer than the {total} "
+                "of one optimizer step: lower --global-batch-size (or --micro-batch-size), or relax the filter"
+            )
+        self.encoders = Encoders(config, world.device)
+        self._batches: Iterator[Batch] | None = None
+        self._ready: deque[StepSamples] = deque()
+        self._state = self._loader.state_dict()
+
+    @property
+    def num_skipped(self) -> int:
+        """Unreadable videos that this process has met."""
+        return len(self._loader.skipped)
+
+    def __next__(self) -> StepSamples:
+        if not self._ready:
+            self._ready.extend(self._read_round())
+        self._state["consumed"] += self._samples_per_step * self._num_places
+        return self._ready.popleft()
+
+    def _read_round(self) -> Iterator[StepSamples]:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        size, steps, num_peers = self._samples_per_step, self._steps_per_round, self._peers.size()
+        parts, origins, waited = [], [], 0.0
+        for _ in range(size * steps // num_peers):
+            started = time.perf_counter()
+            batch = next(self._batches)
+            waited += time.perf_counter() - started
+            parts.append(self.encoders(batch, sampled=self._config.model.ae.do_sample))
+            origins.append((int(batch["epoch"][0]), int(batch["index"][0]), batch["path"][0], batch["caption"][0]))
+        features = Features.join(parts)
+        if num_peers > 1:
+            features, origins = self._exchange(features, origins)
+        for begin in range(0, size * steps, size):
+            here = origins[begin : begin + size]
+            yield StepSamples(
+                features.rows(begin, begin + size),
+                [(epoch, index) for epoch, index, _, _ in here],
+                [path for _, _, path, _ in here],
+                [caption for _, _, _, caption in here],
+                waited / steps,
+            )
+
+    def _exchange(
+        self, features: Features, origins: list[tuple[int, int, str, str]]
+    ) -> tuple[Features, list[tuple[int, int, str, str]]]:
+        """Gather what the peers have; sample number u is the (u // G)-th of peer u % G."""
+        num_peers = self._peers.size()
+
+        def gather(own: Tensor) -> Tensor:
+            parts = [torch.empty_like(own) for _ in range(num_peers)]
+            dist.all_gather(parts, own.contiguous(), self._peers)
+            return torch.stack(parts, 1).flatten(0, 1)
+
+        everyones: list[list[tuple[int, int, str, str]]] = [[] for _ in range(num_peers)]
+        dist.all_gather_object(everyones, origins, self._peers)
+        whole = Features(gather(features.latents), gather(features.condition), gather(features.context))
+        return whole, [origin for same_turn in zip(*everyones, strict=True) for origin in same_turn]
+
+    def state_dict(self) -> SamplerState:
+        """Return where the steps that were given out end, whatever has been read ahead."""
+        return {**self._state}
+
+    def load_state_dict(self, state: SamplerState) -> None:
+        """Continue after the steps of a state, on any layout.
+
+        Raises:
+            InputError: the state belongs to other data or another seed.
+        """
+        self._loader.load_state_dict(state)
+        self._state = {**state}
+        self._batches = None
+        self._ready.clear()
+
+    def close(self) -> None:
+        """End the loader's workers."""
+        self._loader.close()

@@ -1,0 +1,153 @@
+"""A run that hangs is ended, and the process that it waits for is named.
+
+The processes of a run wait for each other, so one that stands still holds up all. Each says where it is (`beat`); a
+thread of each publishes that and reads the others' from a store; when nobody has moved for too long, the one that has
+stood still longest is at fault, or the one that no longer publishes.
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Literal, NoReturn, get_args
+
+import torch.distributed as dist
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # public, but not declared so
+
+logger = logging.getLogger(__name__)
+
+# In their order within a step: who is in an earlier one is behind.
+Phase = Literal[
+    "starting", "reading and encoding", "forward and backward", "exchanging gradients", "saving", "validating"
+]
+_ORDER = get_args(Phase)
+
+
+class Watchdog:
+    """Watches this process and the others; made by all of them at the same time, used as a context.
+
+    Args:
+        rank: of this process.
+        size: number of processes.
+        control: gloo group of all processes; used only here, at the start.
+        timeout_seconds: for how long nobody may move.
+    """
+
+    def __init__(self, rank: int, size: int, control: dist.ProcessGroup, timeout_seconds: float) -> None:
+        self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
+        self._interval = min(timeout_seconds / 20, 10.0)
+        self._closed = threading.Event()
+        self._own: tuple[int, Phase, float] = (0, "starting", time.monotonic())
+        self._hosts = [""] * size
+        dist.all_gather_object(self._hosts, socket.gethostname(), control)
+        self._store = self._open_store(control)
+        self._others = ["" for _ in range(size)]  # as published
+        self._changed = [time.monotonic()] * size  # when that last changed, by this machine's clock
+        self._answered = time.monotonic()
+        self._publish(0)
+        dist.barrier(control)  # from here on every key is there
+        # Two threads: the one that asks the store may wait for ever, if the store's process is the one that stopped.
+        for task in (self._exchange, self._watch):
+            threading.Thread(target=task, name=f"watchdog-{task.__name__}", daemon=True).start()
+
+    def _open_store(self, control: dist.ProcessGroup) -> HashStore | TCPStore:
+        """The first process serves it, on a port of its own: the store of the process groups is not public."""
+        patience = timedelta(seconds=60)
+        if self.size == 1:
+            return HashStore()
+        # MASTER_ADDR is the machine of the first process, for torchrun and Slurm alike.
+        host = os.environ["MASTER_ADDR"]
+        ports: list[int | None] = [None]
+        store = None
+        if self.rank == 0:
+            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+            ports = [store.port]
+        dist.broadcast_object_list(ports, 0, control)
+        if store is None:
+            assert ports[0] is not None
+            store = TCPStore(host, ports[0], is_master=False, timeout=patience)
+        return store
+
+    def beat(self, step: int, phase: Phase) -> None:
+        """Say that this process has come to a phase of a step, or moves on within a long one; costs nothing."""
+        self._own = (step, phase, time.monotonic())
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+
+    def _publish(self, serial: int) -> None:
+        step, phase, since = self._own
+        self._store.set(str(self.rank), json.dumps([serial, step, phase, time.monotonic() - since]))
+
+    def _exchange(self) -> None:
+        serial = 0
+        keys = [str(rank) for rank in range(self.size)]
+        while not self._closed.wait(self._interval):
+            serial += 1
+            try:
+                self._publish(serial)
+                published = [value.decode() for value in self._store.multi_get(keys)]
+            except dist.DistError:
+                return  # the first process has ended: the others will, or `_watch` says that it does not answer
+            now = time.monotonic()
+            for rank, value in enumerate(published):
+                if value != self._others[rank]:
+                    self._others[rank], self._changed[rank] = value, now
+            self._answered = now
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._interval):
+            now = time.monotonic()
+            if now - self._own[2] <= self.timeout_seconds:
+                continue
+            if now - self._answered > self.timeout_seconds / 2:
+                self._end([0], f"{self._name(0)} has not answered for {now - self._answered:.0f} s")
+            places = [json.loads(value)[1:] for value in self._others]
+            ages = [age + now - changed for (_, _, age), changed in zip(places, self._changed)]
+            if min(ages) <= self.timeout_seconds:
+                continue
+            silent = [rank for rank, changed in enumerate(self._changed) if now - changed > self.timeout_seconds / 2]
+            # Within one phase: who has been there longest, where the others came later and wait.
+            progress = [(step, _ORDER.index(phase), -age) for (step, phase, _), age in zip(places, ages)]
+            behind = silent[0] if silent else progress.index(min(progress))
+            step, phase, _ = places[behind]
+            if silent:
+                words = (
+                    f"{', '.join(map(self._name, silent))} has stopped: last seen {ages[behind]:.0f} s ago in "
+                    f"{phase!r} of step {step}"
+                )
+            else:
+                words = f"{self._name(behind)} has been in {phase!r} of step {step} for {ages[behind]:.0f} s"
+                if all(place[:2] == [step, phase] for place in places) and self.size > 1:
+                    words += ", as have all others"
+                elif self.size > 1:
+                    words += " while all others wait for it"
+            self._end(silent or [behind], words)
+
+    def _name(self, rank: int) -> str:
+        return f"process {rank} (host {self._hosts[rank]})"
+
+    def _end(self, at_fault: list[int], words: str) -> NoReturn:
+        if self.rank in at_fault:
+            faulthandler.dump_traceback()  # where it stands still
+        # One speaks for all: the first that is sure to be able to.
+        if self.rank == min(set(range(self.size)) - set(at_fault), default=at_fault[0]):
+            logger.error(
+                "%s: look at that process and its machine; if the step is only slow, raise "
+                "--distributed-timeout-minutes (now %g)",
+                words,
+                self.timeout_seconds / 60,
+            )
+        else:
+            time.sleep(3 * self._interval)  # once this one ends, the launcher ends the others
+        os._exit(1)  # the main thread cannot be interrupted

@@ -1,0 +1,109 @@
+"""Runs that are killed, stopped or starved, through the command, as users and machines do it."""
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = str(Path(sys.executable).with_name("flashi2v-train"))
+PLAN = {"train_iters": 12, "save_interval": 1, "micro_batch_size": 1, "lr": 1e-3, "ema_decay": 0.9}
+
+pytestmark = pytest.mark.slow
+
+
+def start(arguments: list[str], **options) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options
+    )
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    try:
+        text = (run / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def wait_for_steps(run: Path, number: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while len(lines(run)) < number and process.poll() is None:
+        assert time.monotonic() < deadline, "the run does not move"
+        time.sleep(0.005)
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, new_workspace) -> list[float]:
+    directory = tmp_path_factory.mktemp("whole")
+    run = directory / "run"
+    done = start(new_workspace(directory).arguments(save=run, **PLAN))
+    _, errors = done.communicate(timeout=200)
+    assert done.returncode == 0, errors
+    return losses(run)
+
+
+def test_a_run_killed_again_and_again_computes_what_an_uninterrupted_one_does(workspace, uninterrupted):
+    """kill -9 at random moments of steps that all save."""
+    run, chance = workspace.directory / "run", random.Random(5)
+    arguments = workspace.arguments(save=run, **PLAN)
+    for _ in range(3):
+        process = start(arguments)
+        wait_for_steps(run, min(len(lines(run)) + chance.randint(1, 3), PLAN["train_iters"]), process)
+        time.sleep(chance.random() * 0.1)
+        process.kill()
+        process.communicate()
+    process = start(arguments)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert losses(run) == uninterrupted
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_sigterm_saves_and_ends_well(workspace, uninterrupted, num_processes):
+    run = workspace.directory / "run"
+    plan = {**PLAN, "save_interval": 100, "global_batch_size": num_processes, "train_iters": 1000}
+    process = start(workspace.arguments(save=run, nproc_per_node=num_processes, **plan))
+    wait_for_steps(run, 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    done = len(lines(run))
+    assert 2 <= done < 1000
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == f"{done}\n"
+    assert "SIGTERM" in json.loads((run / "train_summary.json").read_text())["ended"]
+    if num_processes == 1:
+        assert losses(run)[:2] == uninterrupted[:2]
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_costs_no_checkpoint(workspace):
+    run = workspace.directory / "run"
+    plan = {**PLAN, "train_iters": 2}
+    process = start(workspace.arguments(save=run, **plan))
+    assert process.wait(100) == 0
+    before = sorted(path.name for path in (run / "iter_0000002").iterdir())
+
+    def shrink() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    process = start(workspace.arguments(save=run, **{**plan, "train_iters": 4}), preexec_fn=shrink)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1, errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("flashi2v-train: ")
+    assert "iter_0000003 could not be written" in last
+    assert "iter_0000002 is the last whole one" in last
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in (run / "iter_0000002").iterdir()) == before
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "2\n"

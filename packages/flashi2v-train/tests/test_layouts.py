@@ -1,0 +1,230 @@
+"""The same run on every layout: losses, gradients and checkpoints against those of one process.
+
+Four processes are started once and run the whole table, each case in as many of them as it needs.
+"""
+
+import json
+import math
+import os
+import shutil
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from flashi2v_train.clip import AdaptiveClip, scale_gradients, share_of_square
+from flashi2v_train.config import read_run_config
+from flashi2v_train.cost import count_parameters
+from flashi2v_train.options import TrainOptions
+from flashi2v_train.parallel import join_world
+from flashi2v_train.processes import StopSignal
+from flashi2v_train.trainer import Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("layouts")]
+
+NUM_PROCESSES, STEPS, SAVED_AT = 4, 5, 3
+PIPELINE = {"pipeline_model_parallel_size": 2}
+# Norms before and after adaptive clipping, of the public NPU release; see test_parts.
+CLIP_TRACE = ((0.8, 0.8), (1.2, 0.999999), (0.9, 0.9), (0.7, 0.7), (1.1, 1.0896), (0.95, 0.95), (6.0, 1.089669))
+CLIP_TRACE += ((0.85, 0.85), (0.9, 0.9), (30.0, 0.0), (0.8, 0.8), (1.0, 1.0))
+# Processes, options, layers per stage.
+LAYOUTS = {
+    "one": (1, {}, None),
+    "data 2, replicated": (2, {"use_distributed_optimizer": False}, None),
+    "data 2, sharded": (2, {}, None),
+    "data 4, two replicas of shards": (4, {"num_distributed_optimizer_instances": 2}, None),
+    "data 2, never resharded": (2, {"reshard_after_forward": "never"}, None),
+    "data 2, shards on the CPU": (2, {"fsdp_cpu_offload": True}, None),
+    "tensor 2": (2, {"tensor_model_parallel_size": 2}, None),
+    "context 2": (2, {"context_parallel_size": 2}, None),
+    "tensor 2 x context 2": (4, {"tensor_model_parallel_size": 2, "context_parallel_size": 2}, None),
+    "tensor 2 x data 2": (4, {"tensor_model_parallel_size": 2}, None),
+    "pipeline 2": (2, PIPELINE, [3, 3]),
+    "pipeline 2, gpipe": (2, PIPELINE | {"pipeline_schedule": "gpipe"}, [2, 4]),
+    "pipeline 4": (4, {"pipeline_model_parallel_size": 4}, [1, 2, 2, 1]),
+    "pipeline 4, zero-bubble": (
+        4,
+        {"pipeline_model_parallel_size": 4, "pipeline_schedule": "zero-bubble"},
+        [1, 2, 2, 1],
+    ),
+    "pipeline 2, interleaved": (2, PIPELINE, [[1, 2], [2, 1]]),
+    "pipeline 2 x data 2": (4, PIPELINE, [3, 3]),
+    "pipeline 2 x context 2": (4, PIPELINE | {"context_parallel_size": 2}, [3, 3]),
+    "pipeline 2 x tensor 2": (4, PIPELINE | {"tensor_model_parallel_size": 2}, [3, 3]),
+    "pipeline 2, zero-bubble x data 2": (
+        4,
+        PIPELINE | {"pipeline_schedule": "zero-bubble"},
+        [3, 3],
+    ),
+}
+# What a process of a pipeline holds may all be frozen.
+FROZEN = {
+    "freeze": ["patch_embedding*", "fourier_*", "learnable_*", "condition_*", *(f"blocks.{n}.*" for n in range(3))]
+}
+LAYOUTS |= {"frozen half": (1, FROZEN, None), "frozen half, pipeline 2": (2, PIPELINE | FROZEN, [3, 3])}
+# A run saved on one layout goes on as another one.
+RELAYOUTS = [
+    ("data 4, two replicas of shards", "data 2, sharded"),
+    ("pipeline 4", "pipeline 2"),
+    ("tensor 2 x data 2", "data 2, sharded"),
+    ("pipeline 2 x data 2", "one"),
+    ("one", "pipeline 2, interleaved"),
+    ("context 2", "pipeline 2 x tensor 2"),
+    ("pipeline 4", "pipeline 4"),
+    ("data 2, sharded", "data 2, sharded"),
+]
+RESUMED = {f"{old} -> {new}": (old, new) for old, new in RELAYOUTS}
+
+
+def make_options(workspace, name: str, save: Path) -> TrainOptions:
+    _, options, split = LAYOUTS[name]
+    changes = {
+        "model.predictor.num_layers": 6,
+        "model.predictor.num_heads": 4,
+        "model.predictor.pipeline_num_layers": split,
+    }
+    return TrainOptions(
+        **workspace.files(changes),
+        save=save,
+        device="cpu",
+        train_iters=STEPS,
+        global_batch_size=4,
+        lr=1e-3,
+        ema_decay=0.9,
+        clip_grad_ema_decay=0.99,
+        save_interval=SAVED_AT,
+        **options,
+    )
+
+
+class Recorded(Trainer):
+    """Keeps the first step's gradients, whole."""
+
+    gradients: dict[str, torch.Tensor] | None = None
+
+    def _update(self, *arguments):
+        if self.gradients is None:
+            self.gradients = {}
+            for name, parameter in self.parameters.items():
+                gradient = parameter.grad
+                if gradient is None:  # frozen
+                    continue
+                whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                self.gradients[name] = whole.clone()
+        return super()._update(*arguments)
+
+
+def run_case(rank: int, num_processes: int, port: int, options: TrainOptions) -> dict[str, torch.Tensor]:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    config = read_run_config(options)
+    with join_world("cpu", config.layout(num_processes)) as world:
+        trainer = Recorded(config, world)
+        trainer.run(StopSignal())
+        trace = clip_trace(trainer)
+    return {**(trainer.gradients or {}), "clipped norms": trace}
+
+
+def clip_trace(trainer: Trainer) -> torch.Tensor:
+    """Clip gradients of known norms; return their norms after it, as all processes together find them."""
+    world, clip = trainer.world, AdaptiveClip(1.0, 0.99)
+    num_parameters = sum(count_parameters(trainer.config).values())
+    holders = world.size // world.layout.pipeline
+
+    def norm() -> float:
+        share = share_of_square(trainer.parameters.values(), holders, world.device)
+        return world.sum(share[None]).sqrt().item()
+
+    clipped = []
+    for wanted, _ in CLIP_TRACE:
+        for parameter in trainer.parameters.values():
+            parameter.grad = torch.full_like(parameter, wanted / math.sqrt(num_parameters))
+        found = norm()
+        assert found == pytest.approx(wanted, rel=1e-5)
+        scale_gradients(trainer.parameters.values(), clip.factor(found))
+        clipped.append(norm())
+    return torch.tensor(clipped)
+
+
+def work(rank: int, cases: list[tuple[str, int, TrainOptions]], ports: list[int], directory: Path) -> None:
+    torch.set_num_threads(1)
+    for number, ((name, num_processes, options), port) in enumerate(zip(cases, ports)):
+        if rank >= num_processes:
+            continue
+        try:
+            result = run_case(rank, num_processes, port, options)
+        except Exception as error:
+            raise RuntimeError(f"{name}: {traceback.format_exc()}") from error
+        torch.save(result, directory / f"{number}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, new_workspace, free_ports) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
+    """Directory and first gradients of every case."""
+    root = tmp_path_factory.mktemp("layouts")
+    cases, places = [], {}
+    for number, name in enumerate([*LAYOUTS, *RESUMED]):
+        place = root / str(number)
+        place.mkdir()
+        places[name] = place / "run"
+        layout = RESUMED.get(name, (name, name))[1]
+        cases.append((name, LAYOUTS[layout][0], make_options(new_workspace(place), layout, places[name])))
+    spawn(cases[: len(LAYOUTS)], free_ports(len(LAYOUTS)), root)
+    gradients = {name: collect(root, number, LAYOUTS[name][0]) for number, name in enumerate(LAYOUTS)}
+    for name, (old, _) in RESUMED.items():
+        shutil.copytree(places[old], places[name])
+        (places[name] / "latest_checkpointed_iteration.txt").write_text(f"{SAVED_AT}\n")
+        shutil.rmtree(places[name] / f"iter_{STEPS:07d}")
+    spawn(cases[len(LAYOUTS) :], free_ports(len(RESUMED)), root)
+    return {name: (places[name], gradients.get(name, {})) for name in places}
+
+
+def spawn(cases: list[tuple[str, int, TrainOptions]], ports: list[int], root: Path) -> None:
+    torch.multiprocessing.spawn(work, (cases, ports, root), nprocs=NUM_PROCESSES)
+
+
+def collect(root: Path, number: int, num_processes: int) -> dict[str, torch.Tensor]:
+    gradients: dict[str, torch.Tensor] = {}
+    for rank in range(num_processes):
+        for name, gradient in torch.load(root / f"{number}-{rank}.pt").items():
+            torch.testing.assert_close(gradient, gradients.setdefault(name, gradient), atol=1e-6, rtol=1e-5)
+    return gradients
+
+
+def metrics(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(directory: Path, key: str) -> list[float]:
+    return [line[key] for line in metrics(directory)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_computes_what_one_process_computes(runs, name):
+    (one, expected), (several, gradients) = runs["frozen half" if "frozen" in name else "one"], runs[name]
+    assert len(column(several, "loss")) == STEPS
+    assert column(several, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
+    assert column(several, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-4)
+    assert gradients["clipped norms"].tolist() == pytest.approx([after for _, after in CLIP_TRACE], abs=2e-5)
+    assert gradients.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_resumes_on_another_layout(runs, name):
+    """To rounding; on the same layout bit for bit."""
+    old, new = RESUMED[name]
+    resumed, expected = column(runs[name][0], "loss"), column(runs[new][0], "loss")
+    assert resumed[:SAVED_AT] == column(runs[old][0], "loss")[:SAVED_AT]
+    if old == new:
+        assert resumed == expected
+    assert resumed == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,56 @@
+"""Real processes that hang: the run ends, and its last words name the one at fault."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "run_processes.py"
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def run(directory: Path, how: str, code: int) -> str:
+    done = subprocess.run([sys.executable, SCRIPT, how, directory], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    deadline = time.monotonic() + 5
+    for path in directory.glob("pid_*"):
+        while is_alive(int(path.read_text())):
+            assert time.monotonic() < deadline, f"{path.name} is left behind"
+            time.sleep(0.1)
+    return done.stderr
+
+
+FAULTS = {
+    "sleeps": r"process 2 \(host \S+\) has been in 'reading and encoding' of step 2 for [3-9] s while all others wait",
+    "second stops": r"process 1 \(host \S+\) has stopped: last seen [3-9] s ago in 'forward and backward' of step 3",
+    "first stops": r"process 0 \(host \S+\) has not answered for \d s",
+}
+
+
+# torch's launcher gives a stopped process half a minute before it kills it.
+@pytest.mark.parametrize(
+    "how", ["sleeps", *(pytest.param(how, marks=pytest.mark.slow) for how in ("second stops", "first stops"))]
+)
+def test_the_process_that_all_wait_for_is_named_once_and_all_end(tmp_path, how):
+    stderr = run(tmp_path, how, code=1)
+    spoken = [line for line in stderr.splitlines() if line.startswith("ERROR process")]
+    assert len(spoken) == 1, stderr
+    assert re.search(FAULTS[how], spoken[0]), spoken
+    assert "--distributed-timeout-minutes" in spoken[0]
+    if how == "sleeps":
+        assert "in hangs" in stderr  # where it sleeps
+
+
+def test_a_slow_run_whose_phases_follow_each_other_is_left_alone(tmp_path):
+    assert "ERROR" not in run(tmp_path, "is slow", code=0)
