@@ -107,3 +107,17 @@ def test_a_full_disk_ends_the_run_with_one_line_and_costs_no_checkpoint(workspac
     assert "Traceback" not in errors
     assert sorted(path.name for path in (run / "iter_0000002").iterdir()) == before
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "2\n"
+
+
+def test_a_disk_that_fills_up_between_saves_is_one_line_too(workspace):
+    run = workspace.directory / "run"
+
+    def shrink() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))  # a few lines of metrics, no config.json
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    process = start(workspace.arguments(save=run, **{**PLAN, "save_interval": 100}), preexec_fn=shrink)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1, errors
+    assert errors.strip().splitlines()[-1].startswith(f"flashi2v-train: {run} cannot be written: File too large")
+    assert "Traceback" not in errors

@@ -228,12 +228,8 @@ def test_ascends_variables_are_set_unless_exported_and_told():
 
 
 def test_a_dry_run_starts_nothing_and_describes_the_layout_asked_for(workspace, trained, monkeypatch, capsys):
-    from types import ModuleType
-
-    cost = ModuleType("flashi2v_train.cost")
-    cost.describe_run = lambda config, layout: f"{layout.data} x {layout.pipeline}"
-    cost.suggest_split = lambda config, layout: "split"
-    monkeypatch.setitem(sys.modules, "flashi2v_train.cost", cost)
+    monkeypatch.setattr(launcher, "describe_run", lambda config, layout: f"{layout.data} x {layout.pipeline}")
+    monkeypatch.setattr(launcher, "suggest_split", lambda config, layout: "split")
     layout = ["--nproc-per-node", "8", "--nnodes", "2", "--pipeline-model-parallel-size", "2"]
     layout += ["--global-batch-size", "16"]
     assert main(monkeypatch, *workspace.arguments(), *layout, "--dry-run") == 0

@@ -1,10 +1,13 @@
 """Computing again, parking and compiling change what is kept, and no gradient."""
 
+import functools
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from flashi2v_model import FlashI2VTransformer3DModel
+from flashi2v_npu_ops import attention
 from flashi2v_train.offload import HostMemory
 from flashi2v_train.options import MemoryOptions
 from flashi2v_train.recompute import save_memory
@@ -29,7 +32,7 @@ MODES = {
 
 def build() -> FlashI2VTransformer3DModel:
     torch.manual_seed(0)
-    return FlashI2VTransformer3DModel(
+    model = FlashI2VTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=24,
         ffn_dim=96,
@@ -38,6 +41,9 @@ def build() -> FlashI2VTransformer3DModel:
         num_layers=LAYERS,
         text_len=8,
     )
+    # It starts at zero, and with it the gradients of all before it.
+    torch.nn.init.normal_(model.proj_out.weight, std=0.1)
+    return model
 
 
 class Counted:
@@ -168,6 +174,19 @@ def test_parked_tensors_come_back_as_they_were(plain):
     assert len(parked) == LAYERS
     for name, gradient in plain[0].items():
         torch.testing.assert_close(gradients[name], gradient, atol=0, rtol=0, msg=name)
+
+
+def test_a_place_in_memory_that_is_used_again_is_another_tensor():
+    """The reference attention saves intermediate results that are freed before the next ones are made."""
+    query, key, value = (torch.randn(2, 64, 2, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    reference = functools.partial(attention, backend="reference")
+    parking = functools.partial(HostMemory(CPU, min_bytes=1).run, reference)
+    gradients = [
+        torch.autograd.grad(attend(query, key, value).float().square().sum(), (query, key, value))
+        for attend in (reference, parking)
+    ]
+    for plain, parked in zip(*gradients):
+        assert torch.equal(plain, parked)
 
 
 def test_parking_on_the_cpu_is_said_to_be_without_effect(caplog):

@@ -41,6 +41,7 @@ _OPTIMIZER = "optimizer."
 _PROGRESS, _CONFIG = "progress.json", "config.json"
 # A process that dies is noticed at once; this is for one that waits while others write to a slow disk.
 _WRITE_TIMEOUT = timedelta(hours=2)
+_PATIENCE_SECONDS = 5.0
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ class Checkpoints:
         world: this process among all.
         keep: how many of the newest checkpoints to keep; None: all.
         asynchronous: write in the background, from a copy in the host's memory.
+        on_wait: called now and then while a checkpoint that is being written is waited for.
 
     Attributes:
         latest: the newest checkpoint that is whole, as far as this process knows.
@@ -90,8 +92,17 @@ class Checkpoints:
         InputError: the run names a checkpoint that is not there.
     """
 
-    def __init__(self, run: Path, world: World, *, keep: int | None, asynchronous: bool) -> None:
+    def __init__(
+        self,
+        run: Path,
+        world: World,
+        *,
+        keep: int | None,
+        asynchronous: bool,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> None:
         self._run, self._world, self._keep, self._asynchronous = run, world, keep, asynchronous
+        self._on_wait = on_wait
         # A group of its own: in the background other things are said than in the run at the same time.
         self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -163,7 +174,8 @@ class Checkpoints:
             StorageError: it could not be written.
         """
         if self._pending is not None:
-            wait([self._pending])
+            while wait([self._pending], _PATIENCE_SECONDS).not_done:
+                self._on_wait()
             self._settle(self._pending)
 
     def _settle(self, done: "Future[Path]") -> None:

@@ -207,6 +207,8 @@ def _encode(config: RunConfig, output: Path) -> None:
     captions = _captions(dataset, mine)
     # Before any process writes: a store is read without locks, and must not be open twice in a process.
     clips, missing = _not_stored(output, origin, dataset, mine, captions)
+    if rank == 0:
+        (output / REPORT).unlink(missing_ok=True)  # until this end, too, is reached
     if size > 1:
         dist.init_process_group("gloo", timeout=_PATIENCE)
         dist.barrier()

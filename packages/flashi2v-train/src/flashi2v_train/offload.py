@@ -28,6 +28,7 @@ class HostMemory:
         self._stream = None if device.type == "cpu" else torch.Stream(device)
         self._latest: weakref.ref[_Call] | None = None
 
+    @torch.compiler.disable  # hooks of saved tensors act on what runs as it is written
     def run(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
         """Call a function; what it saves for its backward pass leaves the device."""
         call = _Call(self._latest)
@@ -46,7 +47,9 @@ class HostMemory:
             return saved.take()
 
         with saved_tensors_hooks(pack, unpack):
-            return function(*args)
+            result = function(*args)
+        call.release_sources()
+        return result
 
 
 class _Call:
@@ -56,13 +59,20 @@ class _Call:
         self._before = before
         # By place in memory, as the same tensor may be saved twice; the graph keeps what is still needed alive.
         self._parked: weakref.WeakValueDictionary[tuple[object, ...], _Parked] = weakref.WeakValueDictionary()
+        # A place means one tensor only as long as nothing that was saved is freed.
+        self._sources: list[Tensor] = []
 
     def park(self, tensor: Tensor, stream: torch.Stream | None) -> "_Parked":
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         parked = self._parked.get(key)
         if parked is None:
             parked = self._parked[key] = _Parked(tensor, stream)
+            self._sources.append(tensor.detach())
         return parked
+
+    def release_sources(self) -> None:
+        """Let go of what was saved, now that the call saves nothing more."""
+        self._sources.clear()
 
     def before(self) -> "_Call | None":
         return None if self._before is None else self._before()

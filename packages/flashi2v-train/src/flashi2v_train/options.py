@@ -44,7 +44,9 @@ class LaunchOptions(BaseModel):
     rdzv_endpoint: str = Field("", description="host:port at which they meet, for --rdzv-backend c10d")
     rdzv_id: str = Field("", description="name of the run, the same on all machines")
     max_restarts: int = Field(
-        0, ge=0, description="how often to start all processes again after one failed; they resume from the last save"
+        0,
+        ge=0,
+        description="how often to start all processes again after one failed, whatever the fault; they resume",
     )
 
 
@@ -322,6 +324,8 @@ class TrainOptions(
 
     @model_validator(mode="after")
     def _check_average(self) -> "TrainOptions":
+        if not self.use_ema and self.ema_decay != OptimizerOptions.model_fields["ema_decay"].default:
+            raise ValueError("--ema-decay has no effect with --no-use-ema: leave one of them out")
         if self.eval_ema and not self.use_ema:
             raise ValueError("--eval-ema contradicts --no-use-ema: leave one of them out")
         return self

@@ -1,10 +1,12 @@
 """The training loop."""
 
+import errno
 import json
 import logging
 import math
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashi2v_data.atomic import atomic_file
-from flashi2v_data.errors import InputError
+from flashi2v_data.errors import InputError, StorageError
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
 from flashi2v_model.checkpoint import LATEST, newest_checkpoint
 from flashi2v_model.libraries import quieten
@@ -146,7 +148,11 @@ class Trainer:
         self.transformer_config = dict(json.loads(self.stages[0].transformer.to_json_string()))
         self.state = self._state(optimizer=options.save_optim)
         self.checkpoints = Checkpoints(
-            options.save, world, keep=options.keep_checkpoints, asynchronous=options.async_save
+            options.save,
+            world,
+            keep=options.keep_checkpoints,
+            asynchronous=options.async_save,
+            on_wait=self._wait_for_disk,
         )
         self.watchdog: Watchdog | None = None
         self.step = 0
@@ -252,10 +258,15 @@ class Trainer:
             "seconds_stalled_by_checkpoints": self.checkpoints.stalled_seconds,
         }
 
+    def _wait_for_disk(self) -> None:
+        if self.watchdog is not None:  # a slow disk does move
+            self.watchdog.beat(self.step, "saving")
+
     def _resume(self, directory: Path) -> None:
         progress = load(directory, self._state(optimizer=self.options.load_optim), self.transformer_config, self.world)
         self.step = progress["iteration"]
         self.skipped_steps = progress.get("skipped_steps", 0)
+        self.skipped_in_a_row = progress.get("skipped_in_a_row", 0)
         self.skipped_videos_before = progress["skipped_videos"]
         if self.source is not None:
             self.source.load_state_dict(progress["loader"])
@@ -274,6 +285,7 @@ class Trainer:
         """
         options, world = self.options, self.world
         with ExitStack() as stack:
+            stack.enter_context(_told_of_a_full_disk(options.save))
             log = stack.enter_context(self._open_log()) if world.is_first else None
             if self.source is not None:
                 stack.callback(self.source.close)
@@ -354,6 +366,7 @@ class Trainer:
         step, limit = self.step + 1, self.options.max_skipped_steps
         self.skipped_in_a_row += 1
         self.skipped_steps += 1
+        place = None
         what = f"loss {verdict.loss}, gradient norm {verdict.norm}"
         if samples is not None and inputs is not None and self.world.peers.rank() == 0:
             place = save_autopsy(
@@ -365,8 +378,10 @@ class Trainer:
                 samples.captions,
                 self.world.rank,
             )
-            what += "" if place is None else f"; its batch is in {place}"
-        logger.warning("step %d is not finite and is skipped: %s", step, what)
+        if place is not None:
+            what += f"; its batch is in {place}"
+        if place is not None or self.world.is_first:
+            logger.warning("step %d is not finite and is skipped: %s", step, what)
         if self.skipped_in_a_row >= limit:
             raise RunError(
                 f"{limit} steps in a row were not finite: lower --lr, or look at the batches in "
@@ -381,9 +396,23 @@ class Trainer:
             "loader": loader,
             "clip": self.clip.state_dict(),
             "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "skipped_videos": verdict.skipped_videos,
         }
         self.checkpoints.save(self.step, self.state, progress, self.transformer_config)
+
+
+@contextmanager
+def _told_of_a_full_disk(run: Path) -> Iterator[None]:
+    """Let what else is written than checkpoints end a run in one line, too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StorageError(
+            f"{run} cannot be written: {error.strerror}: make room there, and start the same command again"
+        ) from error
 
 
 def train(config: RunConfig) -> Path:
