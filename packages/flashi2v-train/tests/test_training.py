@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashi2v_data.config import load_config
+from flashi2v_data.errors import InputError
 from flashi2v_model import FlashI2VTransformer3DModel, convert_state_dict
 from flashi2v_model.weights import read_state_dict
 from flashi2v_train.config import TrainModelConfig, TrainOptions, read_run_config
@@ -265,6 +266,12 @@ def test_the_seed_files_are_understood_as_printed(tmp_path):
     assert model.predictor.conv3x3x3_proj is True
 
 
+def test_wandb_that_is_not_installed_is_said_before_anything_starts(workspace, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"pip install 'flashi2v-train\[wandb\]'"):
+        read_run_config(options(workspace, wandb_project="flashi2v"))
+
+
 @pytest.fixture
 def two_steps(workspace):
     return run(workspace, train_iters=2)
@@ -356,7 +363,6 @@ BAD_INPUT = {
     "missing weights": ({"model.predictor.from_pretrained": "nowhere.pt"}, {}, "nowhere.pt does not exist"),
     "set smaller than a step": ({}, {"global_batch_size": 64}, "fewer than the 64 of one optimizer step"),
     "frozen": ({}, {"freeze": "nothing.*"}, "no parameter is called so"),
-    "wandb": ({}, {"wandb_project": "flashi2v"}, "pip install 'flashi2v-train[wandb]'"),
     "recompute": ({}, {"recompute_granularity": "full"}, "--recompute-method"),
     "evaluation data": ({}, {"eval_data": "nowhere.json", "eval_interval": 5}, "nowhere.json"),
     "evaluation never": ({}, {"eval_videos": 3}, "--eval-videos has no effect without --eval-interval"),

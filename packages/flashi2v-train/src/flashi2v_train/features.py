@@ -275,7 +275,7 @@ class FeatureSource:
                 [(epoch, index) for epoch, index, _, _ in here],
                 [path for _, _, path, _ in here],
                 [caption for _, _, _, caption in here],
-                waited / steps,
+                waited if begin == 0 else 0.0,  # the first step of a round waits for all of it
             )
 
     def _exchange(

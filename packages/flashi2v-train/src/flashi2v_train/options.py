@@ -334,8 +334,8 @@ class TrainOptions(
     def _check_decay(self) -> "TrainOptions":
         end = self.lr_decay_iters or self.train_iters
         warmup = self.lr_warmup_iters or round((self.lr_warmup_fraction or 0) * end)
-        if self.lr_decay_style != "constant" and warmup >= end:
-            raise ValueError(f"the warm-up of {warmup} steps must be shorter than the decay, which ends at step {end}")
+        if self.lr_decay_style != "constant" and warmup > end:
+            raise ValueError(f"the warm-up of {warmup} steps is longer than the run's decay, which ends at step {end}")
         if self.lr_wsd_decay_iters is not None and self.lr_wsd_decay_iters > end - warmup:
             raise ValueError(
                 f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters} exceeds the {end - warmup} steps after the warm-up"
