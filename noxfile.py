@@ -42,7 +42,10 @@ def install_editable(session: nox.Session, *tools: str) -> None:
 
 
 def run_tests(session: nox.Session, *paths: str) -> None:
-    """Run pytest on two processes of one thread each: most tests are too small for more threads to help."""
+    """Run pytest on two processes of one thread each: most tests are too small for more threads to help.
+
+    A file's tests run in one process, so that what they share is set up once.
+    """
     session.run(
         "python",
         "-m",
@@ -50,7 +53,7 @@ def run_tests(session: nox.Session, *paths: str) -> None:
         "-n",
         "2",
         "--dist",
-        "loadgroup",
+        "loadfile",
         *(session.posargs or paths),
         env={"OMP_NUM_THREADS": "1"},
     )

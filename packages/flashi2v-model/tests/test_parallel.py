@@ -16,7 +16,7 @@ from flashi2v_model import InputError
 from flashi2v_model.caching import SamplingCache
 from flashi2v_model.parallel import check_degree, parallelise_context, parallelise_tensors
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("context parallelism")]
+pytestmark = pytest.mark.slow
 
 # B, F, H, W; 72 tokens, and 9, which neither 2 nor 4 processes share evenly.
 GRIDS = {"even": (2, 3, 8, 12), "uneven": (1, 3, 2, 6)}

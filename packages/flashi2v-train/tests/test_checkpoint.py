@@ -33,7 +33,7 @@ from flashi2v_train.options import LayoutOptions
 from flashi2v_train.parallel import World, join_world, shard
 from flashi2v_train.pipeline import Stage, keep_layers
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("checkpoints")]
+pytestmark = pytest.mark.slow
 
 SMALL = {
     "num_attention_heads": 2,

@@ -181,7 +181,6 @@ def serve(rank: int, cases: list[tuple[str, TrainOptions]], ports: list[int], di
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("layouts")
 def test_processes_that_share_samples_see_what_one_sees(workspace, tmp_path, free_ports):
     """Read and encoded in turns by real processes, a resume in the middle of a round included."""
     cases = []
