@@ -33,7 +33,6 @@ def demo(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.xdist_group("end to end")
 def test_the_demo_leaves_videos_strips_and_the_loss_curve(demo):
     for number in range(2):
         video = demo / f"demo/videos/video_{number}.mp4"
@@ -48,7 +47,6 @@ def test_the_demo_leaves_videos_strips_and_the_loss_curve(demo):
     assert steps == [1, 2, 3, 4]
 
 
-@pytest.mark.xdist_group("end to end")
 def test_a_run_becomes_a_model_that_samples_from_one_image(demo):
     encoders = EXAMPLES / "moving_shapes/weights"
     command(demo, "flashi2v-model", "convert", "demo/run", "model", "--to", "diffusers", "--encoders", encoders)
@@ -61,7 +59,6 @@ def test_a_run_becomes_a_model_that_samples_from_one_image(demo):
     assert Image.open(demo / "one.png").width > 500
 
 
-@pytest.mark.xdist_group("end to end")
 def test_training_resumes_where_the_demo_stopped(demo):
     done = command(
         demo, "flashi2v-train", "--mm-model", "examples/moving_shapes/pretrain_model.json",
