@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
+import lmdb
 import pytest
 import torch
 import torch.multiprocessing
 
 from flashi2v_data.errors import InputError
+from flashi2v_data.store import open_store, write_store
 from flashi2v_train import encode, features
-from flashi2v_train.config import read_run_config
+from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.encode import made_by
 from flashi2v_train.features import FeatureSource
 from flashi2v_train.options import TrainOptions
@@ -27,17 +30,24 @@ LOADED = {
 }
 
 
-def run_encode(workspace, monkeypatch, changes=None, output=None, code=0, **options) -> Path:
+# One frame of five, mirrored or not: features are then of the first epoch's draws.
+DRAWN = {"data.dataset_param.sample_num_frames": 1}
+
+
+def run_encode(workspace, monkeypatch, changes=None, output="features", code=0, **options) -> Path:
     """Run the command in this process."""
-    output = output or workspace.directory / "features"
-    files = [part for key, path in workspace.files(changes).items() for part in (f"--{key}", str(path))]
-    more = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    arguments = ["flashi2v-encode", *files, "--output", str(output), "--device", "cpu", *more]
-    monkeypatch.setattr(sys, "argv", arguments)
+    values = {"device": "cpu", "output": workspace.directory / output, **workspace.files(changes), **options}
+    arguments = [part for key, value in values.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["flashi2v-encode", *arguments])
     with pytest.raises(SystemExit) as stop:
         encode.main()
     assert stop.value.code == code
-    return output
+    return values["output"]
+
+
+def loading(workspace, changes=None) -> dict:
+    """The settings of a run that reads what `run_encode` wrote."""
+    return {**LOADED, "data.dataset_param.features_path": str(workspace.directory / "features"), **(changes or {})}
 
 
 def run_training(workspace, name, changes=None, **options) -> list[float]:
@@ -47,9 +57,34 @@ def run_training(workspace, name, changes=None, **options) -> list[float]:
     return [json.loads(line)["loss"] for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
+def read(workspace, changes=None, **options) -> RunConfig:
+    return read_run_config(TrainOptions(**workspace.files(changes), device="cpu", **options))
+
+
+def read_samples(config: RunConfig, num_steps: int) -> list[tuple]:
+    """(epoch, index), path, caption and tensors of every sample of a source's first steps, in order."""
+    data = config.data.dataset_param
+    loads = {"video": data.load_video_features, "text": data.load_text_features}
+    found = []
+    with join_world("cpu", config.layout(1)) as world:
+        source = FeatureSource(config, world, 1, made_by(config, **loads) if any(loads.values()) else None)
+        for step in (next(source) for _ in range(num_steps)):
+            tensors = zip(step.features.latents, step.features.condition, step.features.context, strict=True)
+            found += zip(step.keys, step.paths, step.captions, tensors, strict=True)
+        found.append(source.num_skipped)
+    return found
+
+
+def assert_same(ours: list[tuple], theirs: list[tuple]) -> None:
+    assert ours[-1] == theirs[-1]  # unreadable videos
+    assert [sample[:3] for sample in ours[:-1]] == [sample[:3] for sample in theirs[:-1]]
+    for (*_, one), (*_, other) in zip(ours[:-1], theirs[:-1], strict=True):
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
+
+
 def test_training_from_features_equals_training_from_pixels(workspace, monkeypatch, caplog):
     """To the last bit, over an epoch's end: every clip has one crop in time; text is dropped, posteriors are drawn."""
-    place = {**LOADED, "data.dataset_param.features_path": str(run_encode(workspace, monkeypatch))}
+    run_encode(workspace, monkeypatch)
     pixels = run_training(workspace, "pixels")
 
     def refuse(*_):
@@ -57,7 +92,7 @@ def test_training_from_features_equals_training_from_pixels(workspace, monkeypat
 
     monkeypatch.setattr(features, "load_vae", refuse)
     monkeypatch.setattr(features, "load_text_encoder", refuse)
-    assert run_training(workspace, "features", place) == pixels
+    assert run_training(workspace, "features", loading(workspace)) == pixels
 
 
 def test_only_text_may_come_from_a_store_and_the_vae_may_then_be_another(workspace, inputs, monkeypatch):
@@ -70,8 +105,57 @@ def test_only_text_may_come_from_a_store_and_the_vae_may_then_be_another(workspa
     assert run_training(workspace, "texts", place) == run_training(workspace, "pixels")
 
 
+@pytest.mark.parametrize("changes", [{}, DRAWN], ids=["one crop", "drawn crops, mirroring"])
+def test_features_from_a_store_equal_those_from_pixels(workspace, monkeypatch, changes):
+    """With neither encoder loaded; in every epoch where nothing is drawn, else in the first."""
+    if changes:
+        crop, *others = workspace.data["dataset_param"]["transform_pipeline"]["video"]
+        mirror = {"trans_type": "RandomHorizontalFlipVideo"}
+        changes = {**changes, "data.dataset_param.transform_pipeline.video": [mirror, crop, *others]}
+    expected = read_samples(read(workspace, changes), 8 if changes else 16)
+    run_encode(workspace, monkeypatch, changes)
+    config = read(workspace, loading(workspace, changes))
+    for loader in ("load_vae", "load_text_encoder"):
+        monkeypatch.delattr(f"flashi2v_train.features.{loader}")
+    assert_same(read_samples(config, len(expected) - 1), expected)
+
+
+def test_an_unreadable_video_is_named_counted_and_stood_in_for_as_from_pixels(workspace, monkeypatch, capsys, inputs):
+    broken = workspace.directory / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    store = open_store(inputs / "store")
+    records = [{**store[i], "path": str(broken)} if i == 3 else store[i] for i in range(len(store))]
+    path = write_store(workspace.directory / "broken.lmdb", records, store.config)
+    changes = {**DRAWN, "data.dataset_param.metafile_or_dir_path": str(path)}
+    expected = read_samples(read(workspace, changes), 8)
+    output = run_encode(workspace, monkeypatch, changes)
+    assert "1 videos could not be read" in capsys.readouterr().err
+    assert str(broken) in json.loads((output / "report.json").read_text())["unreadable"][0]
+    Path(f"{path}.quarantine.jsonl").unlink()  # the store alone must do
+    assert expected[-1] == 1
+    assert_same(read_samples(read(workspace, loading(workspace, changes)), 8), expected)
+
+
+@pytest.mark.slow
+def test_an_interrupted_encoding_goes_on_on_any_number_of_processes(workspace, monkeypatch):
+    features = run_encode(workspace, monkeypatch)
+    whole = {key: value for store in features.glob("*.lmdb") for key, value in entries(store).items()}
+    with lmdb.open(str(features / "process_0000.lmdb")) as environment, environment.begin(write=True) as transaction:
+        for key in islice((key for key in whole if key != b"header"), 5):
+            transaction.delete(key)
+    run_encode(workspace, monkeypatch, nproc_per_node=2)
+    stores = [entries(store) for store in sorted(features.glob("*.lmdb"))]
+    assert {key: value for store in stores for key, value in store.items()} == whole
+    assert sum(len(store) - 1 for store in stores) <= len(whole)  # nothing but a caption of both is there twice
+
+
+def entries(store: Path) -> dict[bytes, bytes]:
+    with lmdb.open(str(store), readonly=True) as environment, environment.begin() as transaction:
+        return dict(transaction.cursor())
+
+
 def test_an_interrupted_encoding_goes_on(workspace, monkeypatch, capsys):
-    plain = run_encode(workspace, monkeypatch, output=workspace.directory / "plain")
+    plain = run_encode(workspace, monkeypatch, output="plain")
     calls = []
     whole = features.encode_clip
 
@@ -102,7 +186,7 @@ def test_an_interrupted_encoding_goes_on(workspace, monkeypatch, capsys):
 )
 def test_what_was_made_by_something_else_is_refused(workspace, inputs, monkeypatch, capsys, key, value, words):
     """When training reads it, and when encoding would add to it."""
-    output = run_encode(workspace, monkeypatch)
+    run_encode(workspace, monkeypatch)
     if value == "OTHER":
         value = str(workspace.directory / "vae")
         shutil.copytree(inputs / "model/vae", value)
@@ -111,36 +195,9 @@ def test_what_was_made_by_something_else_is_refused(workspace, inputs, monkeypat
     if key.endswith("max_length"):
         changes["model.predictor.text_len"] = value
     with pytest.raises(InputError, match=words):
-        run_training(workspace, "run", {**changes, **LOADED, "data.dataset_param.features_path": str(output)})
+        run_training(workspace, "run", loading(workspace, changes))
     run_encode(workspace, monkeypatch, changes, code=2)
     assert words in capsys.readouterr().err
-
-
-def test_fingerprints_see_every_byte(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(bytes(100_000))
-    assert encode.fingerprint(str(tmp_path / "one")) == encode.fingerprint(str(tmp_path / "two"))
-    (tmp_path / "two/model.safetensors").write_bytes(bytes(99_999) + b"1")
-    assert encode.fingerprint(str(tmp_path / "one")) != encode.fingerprint(str(tmp_path / "two"))
-    assert encode.fingerprint("owner/name") == "owner/name"
-
-
-def test_an_unreadable_video_is_named_and_stood_in_for_as_in_training_from_pixels(
-    workspace, inputs, tmp_path, monkeypatch, caplog
-):
-    from flashi2v_data.store import open_store, write_store
-
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(b"not a video")
-    store = open_store(inputs / "store")
-    records = [{**store[i], "path": str(broken)} if i == 3 else store[i] for i in range(len(store))]
-    write_store(tmp_path / "broken.lmdb", records, store.config)
-    changes = {"data.dataset_param.metafile_or_dir_path": str(tmp_path / "broken.lmdb")}
-    output = run_encode(workspace, monkeypatch, changes)
-    assert str(broken) in json.loads((output / "report.json").read_text())["unreadable"][0]
-    place = {**changes, **LOADED, "data.dataset_param.features_path": str(output)}
-    assert run_training(workspace, "features", place) == run_training(workspace, "pixels", changes)
 
 
 # Data parallel places, tensor and context parallel processes, samples per step of one place.

@@ -152,6 +152,12 @@ def test_skipped_attention_is_computed_once():
         assert operators.count == times * 2 * LAYERS  # self and cross attention
 
 
+@pytest.mark.parametrize("others", [{}, {"recompute_granularity": "selective"}, MODES["each"]])
+def test_skipping_attention_belongs_to_recomputing_the_first_layers(others):
+    with pytest.raises(ValueError, match="goes with --recompute-granularity full and --recompute-method block"):
+        MemoryOptions(**others, **SKIP, recompute_num_layers_skip_core_attention=2)
+
+
 def test_names_of_parameters_stay():
     model, changed = build(), build()
     save_memory(changed, MemoryOptions(**MODES["both"], compile=True), offload_attention=False, device=CPU)

@@ -348,6 +348,17 @@ BAD_INPUT = {
         {},
         "no store that flashi2v-encode has finished",
     ),
+    "memory for nothing": (
+        {
+            "model.load_video_features": True,
+            "model.load_text_features": True,
+            "data.dataset_param.load_video_features": True,
+            "data.dataset_param.load_text_features": True,
+            "data.dataset_param.features_path": "nowhere",
+        },
+        {"feature_cache_gib": 1},
+        "--feature-cache-gib has no effect",
+    ),
     "layout": ({}, {"tensor_model_parallel_size": 2}, "must divide the 1 processes"),
     "pipeline of too few": ({}, {"nproc_per_node": 2, "pipeline_model_parallel_size": 2}, "too few to fill a pipeline"),
     "unbalanced": (

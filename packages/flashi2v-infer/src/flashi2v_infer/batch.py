@@ -20,8 +20,9 @@ from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.export import Frames, read_record, record_path, write_mp4, write_picture
 from flashi2v_infer.inputs import Pixels, clean_prompt, hash_file, read_image, read_pairs
 from flashi2v_infer.layout import video_grid
-from flashi2v_infer.records import Source, differences, fingerprint, origin
+from flashi2v_infer.records import Source, differences, origin
 from flashi2v_infer.settings import Request
+from flashi2v_model.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 

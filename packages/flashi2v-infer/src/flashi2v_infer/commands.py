@@ -34,10 +34,11 @@ from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import encode_prompts, put_away_text_encoder
 from flashi2v_infer.plan import Plan, make_plan, target_device
 from flashi2v_infer.processes import Processes, join_processes
-from flashi2v_infer.records import Source, fingerprint, origin, versions
+from flashi2v_infer.records import Source, origin, versions
 from flashi2v_infer.sample import Sample, Sampler
 from flashi2v_infer.settings import Request, SamplingSettings
 from flashi2v_model.config import SchedulerName
+from flashi2v_model.fingerprint import fingerprint
 from flashi2v_model.libraries import quieten
 from flashi2v_model.parallel import check_degree
 from flashi2v_model.scheduler import make_scheduler

@@ -186,6 +186,8 @@ def read_run_config(options: TrainOptions, *, encodes: bool = False) -> RunConfi
                 f"{key} is {_json(getattr(model, key))} in {options.mm_model} and {_json(getattr(dataset, key))} in "
                 f"{options.mm_data} (dataset_param): set the same"
             )
+    if options.feature_cache_gib and dataset.load_video_features and dataset.load_text_features:
+        raise InputError("--feature-cache-gib has no effect where all features are loaded: leave it out")
     dataset.transform_pipeline.check_range()
     check_directory(options.save, "--save")
     check_pretrained(model.ae.from_pretrained, f"{options.mm_model}: ae.from_pretrained")

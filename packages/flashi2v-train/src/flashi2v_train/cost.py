@@ -281,9 +281,6 @@ def predict(config: RunConfig, layout: Layout) -> list[ProcessCost]:
     shards = layout.data // layout.replicas * layout.context
     on_device = 0 if options.fsdp_cpu_offload else 1
     gathers = shards > 1 or config.bf16 or options.fsdp_cpu_offload
-    reshards = options.reshard_after_forward == "always" or (
-        options.reshard_after_forward == "auto" and layout.pipeline == 1
-    )
     costs = []
     for rank in range(layout.pipeline):
         numbers = layout.stages_of(rank)
@@ -291,7 +288,7 @@ def predict(config: RunConfig, layout: Layout) -> list[ProcessCost]:
         sizes = [_stage_sizes(stage, layout.tensor) for stage in stages]
         whole, trained = sum(size.all for size in sizes), sum(size.trained for size in sizes)
         # Two blocks at a time: one computes while the next is fetched.
-        gathered = (sum(s.root for s in sizes) + 2 * max(s.block for s in sizes)) if reshards else whole
+        gathered = (sum(s.root for s in sizes) + 2 * max(s.block for s in sizes)) if options.reshards else whole
         kept = sum(kept_bytes(stage, config) for stage in stages) / len(stages)
         costs.append(
             ProcessCost(

@@ -1,17 +1,16 @@
 """`flashi2v-encode`: latents of clips and states of captions, written to a store ahead of training."""
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from cyclopts import App, Parameter
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 from tqdm import tqdm
 
 import flashi2v_train
@@ -24,10 +23,15 @@ from flashi2v_data.features import FeatureStore, FeatureWriter, text_key
 from flashi2v_data.loader import StatefulLoader
 from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
 from flashi2v_data.store import open_store
+from flashi2v_data.tokenizer import Tokenizer
+from flashi2v_model.fingerprint import fingerprint
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.options import FileOptions, LaunchOptions, TrainOptions, group_options
 from flashi2v_train.processes import USER_ERRORS, RunError
+
+if TYPE_CHECKING:
+    from flashi2v_train.features import Encoders
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +126,7 @@ def made_by(config: RunConfig, *, video: bool = True, text: bool = True) -> dict
         transforms = data.transform_pipeline.model_dump(mode="json")
         found |= {
             "clips": len(open_store(data.metafile_or_dir_path)),
-            "vae": fingerprint(model.ae.from_pretrained),
+            "vae": fingerprint(model.ae.from_pretrained, whole=True),
             "vae_dtype": _dtype(model.ae.dtype),
             "vae_tiles": model.ae.tiling_param.model_dump(mode="json") if model.ae.enable_tiling else None,
             "size": [data.sample_num_frames, data.sample_height, data.sample_width],
@@ -133,10 +137,10 @@ def made_by(config: RunConfig, *, video: bool = True, text: bool = True) -> dict
         }
     if text:
         found |= {
-            "text_encoder": fingerprint(model.text_encoder.from_pretrained),
+            "text_encoder": fingerprint(model.text_encoder.from_pretrained, whole=True),
             "text_encoder_dtype": _dtype(model.text_encoder.dtype),
             "use_attention_mask": model.text_encoder.use_attention_mask,
-            "tokenizer": fingerprint(data.text_tokenizer_path),
+            "tokenizer": fingerprint(data.text_tokenizer_path, whole=True),
             "tokenizer_max_length": data.tokenizer_max_length,
             "clean_captions": data.clean_captions,
         }
@@ -145,23 +149,6 @@ def made_by(config: RunConfig, *, video: bool = True, text: bool = True) -> dict
 
 def _dtype(name: str) -> str:
     return "fp32" if name == "float32" else name
-
-
-def fingerprint(path: str) -> str:
-    """Return a hash of all that a directory of weights holds, or the hub id that names one."""
-    directory = Path(path)
-    if not directory.is_dir():
-        return path
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(part for part in directory.rglob("*") if part.is_file()):
-        name = file.relative_to(directory).as_posix()
-        if any(part.startswith(".") for part in name.split("/")):
-            continue  # such as a download's own notes
-        digest.update(f"{name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
-        with file.open("rb") as opened:
-            while block := opened.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def check_store(features_path: str) -> None:
@@ -212,42 +199,53 @@ def _encode(config: RunConfig, output: Path) -> None:
     if size > 1:
         dist.init_process_group("gloo", timeout=_PATIENCE)
         dist.barrier()
+    loader = StatefulLoader(
+        dataset, _Cycle(len(store), config.options.seed, clips), 1, config.data.dataloader_param, device
+    )
     with FeatureWriter(output / f"process_{rank:04d}.lmdb", origin) as writer:
-        waiting: dict[bytes, dict[str, torch.Tensor]] = {}
-        loader = StatefulLoader(
-            dataset, _Cycle(len(store), config.options.seed, clips), 1, config.data.dataloader_param, device
-        )
-        try:
-            batches = zip(clips, loader) if clips else ()
-            for _, batch in tqdm(batches, "clips", len(clips), disable=None if rank == 0 else True, unit="clip"):
-                waiting[batch["clip"][0]] = encoders.clip(batch, 0)
-                if len(waiting) >= _BATCH:
-                    writer.put(waiting)
-                    waiting.clear()
-            writer.put(waiting)
-        finally:
-            loader.close()
-        for group in tqdm(
-            [missing[i : i + _BATCH] for i in range(0, len(missing), _BATCH)],
-            "captions",
-            disable=None if rank == 0 else True,
-            unit=f"{_BATCH} captions",
-        ):
-            writer.put({text_key(caption): encoders.caption(*dataset.tokenizer(caption)) for caption in group})
-        counts = [(len(mine), sorted(loader.skipped), captions)]
-        if size > 1:
-            everyones: list[Any] = [None] * size
-            dist.all_gather_object(everyones, counts[0])
-            counts = everyones
-            dist.destroy_process_group()
+        _write_clips(writer, encoders, loader, len(clips), quiet=rank > 0)
+        _write_captions(writer, encoders, dataset.tokenizer, missing, quiet=rank > 0)
+    done = [(len(mine), loader.skipped, captions)]
+    if size > 1:
+        everyones: list[Any] = [None] * size
+        dist.all_gather_object(everyones, done[0])
+        done = everyones
+        dist.destroy_process_group()
     if rank == 0:
+        numbers, unreadable, texts = zip(*done, strict=True)
         report = Report(
-            clips=sum(number for number, _, _ in counts),
-            unreadable=sorted({message for _, messages, _ in counts for message in messages}),
-            captions=len(set().union(*(captions for _, _, captions in counts))),
+            clips=sum(numbers), unreadable=sorted(set().union(*unreadable)), captions=len(set().union(*texts))
         )
         with atomic_file(output / REPORT) as path:
             path.write_text(report.model_dump_json(indent=1) + "\n")
+
+
+def _write_clips(
+    writer: FeatureWriter, encoders: "Encoders", loader: StatefulLoader, number: int, *, quiet: bool
+) -> None:
+    """Encode the next clips of a loader without end."""
+    waiting: dict[bytes, dict[str, Tensor]] = {}
+    try:
+        # Without any to encode there is nothing to begin to read.
+        batches = itertools.islice(loader, number) if number else ()
+        for batch in tqdm(batches, "clips", number, disable=quiet or None, unit="clip"):
+            waiting[batch["clip"][0]] = encoders.clip(batch, 0)
+            if len(waiting) >= _BATCH:
+                writer.put(waiting)
+                waiting.clear()
+        writer.put(waiting)
+    finally:
+        loader.close()
+
+
+def _write_captions(
+    writer: FeatureWriter, encoders: "Encoders", tokenizer: Tokenizer, captions: Sequence[str], *, quiet: bool
+) -> None:
+    with tqdm(desc="captions", total=len(captions), disable=quiet or None, unit="caption") as progress:
+        for begin in range(0, len(captions), _BATCH):
+            group = captions[begin : begin + _BATCH]
+            writer.put({text_key(caption): encoders.caption(*tokenizer(caption)) for caption in group})
+            progress.update(len(group))
 
 
 def _not_stored(

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,9 @@ class Features:
     @classmethod
     def join(cls, parts: "list[Features]") -> "Features":
         """Put batches together."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+        return cls(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in (field.name for field in fields(cls)))
+        )
 
     def rows(self, begin: int, end: int) -> "Features":
         """Return some samples of the batch."""

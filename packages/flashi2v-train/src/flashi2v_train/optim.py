@@ -67,8 +67,7 @@ def learning_rate(step: int, options: TrainOptions) -> float:
     later ones, have the least. The other two decays are Megatron-LM's (`OptimizerParamScheduler`), with this step
     counted as done.
     """
-    end = options.lr_decay_iters or options.train_iters
-    warmup = options.lr_warmup_iters or round((options.lr_warmup_fraction or 0) * end)
+    end, warmup = options.decay_end, options.num_warmup_steps
     if step < warmup:
         return options.lr_warmup_init + (options.lr - options.lr_warmup_init) * (step + 1) / warmup
     style = options.lr_decay_style

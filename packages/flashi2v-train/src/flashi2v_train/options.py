@@ -73,6 +73,13 @@ class LayoutOptions(BaseModel):
     )
     fsdp_cpu_offload: bool = Field(False, description="keep shards and optimizer in the CPU's memory")
 
+    @property
+    def reshards(self) -> bool:
+        """Whether gathered weights are freed between forward and backward."""
+        # A pipeline runs both of many micro batches in turn, and would gather for each.
+        in_a_pipeline = self.pipeline_model_parallel_size > 1
+        return self.reshard_after_forward == "always" or (self.reshard_after_forward == "auto" and not in_a_pipeline)
+
 
 class BatchOptions(BaseModel):
     """How long, and on how much at a time."""
@@ -183,8 +190,11 @@ class MemoryOptions(BaseModel):
                 "--recompute-skip-core-attention and --recompute-num-layers-skip-core-attention go together: "
                 "give both or neither"
             )
-        if self.recompute_skip_core_attention and self.recompute_method == "uniform":
-            raise ValueError("--recompute-skip-core-attention goes with --recompute-method block, as in the reference")
+        if self.recompute_skip_core_attention and self.recompute_method != "block":
+            raise ValueError(
+                "--recompute-skip-core-attention goes with --recompute-granularity full and --recompute-method block, "
+                "as in the reference"
+            )
         return self
 
 
@@ -310,6 +320,16 @@ class TrainOptions(
 
     model_config = ConfigDict(extra="forbid")
 
+    @property
+    def decay_end(self) -> int:
+        """The step at which the learning rate's decay ends."""
+        return self.lr_decay_iters or self.train_iters
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of the learning rate's warm-up."""
+        return self.lr_warmup_iters or round((self.lr_warmup_fraction or 0) * self.decay_end)
+
     @model_validator(mode="after")
     def _check_schedule(self) -> "TrainOptions":
         again = self.recompute_granularity == "full" or self.recompute_skip_core_attention
@@ -332,8 +352,7 @@ class TrainOptions(
 
     @model_validator(mode="after")
     def _check_decay(self) -> "TrainOptions":
-        end = self.lr_decay_iters or self.train_iters
-        warmup = self.lr_warmup_iters or round((self.lr_warmup_fraction or 0) * end)
+        end, warmup = self.decay_end, self.num_warmup_steps
         if self.lr_decay_style != "constant" and warmup > end:
             raise ValueError(f"the warm-up of {warmup} steps is longer than the run's decay, which ends at step {end}")
         if self.lr_wsd_decay_iters is not None and self.lr_wsd_decay_iters > end - warmup:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -172,22 +173,12 @@ def shard(
         # The model casts where it must: timesteps, noise and the loss stay in fp32.
         cast_forward_inputs=False,
     )
-    # A pipeline runs forward and backward of many micro batches in turn, and would gather for each.
-    reshard = options.reshard_after_forward == "always" or (
-        options.reshard_after_forward == "auto" and world.layout.pipeline == 1
-    )
     pins = torch.accelerator.is_available()
     offload = CPUOffloadPolicy(pin_memory=pins) if options.fsdp_cpu_offload else OffloadPolicy()
+    apply = partial(fully_shard, mesh=mesh, reshard_after_forward=options.reshards, offload_policy=offload)
     if bf16 and world.device.type == "cpu" and hasattr(transformer, "learnable_proj"):
         # oneDNN's bf16 gradient of a 3x3x3 convolution over two frames is wrong, often not finite (torch 2.13).
-        exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-        fully_shard(
-            transformer.learnable_proj,
-            mesh=mesh,
-            mp_policy=exact,
-            reshard_after_forward=reshard,
-            offload_policy=offload,
-        )
+        apply(transformer.learnable_proj, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     for block in transformer.blocks.children():
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)
+        apply(block, mp_policy=policy)
+    apply(module, mp_policy=policy)

@@ -37,7 +37,7 @@ def kept_bytes(stage: Stage, config: RunConfig) -> int:
     for module in transformer.modules():
         if isinstance(module, Attention):
             module.attend = _Attention.apply
-    without = options.model_copy(update={"compile": False, "recompute_skip_core_attention": False})
+    without = options.model_copy(update={"compile": False})
     save_memory(transformer, without, offload_attention=False, device=_META)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     transformer.to(dtype)

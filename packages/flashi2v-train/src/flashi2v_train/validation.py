@@ -19,11 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashi2v_data.atomic import atomic_file
-from flashi2v_data.dataset import FlashI2VDataset
-from flashi2v_data.loader import Batch, StatefulLoader
+from flashi2v_data.loader import Batch, StatefulLoader, build_dataloader
 from flashi2v_data.randomness import generator
-from flashi2v_data.sampler import StatefulDistributedSampler
-from flashi2v_data.store import open_store
 from flashi2v_data.strips import film_strip
 from flashi2v_data.video import write_video
 from flashi2v_model.scheduler import inference_sigmas, shift_sigma
@@ -140,12 +137,17 @@ class Validation:
         """Open the data in its own order; there may be fewer samples than places: the order has no end."""
         world, options = self._world, self._config.options
         param = self._data.dataset_param.model_copy(update={"text_drop_ratio": text_drop_ratio})
-        store = open_store(param.metafile_or_dir_path)
-        dataset = FlashI2VDataset(store, param, seed=options.seed, made_by=self._made_by)
-        sampler = StatefulDistributedSampler(
-            len(dataset), rank=world.data_rank, num_replicas=world.layout.data, shuffle=False, seed=options.seed
+        order = self._data.dataloader_param.model_copy(update={"shuffle": False})
+        return build_dataloader(
+            self._data.model_copy(update={"dataset_param": param, "dataloader_param": order}),
+            seed=options.seed,
+            batch_size=options.micro_batch_size,
+            rank=world.data_rank,
+            num_replicas=world.layout.data,
+            device=world.device,
+            made_by=self._made_by,
+            num_required=1,
         )
-        return StatefulLoader(dataset, sampler, options.micro_batch_size, self._data.dataloader_param, world.device)
 
     def _read(self, loader: StatefulLoader) -> None:
         assert self._encode is not None
