@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flashi2v_data.shared_memory import SharedArray
-from flashi2v_data.workers import QUICK_START, Limits, WorkerError, WorkerLost, WorkerPool
+from flashi2v_data.workers import Limits, WorkerError, WorkerLost, WorkerPool, quick_start
 
 GENEROUS = Limits(timeout_seconds=60, memory_bytes=8 << 30)
 HELD = []  # memory that a worker does not let go
@@ -65,7 +65,7 @@ class Mark:
 @pytest.fixture(params=["fork", "spawn"])
 def pool(request):
     """WorkerPool(...) that is closed in the end."""
-    if request.param == "fork" != QUICK_START:
+    if request.param == "fork" and sys.platform != "linux":
         pytest.skip("processes are not forked here")
     pools = []
 
@@ -189,8 +189,21 @@ def test_an_interrupt_does_not_reach_workers(pool):
     assert made.result(made.submit(("pid", 0))) == pid
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
+@pytest.mark.parametrize(
+    ("beside", "method"),
+    [("", "fork"), ("import _thread; _thread.start_new_thread(lambda: sleep(60), ())", "forkserver")],
+)
+def test_a_process_is_forked_only_while_no_other_thread_could_hold_a_lock(beside, method):
+    """Threads that `threading` knows nothing of count, too."""
+    imports = "from time import sleep\nfrom flashi2v_data.workers import quick_start"
+    code = f"{imports}\n{beside}\nsleep(0.2)\nprint(quick_start())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == method
+
+
 def test_a_pool_that_is_collected_ends_its_workers():
-    made = WorkerPool(work, 1, start=QUICK_START)
+    made = WorkerPool(work, 1, start=quick_start())
     pid = made.result(made.submit(("pid", 0)))
     del made
     gc.collect()

@@ -16,7 +16,7 @@ from flashi2v_data.prober import Prober, Probing
 from flashi2v_data.records import Annotation, Record
 from flashi2v_data.report import FilterReport
 from flashi2v_data.values import ValueCodec
-from flashi2v_data.workers import QUICK_START, Task, WorkerPool
+from flashi2v_data.workers import Task, WorkerPool, quick_start
 
 # Entries that `filter_records` takes in at once.
 _BATCH = 64
@@ -82,7 +82,7 @@ class FileFilter:
         annotations: the files.
         config: the limits.
         prober: reads videos.
-        jobs: processes that parse and judge. They are forked at once: make it while the process has one thread.
+        jobs: processes that parse and judge. They start at once, and quickest while this process has one thread.
     """
 
     def __init__(self, annotations: Sequence[Annotation], config: FilterConfig, prober: Prober, jobs: int) -> None:
@@ -91,7 +91,7 @@ class FileFilter:
         self._pack = ValueCodec(config.compression).pack
         self._prober = prober
         self._pool: WorkerPool[Piece, Outcome | None] = WorkerPool(
-            _JudgePiece(self._judge, self._pack), jobs, start=QUICK_START, depth=2
+            _JudgePiece(self._judge, self._pack), jobs, start=quick_start(), depth=2
         )
         self._pool.start()
         self._jobs = jobs

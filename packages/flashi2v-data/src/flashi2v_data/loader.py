@@ -1,10 +1,9 @@
 """Batches of samples that can be resumed where they were delivered."""
 
 import logging
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from flashi2v_data.sampler import SampleKey, SamplerState, StatefulDistributedSa
 from flashi2v_data.shared_memory import SharedArray
 from flashi2v_data.store import open_store
 from flashi2v_data.transforms import empty_video
-from flashi2v_data.workers import Limits, Task, WorkerLost, WorkerPool
+from flashi2v_data.workers import Limits, Task, WorkerLost, WorkerPool, clean_start
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +188,7 @@ class StatefulLoader:
         )
         memory = SharedArray((_DEPTH * config.num_workers, *self.dataset.pictures_shape))
         reader = _Reader(self.dataset, memory)
-        pool = WorkerPool(reader, config.num_workers, limits, start=_start_method(), depth=_DEPTH)
+        pool = WorkerPool(reader, config.num_workers, limits, start=clean_start(), depth=_DEPTH)
         return _Readers(pool, memory.array)
 
     def _collate(self, samples: Iterator[tuple[Sample, NDArray[np.uint8]]]) -> Batch:
@@ -297,12 +296,3 @@ class _Readers(NamedTuple):
 
     pool: WorkerPool[_Read, Sample | DecodeError]
     pictures: NDArray[np.uint8]
-
-
-def _start_method() -> Literal["spawn", "forkserver"]:
-    """Start workers from a clean process: forked from one that has decoded or computed, they may deadlock."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return "spawn"
-    # Torch is then imported once, not by every worker.
-    multiprocessing.set_forkserver_preload(["flashi2v_data.dataset"])
-    return "forkserver"

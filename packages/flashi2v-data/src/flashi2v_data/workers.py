@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 A = TypeVar("A")
 R = TypeVar("R")
 
-# Forking a process of one thread is safe, and 100 times faster than starting afresh; elsewhere it is neither.
-QUICK_START: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"
+StartMethod = Literal["fork", "spawn", "forkserver"]
 # A process killed by someone else (out of memory, say) is no fault of its task; two of them over one task are.
 _ATTEMPTS = 2
 # So many in a row that end before they are ready will never be.
@@ -100,6 +99,24 @@ class _Worker:
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
+def quick_start() -> StartMethod:
+    """Return the quickest start method for work without threads of its own that is safe in this process, as it is now.
+
+    Forking a process of one thread is safe, and 100 times faster than starting afresh; the child of one with more may
+    wait forever for a lock that another thread held. Threads that never run Python, such as BLAS's, see to theirs.
+    """
+    return "fork" if sys.platform == "linux" and len(sys._current_frames()) == 1 else clean_start()
+
+
+def clean_start() -> StartMethod:
+    """Return how to start from a clean process: forked from one that has decoded or computed, workers may deadlock."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    # Torch is then imported once, not by every worker.
+    multiprocessing.set_forkserver_preload(["flashi2v_data.dataset"])
+    return "forkserver"
+
+
 class WorkerPool(Generic[A, R]):
     """Calls a function in processes that are replaced where they hang, crash or reach a limit.
 
@@ -120,7 +137,7 @@ class WorkerPool(Generic[A, R]):
         jobs: int,
         limits: Limits = NO_LIMITS,
         *,
-        start: Literal["fork", "spawn", "forkserver"] = "spawn",
+        start: StartMethod = "spawn",
         depth: int = 1,
         on_result: Callable[[Task[A, R]], None] | None = None,
     ) -> None:
