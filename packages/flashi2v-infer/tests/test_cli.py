@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +217,10 @@ def test_the_strips_of_a_batch_go_into_a_directory(rejected, job):
 def test_an_interrupted_batch_says_how_to_go_on(job):
     Path("prompts.txt").write_text(f"{'long ' * 200}\nshort\n")
     path = job(diffusion={"num_inference_steps": 100_000})
-    with subprocess.Popen([SCRIPT, "--mm-model", path], stderr=subprocess.PIPE, text=True, bufsize=1) as process:
+    command = [SCRIPT, "--mm-model", path]
+    # Background jobs of a shell, as a CI may be, ignore interrupts and hand that down.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1, preexec_fn=heed) as process:
         assert process.stderr is not None
         process.stderr.readline()  # of the prompt, which is cut: sampling begins
         process.send_signal(signal.SIGINT)

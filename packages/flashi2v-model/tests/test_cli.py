@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -254,7 +255,10 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path):
     large = FlashI2VTransformer3DModel(**SMALL | {"num_layers": 20, "ffn_dim": 9600})  # writing takes a while
     torch.save(large.state_dict(), tmp_path / "weights.pt")
     command = [SCRIPT, "convert", tmp_path / "weights.pt", tmp_path / "out", "--to", "diffusers", "--num-heads", "4"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    # Background jobs of a shell, as a CI may be, ignore interrupts and hand that down.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=heed) as process:
         for _ in range(6000):  # until it has begun to write
             if any(tmp_path.glob(".out.*/out")) or process.poll() is not None:
                 break
