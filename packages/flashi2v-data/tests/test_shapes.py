@@ -144,6 +144,21 @@ def test_meta_json_and_annotation_file_fit_together(shapes):
     }
 
 
+def test_unseen_pairs_of_shape_and_colour_are_those_that_seen_ones_leave_out(tmp_path):
+    drawn = {
+        pairs: {(scene.shape, scene.colour) for scene in (sample_scene(0, i, pairs=pairs) for i in range(2000))}
+        for pairs in ("all", "seen", "unseen")
+    }
+    assert drawn["all"] == set(itertools.product(SHAPES, COLOURS)) == drawn["seen"] | drawn["unseen"]
+    assert not drawn["seen"] & drawn["unseen"]
+    # Every shape and every colour is seen, only not these together.
+    assert {shape for shape, _ in drawn["unseen"]} == {shape for shape, _ in drawn["seen"]} == set(SHAPES)
+    assert {colour for _, colour in drawn["seen"]} == set(COLOURS)
+    write_shapes(tmp_path / "new", 20, 0, 32, 32, 5, pairs="unseen")
+    truths = json.loads((tmp_path / "new" / "scenes.json").read_text())
+    assert {(truth["shape"], truth["colour"]) for truth in truths} <= drawn["unseen"]
+
+
 def test_the_same_seed_writes_the_same_files(shapes, tmp_path):
     write_shapes(tmp_path / "again", 12, 7, 32, 48, 13)
     write_shapes(tmp_path / "other", 12, 8, 32, 48, 13)

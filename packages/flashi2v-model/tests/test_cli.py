@@ -219,6 +219,8 @@ def test_settings_that_contradict_the_weights_beside_them_are_refused(run, tmp_p
         (["inspect", "{tmp}/odd"], "odd/config.json: eps must be like 1e-06, got 'tiny'"),
         (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers", "--weights", "raw"], "run of flashi2v-train"),
         (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers", "--encoders", "{tmp}"], "no directory vae"),
+        (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers", "--shift", "3"], "together with --encoders"),
+        (["convert", "{tmp}/source", "{tmp}/out", "--to", "diffusers", "--dtype", "fp8"], "fp8"),
         (["convert", "{tmp}/source", "{tmp}/source", "--to", "diffusers"], "exists"),
         (["convert", "{tmp}/source", "{tmp}/out", "--to", "wam"], "wam"),
         (["init", "{tmp}/new", "--preset", "small"], "small"),
@@ -295,6 +297,19 @@ def test_init_and_convert_make_pipelines_with_the_encoders_given(run, tmp_path):
     files = {str(path.relative_to(tmp_path / "tiny")) for path in (tmp_path / "tiny").rglob("*")}
     assert {str(path.relative_to(tmp_path / "new")) for path in (tmp_path / "new").rglob("*")} == files
     assert load_file(tmp_path / "new" / name).keys() == load_file(tmp_path / "tiny" / name).keys()
+    assert json.loads((tmp_path / "new/scheduler/scheduler_config.json").read_text())["shift"] == 7
+    shift = ["--shift", 2.5]
+    run("convert", tmp_path / "tiny", tmp_path / "low", "--to", "diffusers", "--encoders", tmp_path / "tiny", *shift)
+    assert json.loads((tmp_path / "low/scheduler/scheduler_config.json").read_text())["shift"] == 2.5
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_are_stored_in_the_dtype_that_is_asked_for(run, tmp_path, dtype, stored):
+    model = small_model()
+    model.save_pretrained(tmp_path / "source")
+    for out, to in (("model", "diffusers"), ("model.pt", "npu")):
+        run("convert", tmp_path / "source", tmp_path / out, "--to", to, "--dtype", dtype)
+        assert_same_weights(tmp_path / out, {key: value.to(stored) for key, value in model.state_dict().items()})
 
 
 def test_what_is_written_has_the_permissions_of_any_new_file(run, tmp_path):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -163,6 +163,7 @@ def shapes_command(
     size: str = "64x96",
     frames: Positive = 17,
     fps: Positive = 16,
+    pairs: Literal["all", "seen", "unseen"] = "all",
 ) -> None:
     """Write a set of moving-shapes videos with exact captions, to try everything on.
 
@@ -182,13 +183,15 @@ def shapes_command(
         Frames of each video.
     fps
         Frames per second.
+    pairs
+        Of shape and colour. "seen" leaves out one colour of every shape: train on these, and try the others, "unseen".
     """
     from flashi2v_data.shapes import write_shapes
 
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if match is None:
         raise InputError(f"--size: expected HEIGHTxWIDTH such as 64x96, got {size!r}")
-    write_shapes(directory, num, seed, int(match[1]), int(match[2]), frames, fps)
+    write_shapes(directory, num, seed, int(match[1]), int(match[2]), frames, fps, pairs)
     print(f"{num} videos in {directory}; filter them with ann_txt_path: '{directory / 'videos.txt'}'")
 
 

@@ -6,7 +6,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from flashi2v_data.randomness import generator
 from flashi2v_data.video import write_video
 
 T = TypeVar("T")
+Pairs: TypeAlias = Literal["all", "seen", "unseen"]
 
 SHAPES = ("circle", "square", "triangle", "ring", "cross", "star")
 COLOURS = {
@@ -85,14 +86,21 @@ class Scene:
         return f"{thing} moves {self.pace} {where} {place}"
 
 
-def sample_scene(seed: int, index: int, *, seconds: float = 1.0) -> Scene:
+def sample_scene(seed: int, index: int, *, seconds: float = 1.0, pairs: Pairs = "all") -> Scene:
     """Draw scene number `index` of the set named by `seed`.
 
     In clips of more than a second the shapes move slower, so that "quickly" crosses the same part of the frame.
+
+    Args:
+        seed: of the set.
+        index: of the scene.
+        seconds: length of the clip.
+        pairs: of shape and colour: "seen" leaves out one colour of every shape, so that a model can be trained on the
+            others and tried on those, "unseen".
     """
     random = generator(seed, "scene", 0, index)
     shape = _choice(SHAPES, random)
-    colour = _choice(tuple(COLOURS), random)
+    colour = _choice(_colours(shape, pairs), random)
     size = _choice(tuple(RADII), random)
     # No blue shape on dark blue: the caption's words should tell the two apart.
     background = _choice(tuple(name for name in BACKGROUNDS if colour not in name), random)
@@ -101,6 +109,12 @@ def sample_scene(seed: int, index: int, *, seconds: float = 1.0) -> Scene:
     across, down = torch.rand(2, generator=random).tolist()
     speed = 0.0 if direction == "still" else DISTANCES[pace] / max(1.0, seconds)
     return Scene(shape, colour, size, background, direction, pace, speed, (across, down))
+
+
+def _colours(shape: str, pairs: Pairs) -> tuple[str, ...]:
+    colours = tuple(COLOURS)
+    left_out = colours[(SHAPES.index(shape) + 2) % len(colours)]
+    return {"all": colours, "seen": tuple(name for name in colours if name != left_out), "unseen": (left_out,)}[pairs]
 
 
 def _choice(options: tuple[T, ...], random: torch.Generator) -> T:
@@ -144,16 +158,25 @@ def render(scene: Scene, num_frames: int, height: int, width: int, fps: float) -
     Raises:
         InputError: the path is longer than the frame has room for.
     """
-    right, down = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
     background = np.asarray(BACKGROUNDS[scene.background], dtype=np.float64)
     colour = np.asarray(COLOURS[scene.colour], dtype=np.float64)
     size = radius(scene, height, width)
     frames = np.empty((num_frames, height, width, 3), dtype=np.uint8)
     for frame, (x, y) in zip(frames, centres(scene, num_frames, height, width, fps)):
-        distance = _distance(scene.shape, right - x, down - y, size)  # (H, W)
-        coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
-        frame[...] = np.rint(background + coverage * (colour - background))
+        covered = coverage(scene.shape, size, (x, y), height, width)[..., None]
+        frame[...] = np.rint(background + covered * (colour - background))
     return frames
+
+
+def coverage(shape: str, size: float, centre: tuple[float, float], height: int, width: int) -> NDArray[np.float64]:
+    """Return how much of every pixel a shape of outer radius `size` covers: (H, W), 0 to 1, soft at the edge.
+
+    Raises:
+        InputError: there is no such shape.
+    """
+    right = np.arange(0.5, width) - centre[0]
+    down = np.arange(0.5, height)[:, None] - centre[1]
+    return np.clip(0.5 - _distance(shape, right, down, size), 0.0, 1.0)
 
 
 def _distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64], size: float) -> NDArray[np.float64]:
@@ -191,6 +214,7 @@ def write_shapes(
     width: int,
     frames: int,
     fps: float = 16,
+    pairs: Pairs = "all",
 ) -> None:
     """Write `num` videos with captions; the directory appears whole or not at all.
 
@@ -217,7 +241,7 @@ def write_shapes(
         except OSError as error:
             raise InputError(f"{directory}: cannot be made: {error.strerror}; choose another place") from None
         for index in tqdm(range(num), desc="shapes", unit="video", disable=None):
-            scene = sample_scene(seed, index, seconds=frames / fps)
+            scene = sample_scene(seed, index, seconds=frames / fps, pairs=pairs)
             path = f"videos/{index:06d}.mp4"
             write_video(temporary / path, render(scene, frames, height, width, fps), fps)
             records.append(

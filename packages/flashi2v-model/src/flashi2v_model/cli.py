@@ -83,6 +83,8 @@ def convert(
     to: Literal["diffusers", "wan", "npu", "main"],
     weights: Literal["ema", "raw"] = "ema",
     encoders: Path | None = None,
+    shift: float | None = None,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     max_shard_size: str | None = None,
     num_heads: int | None = None,
 ) -> None:
@@ -106,6 +108,10 @@ def convert(
         of a run: the moving average where it kept one, or the raw weights
     encoders
         a directory with vae, text_encoder and tokenizer: write a whole pipeline that flashi2v-infer --model takes
+    shift
+        of such a pipeline's noise levels (default 7, as released; smaller ones suit smaller videos)
+    dtype
+        to store the transformer's weights in (default: as they are)
     max_shard_size
         of a file of the diffusers directory, such as 5GB; larger models are sharded (default 10GB)
     num_heads
@@ -113,6 +119,7 @@ def convert(
     """
     from flashi2v_model import layouts, libraries, presets, reading, settings, writing
     from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint
+    from flashi2v_model.encoders import DTYPES
     from flashi2v_model.weights import as_model, convert_state_dict, model_arguments
 
     if destination.exists():
@@ -124,6 +131,8 @@ def convert(
         raise InputError(f"{destination}: the diffusers layout is a directory: name one without {destination.suffix}")
     if to != "diffusers" and (encoders is not None or max_shard_size is not None):
         raise InputError("--encoders and --max-shard-size are of a directory, which is always --to diffusers")
+    if shift is not None and (encoders is None or not 0 < shift < float("inf")):
+        raise InputError(f"--shift is a positive number, of a pipeline, so together with --encoders; got {shift}")
     if max_shard_size is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size.upper()):
         raise InputError(f"--max-shard-size is a number with KB, MB, GB or TB, such as 5GB; got {max_shard_size}")
     if weights == "raw" and not is_checkpoint(checkpoint_directory(source)):
@@ -131,6 +140,8 @@ def convert(
     libraries.quieten()
     state_dict = reading.read_state_dict(source, ema=weights == "ema")
     ours = convert_state_dict(state_dict)
+    if dtype is not None:
+        ours = {key: value.to(DTYPES[dtype]) for key, value in ours.items()}
     arguments, assumed = model_arguments(source, ours, num_heads)
     if to == "diffusers":
         model = as_model(writing.independent(ours), arguments)
@@ -139,7 +150,7 @@ def convert(
             if encoders is None:
                 model.save_pretrained(temporary, max_shard_size=shards)
             else:
-                presets.save_pipeline(model, temporary, encoders, max_shard_size=shards)
+                presets.save_pipeline(model, temporary, encoders, max_shard_size=shards, shift=shift)
     else:
         converted = convert_state_dict(ours, "diffusers", to)
         with _appearing_whole(destination) as temporary:

@@ -48,9 +48,21 @@ def save(name: str, directory: Path) -> None:
 
 
 def save_pipeline(
-    transformer: FlashI2VTransformer3DModel, directory: Path, encoders: Path, max_shard_size: str = "10GB"
+    transformer: FlashI2VTransformer3DModel,
+    directory: Path,
+    encoders: Path,
+    *,
+    max_shard_size: str = "10GB",
+    shift: float | None = None,
 ) -> None:
     """Write a transformer as a whole pipeline, with copies of the encoders' directories.
+
+    Args:
+        transformer: the velocity network.
+        directory: where to.
+        encoders: holds `vae`, `text_encoder` and `tokenizer`.
+        max_shard_size: of a file of the transformer.
+        shift: of the scheduler's noise levels; None: that of the released model.
 
     Raises:
         InputError: `encoders` lacks one of them, or a file of one.
@@ -68,15 +80,19 @@ def save_pipeline(
     except Exception as error:  # whatever the library raises on what it cannot read
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--encoders {encoders}: tokenizer cannot be loaded: {reason}") from error
-    _save_sampler(transformer, directory, max_shard_size)
+    _save_sampler(transformer, directory, max_shard_size, shift)
     for part in parts:
         shutil.copytree(encoders / part, directory / part)
     _write_index(directory)
 
 
-def _save_sampler(transformer: FlashI2VTransformer3DModel, directory: Path, max_shard_size: str = "10GB") -> None:
+def _save_sampler(
+    transformer: FlashI2VTransformer3DModel, directory: Path, max_shard_size: str = "10GB", shift: float | None = None
+) -> None:
     transformer.save_pretrained(directory / "transformer", max_shard_size=max_shard_size)
-    euler_scheduler(DiffusionConfig(model_id="flow_matching").shift).save_pretrained(directory / "scheduler")
+    if shift is None:
+        shift = DiffusionConfig(model_id="flow_matching").shift
+    euler_scheduler(shift).save_pretrained(directory / "scheduler")
 
 
 def _write_index(directory: Path) -> None:
