@@ -322,6 +322,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, alone):
         checkpoints.save(1, _numbers(1.0), {}, {})
         checkpoints.poll()
         assert checkpoints.latest is None
+        deadline = time.monotonic() + 60
+        while not _names(tmp_path):  # until the thread that writes has begun
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         assert _names(tmp_path) == [".iter_0000001.incomplete"]
         assert newest_checkpoint(tmp_path) is None
         event.set()
