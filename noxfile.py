@@ -86,7 +86,7 @@ def imports(session: nox.Session) -> None:
 def wheels(session: nox.Session) -> None:
     """Build sdists and wheels, install them one after the other, and run what packaging may break on what a user gets.
 
-    That is every package's console scripts and public names, and the way from videos to a new video.
+    That is what importing a package brings, the console scripts, and the way from videos to a new video.
     """
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)

@@ -70,6 +70,9 @@ def trunk() -> dict[str, torch.Tensor]:
 def assert_same_weights(path: Path, expected: dict[str, torch.Tensor]) -> None:
     read = convert_state_dict(read_state_dict(path))
     assert read.keys() == expected.keys()
+    assert {key: tensor.dtype for key, tensor in read.items()} == {
+        key: tensor.dtype for key, tensor in expected.items()
+    }
     assert all(torch.equal(read[key], tensor) for key, tensor in expected.items())
 
 

@@ -260,7 +260,7 @@ def _apply(rules: tuple[Rule[Part], ...], part: Part, limits: Limits, clips: str
     for rule in rules:
         if not rule.passes(part, limits):
             value = rule.settable(rule.measure(part, limits))
-            changed = limits._replace(**{rule.setting: value})  # type: ignore[arg-type]
+            changed = limits._replace(**{rule.setting: value})  # type: ignore[arg-type]  # of its setting's type
             if (value > 0 or rules is MOTION_RULES) and all(other.passes(part, changed) for other in rules):
                 return Drop(rule.reason, Miss(rule.setting, value, clips))
             return Drop(rule.reason)

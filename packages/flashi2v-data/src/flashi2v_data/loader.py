@@ -188,7 +188,9 @@ class StatefulLoader:
         )
         memory = SharedArray((_DEPTH * config.num_workers, *self.dataset.pictures_shape))
         reader = _Reader(self.dataset, memory)
-        pool = WorkerPool(reader, config.num_workers, limits, start=clean_start(), depth=_DEPTH)
+        pool = WorkerPool(
+            reader, config.num_workers, limits, start=clean_start(preload="flashi2v_data.dataset"), depth=_DEPTH
+        )
         return _Readers(pool, memory.array)
 
     def _collate(self, samples: Iterator[tuple[Sample, NDArray[np.uint8]]]) -> Batch:

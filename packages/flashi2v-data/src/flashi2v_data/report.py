@@ -125,7 +125,7 @@ def check_plots() -> None:
         InputError: matplotlib is not installed.
     """
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure  # noqa: F401 (only whether it is there)
     except ImportError:
         raise InputError("plots need matplotlib: pip install 'flashi2v-data[plots]'") from None
 

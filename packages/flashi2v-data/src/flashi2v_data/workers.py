@@ -108,12 +108,16 @@ def quick_start() -> StartMethod:
     return "fork" if sys.platform == "linux" and len(sys._current_frames()) == 1 else clean_start()
 
 
-def clean_start() -> StartMethod:
-    """Return how to start from a clean process: forked from one that has decoded or computed, workers may deadlock."""
+def clean_start(preload: str | None = None) -> StartMethod:
+    """Return how to start from a clean process: forked from one that has decoded or computed, workers may deadlock.
+
+    Args:
+        preload: a module that is then imported once, not by every worker.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
-    # Torch is then imported once, not by every worker.
-    multiprocessing.set_forkserver_preload(["flashi2v_data.dataset"])
+    if preload is not None:
+        multiprocessing.set_forkserver_preload([preload])
     return "forkserver"
 
 
@@ -176,7 +180,7 @@ class WorkerPool(Generic[A, R]):
             self._advance(None)
         if task.error is not None:
             raise task.error
-        return task.result  # type: ignore[return-value]
+        return task.result  # type: ignore[return-value]  # without an error there is one
 
     def forget(self) -> None:
         """Drop the tasks that no process was given yet, and wait until the others are done."""

@@ -138,10 +138,10 @@ def convert(
     if weights == "raw" and not is_checkpoint(checkpoint_directory(source)):
         raise InputError(f"--weights raw is for a run of flashi2v-train, which {source} is not")
     libraries.quieten()
-    state_dict = reading.read_state_dict(source, ema=weights == "ema")
-    ours = convert_state_dict(state_dict)
+    ours = convert_state_dict(reading.read_state_dict(source, ema=weights == "ema"))
     if dtype is not None:
-        ours = {key: value.to(DTYPES[dtype]) for key, value in ours.items()}
+        for key in ours:  # one by one, so that there is no second copy of all
+            ours[key] = ours[key].to(DTYPES[dtype])
     arguments, assumed = model_arguments(source, ours, num_heads)
     if to == "diffusers":
         model = as_model(writing.independent(ours), arguments)
