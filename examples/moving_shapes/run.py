@@ -1,14 +1,16 @@
-"""From nothing to a new video in minutes: the moving-shapes demo.
+"""From nothing to new videos: the moving-shapes demo.
 
-    python examples/moving_shapes/run.py
+    python examples/moving_shapes/run.py            # minutes on two CPU cores
+    python examples/moving_shapes/run.py --full     # hours: how the model of `flashi2v-infer --model demo` was made
 
-Run from the repository's root.  Every step is a command that a user would type; what they leave is in demo/: the
-sampled videos, a film strip of each (condition, generated frames, how the real video went on), and the loss curve.
+Run from the repository's root. Every step is a command that a user would type; what they leave is in demo/. A run that
+was stopped goes on where it was when it is started again.
 """
 
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -24,21 +26,72 @@ from PIL import Image
 
 from flashi2v_data import read_frames
 from flashi2v_data.strips import film_strip
+from flashi2v_infer import demo
 
 HERE = Path("examples/moving_shapes")
 DEMO = Path("demo")
-SIZE, FRAMES = "64x64", 9
+MODEL, DATA = HERE / "pretrain_model.json", HERE / "data.json"
+SIZE, FRAMES = "64x64", 17
 
 
 def run(*command: object) -> None:
-    """Run a console script of this environment, shown as one would type it."""
+    """Run a console script of this environment, shown as one would type it; where it fails, so does the demo."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
-    subprocess.run([Path(sys.executable).with_name(words[0]), *words[1:]], check=True)
+    if code := subprocess.run([Path(sys.executable).with_name(words[0]), *words[1:]]).returncode:
+        sys.exit(code)
 
 
-def prepare_held_out(num_videos: int) -> list[dict]:
-    """Make scenes that training does not see; their first frames and captions are what is sampled from."""
+def run_unless(made: Path, *command: object) -> None:
+    """Run a command whose output, which appears whole or not at all, is not there yet."""
+    if not made.exists():
+        run(*command)
+
+
+def get_encoders(options: argparse.Namespace) -> None:
+    """Train VAE and text encoder, or take those of the model that comes with flashi2v-infer."""
+    encoders = DEMO / "encoders"
+    if options.full:
+        fast = ["--bf16"] if options.fast else []
+        script = HERE / "train_encoders.py"
+        run_unless(encoders / "vae", "python", script, "--output", encoders, "--device", options.device, *fast)
+        return
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(demo.DIRECTORY / part, encoders / part, dirs_exist_ok=True)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Make and filter videos, encode them, train the transformer."""
+    run_unless(
+        DEMO / "shapes",
+        *("flashi2v-data", "shapes", DEMO / "shapes", "--num", options.videos),
+        *("--size", SIZE, "--frames", FRAMES, "--pairs", "seen"),
+    )
+    run_unless(DEMO / "store", "flashi2v-data", "filter", "--filter_config", HERE / "filter_config.yaml")
+    model = MODEL
+    if options.fast:
+        model = DEMO / MODEL.name
+        model.write_text(MODEL.read_text().replace('"dtype": "fp32", # of the VAE', '"dtype": "bf16",'))
+    files = ("--mm-model", model, "--mm-data", DATA)
+    processes = 2 if options.device == "cpu" else 1  # one clip is too small for the threads of one
+    run(
+        *("flashi2v-encode", *files, "--output", DEMO / "features"),
+        *("--device", options.device, "--nproc-per-node", processes),
+    )
+    fast = ["--bf16", "--compile"] if options.fast else ["--no-bf16"]
+    run(
+        *("flashi2v-train", *files, "--save", DEMO / "run", "--train-iters", options.steps, "--device", options.device),
+        *("--micro-batch-size", 32, "--lr", 1.5e-3, "--lr-warmup-iters", min(100, options.steps // 10)),
+        *("--lr-decay-style", "WSD", "--lr-wsd-decay-style", "linear"),
+        *("--lr-wsd-decay-iters", options.steps // 4),
+        *("--proj-lr-scale", 5, "--adam-beta2", 0.99, "--ema-decay", 0.998 if options.full else 0.98),
+        *("--save-interval", 1000, "--keep-checkpoints", 2, *fast),
+    )
+
+
+def sample(num_videos: int) -> None:
+    """Sample from scenes that training did not see, and draw film strips of what came of them."""
+    shutil.rmtree(DEMO / "held_out", ignore_errors=True)
     run(
         *("flashi2v-data", "shapes", DEMO / "held_out", "--num", num_videos),
         *("--seed", 2, "--size", SIZE, "--frames", FRAMES),
@@ -51,7 +104,8 @@ def prepare_held_out(num_videos: int) -> list[dict]:
     (DEMO / "image.txt").write_text(
         "".join(f"{DEMO}/held_out/first_frame_{number}.png\n" for number in range(num_videos))
     )
-    return records
+    run("flashi2v-infer", "--mm-model", HERE / "inference_model.json")
+    draw_strips(records)
 
 
 def draw_strips(records: list[dict]) -> None:
@@ -70,10 +124,12 @@ def draw_strips(records: list[dict]) -> None:
 
 
 def draw_loss() -> tuple[float, float]:
-    """Plot the loss; return its mean over the first and last tenth of the run."""
+    """Plot the loss, and write it down; return its mean over the first and last tenth of the run."""
     metrics = [json.loads(line) for line in (DEMO / "run/metrics.jsonl").read_text().splitlines()]
     loss = np.array([line["loss"] for line in metrics])
     window = max(1, len(loss) // 10)
+    lines = (f"{step + 1},{loss[step : step + 20].mean():.4f}\n" for step in range(0, len(loss), 20))
+    (DEMO / "loss.csv").write_text(f"first_step,mean_loss_of_20\n{''.join(lines)}")
     smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(np.arange(len(loss)) + 1, loss, color="0.8", label="step")
@@ -84,35 +140,45 @@ def draw_loss() -> tuple[float, float]:
     return float(loss[:window].mean()), float(loss[-window:].mean())
 
 
+def claim_directory(options: argparse.Namespace) -> None:
+    """Note in demo/ how it is made, and stop where it is being made in another way."""
+    told, note = json.dumps(vars(options)), DEMO / "recipe.json"
+    if DEMO.exists() and (not note.exists() or note.read_text() != told):
+        sys.exit(f"{DEMO}/ is there from something else: move it away or remove it, then run again")
+    DEMO.mkdir(exist_ok=True)
+    note.write_text(told)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=int, default=800, help="training videos (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="train the encoders, too, and everything for long")
+    parser.add_argument("--videos", type=int, help="training videos (default: 800, of --full 5000)")
+    parser.add_argument("--steps", type=int, help="training steps (default: 800, of --full 3500)")
     parser.add_argument("--samples", type=int, default=6, help="videos to sample (default: %(default)s)")
-    options = parser.parse_args()
-    if DEMO.exists():
-        sys.exit(f"{DEMO}/ exists: move it away or remove it, then run again")
-    started = time.monotonic()
-
-    run("flashi2v-data", "shapes", DEMO / "shapes", "--num", options.videos, "--size", SIZE, "--frames", FRAMES)
-    run("flashi2v-data", "filter", "--filter_config", HERE / "filter_config.yaml")
-    training_started = time.monotonic()
-    run(
-        *("flashi2v-train", "--mm-model", HERE / "pretrain_model.json", "--mm-data", HERE / "data.json"),
-        *("--save", DEMO / "run", "--train-iters", options.steps, "--micro-batch-size", 16, "--device", "cpu"),
-        *("--lr", 2e-3, "--lr-decay-style", "cosine", "--lr-warmup-iters", min(20, options.steps)),
-        *("--proj-lr-scale", 3, "--adam-beta2", 0.99, "--ema-decay", 0.98, "--feature-cache-gib", 1),
+    parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or npu (default: %(default)s)")
+    parser.add_argument(
+        "--fast", action="store_true", help="bf16 and compiled: for CPUs with AMX or GPUs, and a C++ compiler"
     )
-    training_seconds = time.monotonic() - training_started
-    records = prepare_held_out(options.samples)
-    run("flashi2v-infer", "--mm-model", HERE / "inference_model.json")
+    options = parser.parse_args()
+    options.videos = options.videos or (5000 if options.full else 800)
+    options.steps = options.steps or (3500 if options.full else 800)
+    claim_directory(options)
 
-    draw_strips(records)
+    started = time.monotonic()
+    get_encoders(options)
+    train(options)
+    sample(options.samples)
     first, last = draw_loss()
+    model = DEMO / "model"
+    convert = ("flashi2v-model", "convert", DEMO / "run", model, "--to", "diffusers", "--encoders", DEMO / "encoders")
+    run_unless(model, *convert, "--dtype", "fp16", "--shift", 3)
+    if options.full:
+        run_unless(
+            DEMO / "evaluation", "python", HERE / "evaluate.py", "--model", model, "--output", DEMO / "evaluation"
+        )
     print(
-        f"\ndemo/ holds videos/, film_strips.png and loss.png.\n"
-        f"loss {first:.3f} -> {last:.3f} in {options.steps} steps ({training_seconds:.0f} s); "
-        f"{time.monotonic() - started:.0f} s in all"
+        f"\ndemo/ holds model/, videos/, film_strips.png and loss.png.\n"
+        f"loss {first:.3f} -> {last:.3f} in {options.steps} steps; {time.monotonic() - started:.0f} s in all"
     )
 
 

@@ -106,7 +106,7 @@ def test_prompts_are_preprocessed_when_the_file_says_so(job, monkeypatch):
         (["--mm-model", "x.json"], "x.json: no such file"),
         (["--model", "y"], "--model also needs --image, --prompt, --output"),
         (["--model", "y", "--image", "first.png", "--prompt", "a cat"], "--model also needs --output"),
-        (["--model", "demo"], "--model demo is reserved for a built-in model of a later release"),
+        (["--model", "demo", "--resume"], "--resume: only together with --mm-model"),
         (["--modle", "y"], "--modle"),
         (["--model", "y", "--dtype", "int8"], "int8"),
         (["--model", "y", "--height", "tall"], "tall"),

@@ -1,5 +1,7 @@
 """The command line `flashi2v-infer`."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -9,12 +11,14 @@ import flashi2v_model
 from flashi2v_data.config import load_config
 from flashi2v_data.console import run
 from flashi2v_data.errors import InputError, StorageError
-from flashi2v_infer import __version__
+from flashi2v_infer import __version__, demo
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.settings import Request, SamplingSettings
 from flashi2v_model.config import SchedulerName
+
+logger = logging.getLogger(__name__)
 
 app = App(name="flashi2v-infer", version=__version__, help_format="plaintext")
 
@@ -62,6 +66,8 @@ def infer(
 
     Examples:
 
+    flashi2v-infer --model demo
+
     flashi2v-infer --mm-model inference_model.json --resume
 
     flashi2v-infer --model FlashI2V-1.3B --image cat.jpg --prompt "A cat turns its head." -o cat.mp4
@@ -75,7 +81,8 @@ def infer(
         Leave finished videos alone: those made from the same prompt, image, seed, settings and model. A video made
         from anything else is an error.
     model
-        A pipeline directory in diffusers' layout, or a hub id.
+        A pipeline directory in diffusers' layout, a hub id, or demo: the small model that comes with the package,
+        which needs no other option, and has defaults of its own (17 frames of 64x64, 25 steps, no guidance).
     image
         The first frame; any size, cropped to that of the video.
     prompt
@@ -135,12 +142,16 @@ def infer(
     assert model is not None
     if resume:
         raise InputError("--resume: only together with --mm-model, of whose videos some may be finished")
-    if model == "demo":
-        raise InputError("--model demo is reserved for a built-in model of a later release: give a directory or hub id")
-    settings = SamplingSettings(**{name: value for name, value in numbers.items() if value is not None})
-    missing = [_option(name) for name, value in required.items() if value is None]
+    chosen = {name: value for name, value in numbers.items() if value is not None}
+    is_demo = model == demo.NAME
+    settings = replace(demo.SETTINGS, **chosen) if is_demo else SamplingSettings(**chosen)
+    if is_demo:
+        model = str(demo.DIRECTORY)
+        image, output = image or demo.IMAGE, output or demo.OUTPUT
+        prompt = demo.PROMPT if prompt is None else prompt
     if image is None or prompt is None or output is None:
         if not (plan and dry_run):
+            missing = [_option(name) for name, value in required.items() if value is None]
             raise InputError(f"--model also needs {', '.join(missing)}")
         from flashi2v_infer.commands import plan_one
 
@@ -156,7 +167,10 @@ def infer(
     )
     from flashi2v_infer.commands import sample_one
 
-    sample_one(model, request, output, execution, scheduler=scheduler, strip=strip, plan=plan, dry_run=dry_run)
+    sample = sample_one(model, request, output, execution, scheduler=scheduler, strip=strip, plan=plan, dry_run=dry_run)
+    if is_demo and sample is not None:
+        for note in demo.notes(prompt, sample.vae_psnr):
+            logger.warning(note)
 
 
 def _option(name: str) -> str:

@@ -232,8 +232,8 @@ def sample_one(
     strip: Path | None = None,
     plan: bool = False,
     dry_run: bool = False,
-) -> None:
-    """Sample one video.
+) -> Sample | None:
+    """Sample one video, and return it where this process has written it.
 
     Args:
         model: a pipeline directory, or a hub id.
@@ -263,7 +263,7 @@ def sample_one(
             check_model(model)
             settled_device(execution)
         print(f"would write {output}")
-        return
+        return None
     quieten()
     with join_processes(execution.device or "auto", execution.context_parallel_size) as processes:
         if processes.num_replicas > 1:
@@ -292,7 +292,7 @@ def sample_one(
         except FloatingPointError as error:
             raise SamplingError(str(error)) from None
         if not processes.is_first:
-            return
+            return None
         record = _record(pipeline, origin(request, contents, source), sample)
         save_video(path, sample.frames, request.fps, record)
         if strip is not None:
@@ -300,6 +300,7 @@ def sample_one(
         print(f"wrote {output}" + (f" and {strip}" if strip else ""))
         if planned is not None:
             print(comparison(planned, meter.read()))
+        return sample
 
 
 def _shift(pipeline: FlashI2VPipeline) -> float:
