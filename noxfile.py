@@ -100,7 +100,7 @@ def wheels(session: nox.Session) -> None:
         session.run("python", "-c", f"import {module}; print({module}.__version__, {module}.__file__)")
         session.run(name, "--help", silent=True)
     install(session, *TEST_TOOLS)
-    names = ("test_package", "test_cli", "test_demo", "test_doctor")
+    names = ("test_package", "test_cli", "test_demo", "test_launcher", "test_doctor")
     files = [str(path) for name in names for path in Path().glob(f"packages/*/tests/{name}.py")]
     run_tests(session, "-m", "not slow", *files, "examples")
 

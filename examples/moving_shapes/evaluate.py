@@ -26,12 +26,11 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from flashi2v_data.randomness import generator
 from flashi2v_data.shapes import BACKGROUNDS, Scene, centres, render, sample_scene
-from flashi2v_data.strips import film_strip
+from flashi2v_data.strips import film_strip, stack
 from flashi2v_data.tracking import look, surroundings, track
 from flashi2v_infer import FlashI2VPipeline, demo, save_video, video_grid
 from flashi2v_infer.sample import psnr
@@ -131,13 +130,14 @@ def reconstruct(pipeline: FlashI2VPipeline, scene: Scene) -> NDArray[np.uint8]:
     """Pass the real video through the VAE, which no sampled one can surpass."""
     video = torch.from_numpy(draw(scene)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     decoded = decode_video(pipeline.vae, encode_video(pipeline.vae, video))[0].permute(1, 2, 3, 0)
-    return ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    return ((decoded + 1) * 127.5).round().to(torch.uint8).numpy()
 
 
+PACE = "pace right (of moving)"
 # What is counted, by name: whether a video passes.
 CHECKS: dict[str, Callable[[Verdict, Scene], bool]] = {
     "direction right": lambda verdict, scene: verdict.direction == scene.direction,
-    "pace right (of moving)": lambda verdict, scene: verdict.pace == scene.pace,
+    PACE: lambda verdict, scene: verdict.pace == scene.pace,
     "first frame at least 22 dB": lambda verdict, scene: verdict.first_frame_psnr >= 22,
     f"shape starts within {IN_PLACE:g} pixels": lambda verdict, scene: verdict.start_error <= IN_PLACE,
     "colour kept to the end": lambda verdict, scene: verdict.colour_kept,
@@ -160,7 +160,7 @@ def shares(judged: Judged) -> dict[str, float]:
     moving = [pair for pair in judged if pair[0].direction != "still"]
     found = {}
     for name, passes in CHECKS.items():
-        pairs = moving if "of moving" in name else judged
+        pairs = moving if name == PACE else judged
         found[name] = sum(passes(verdict, scene) for scene, verdict in pairs) / max(1, len(pairs))
     return found
 
@@ -219,12 +219,7 @@ def draw_strips(judged: Judged, videos: Sequence[NDArray[np.uint8]], path: Path,
         for i in indices
         for scene in [judged[i][0]]
     ]
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    sheet.save(path)
+    stack(strips).save(path)
 
 
 def draw_directions(sampler: Sampler, path: Path) -> None:

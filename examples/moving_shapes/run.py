@@ -25,7 +25,7 @@ from matplotlib import pyplot
 from PIL import Image
 
 from flashi2v_data import read_frames
-from flashi2v_data.strips import film_strip
+from flashi2v_data.strips import film_strip, stack
 from flashi2v_infer import demo
 
 HERE = Path("examples/moving_shapes")
@@ -70,8 +70,10 @@ def train(options: argparse.Namespace) -> None:
     run_unless(DEMO / "store", "flashi2v-data", "filter", "--filter_config", HERE / "filter_config.yaml")
     model = MODEL
     if options.fast:
+        before, slow, after = MODEL.read_text().partition('"dtype": "fp32", # of the VAE')
+        assert slow, f"{MODEL} no longer says which dtype is the VAE's"
         model = DEMO / MODEL.name
-        model.write_text(MODEL.read_text().replace('"dtype": "fp32", # of the VAE', '"dtype": "bf16",'))
+        model.write_text(f'{before}"dtype": "bf16",{after}')
     files = ("--mm-model", model, "--mm-data", DATA)
     processes = 2 if options.device == "cpu" else 1  # one clip is too small for the threads of one
     run(
@@ -117,10 +119,7 @@ def draw_strips(records: list[dict]) -> None:
         strip = film_strip(truth[0], generated, truth, tile_height=96)
         strip.save(DEMO / f"strip_{number}.png")
         strips.append(strip)
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
-    for number, strip in enumerate(strips):
-        sheet.paste(strip, (0, number * strip.height))
-    sheet.save(DEMO / "film_strips.png")
+    stack(strips).save(DEMO / "film_strips.png")
 
 
 def draw_loss() -> tuple[float, float]:

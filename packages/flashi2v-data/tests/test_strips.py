@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.strips import film_strip
+from flashi2v_data.strips import film_strip, stack
 
 COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 200, 200]], np.uint8)
 CONDITION = 2
@@ -52,3 +53,12 @@ def test_a_film_strip_of_different_sizes_is_refused():
         film_strip(video(0)[0], video(0, height=16, width=16))
     with pytest.raises(InputError, match="num_columns must be at least 2"):
         film_strip(video(0)[0], video(0), num_columns=1)
+
+
+def test_strips_are_stacked_below_each_other():
+    wide, high = Image.new("RGB", (8, 2), "red"), Image.new("RGB", (4, 6), "blue")
+    sheet = np.asarray(stack([wide, high]))
+    assert sheet.shape == (8, 8, 3)
+    assert (sheet[:2] == (255, 0, 0)).all()
+    assert (sheet[2:, :4] == (0, 0, 255)).all()
+    assert (sheet[2:, 4:] == 255).all()

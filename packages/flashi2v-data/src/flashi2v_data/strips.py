@@ -47,6 +47,16 @@ def film_strip(
     return _labelled_table(cells, caption, tile_height)
 
 
+def stack(strips: Sequence[Image.Image]) -> Image.Image:
+    """Put pictures below each other, as wide as the widest."""
+    sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    return sheet
+
+
 def _labelled_table(
     rows: Sequence[Sequence[tuple[str, NDArray[np.uint8]]]], caption: str, tile_height: int
 ) -> Image.Image:
