@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -32,6 +33,20 @@ HERE = Path("examples/moving_shapes")
 DEMO = Path("demo")
 MODEL, DATA = HERE / "pretrain_model.json", HERE / "data.json"
 SIZE, FRAMES = "64x64", 17
+
+
+class Sitting(NamedTuple):
+    """One run of flashi2v-train; a later one starts from the averaged weights of the one before."""
+
+    steps: int
+    lr: float
+    decay: str
+
+
+SITTINGS = {
+    "quick": [Sitting(800, 1.5e-3, "WSD")],
+    "full": [Sitting(3500, 1.5e-3, "WSD"), Sitting(6500, 1e-3, "linear")],
+}
 
 
 def run(*command: object) -> None:
@@ -60,35 +75,67 @@ def get_encoders(options: argparse.Namespace) -> None:
         shutil.copytree(demo.DIRECTORY / part, encoders / part, dirs_exist_ok=True)
 
 
-def train(options: argparse.Namespace) -> None:
-    """Make and filter videos, encode them, train the transformer."""
+def make_features(options: argparse.Namespace) -> None:
+    """Make and filter videos, and encode them."""
     run_unless(
         DEMO / "shapes",
         *("flashi2v-data", "shapes", DEMO / "shapes", "--num", options.videos),
         *("--size", SIZE, "--frames", FRAMES, "--pairs", "seen"),
     )
     run_unless(DEMO / "store", "flashi2v-data", "filter", "--filter_config", HERE / "filter_config.yaml")
-    model = MODEL
-    if options.fast:
-        before, slow, after = MODEL.read_text().partition('"dtype": "fp32", # of the VAE')
-        assert slow, f"{MODEL} no longer says which dtype is the VAE's"
-        model = DEMO / MODEL.name
-        model.write_text(f'{before}"dtype": "bf16",{after}')
-    files = ("--mm-model", model, "--mm-data", DATA)
     processes = 2 if options.device == "cpu" else 1  # one clip is too small for the threads of one
     run(
-        *("flashi2v-encode", *files, "--output", DEMO / "features"),
+        *("flashi2v-encode", "--mm-model", model_file(options), "--mm-data", DATA, "--output", DEMO / "features"),
         *("--device", options.device, "--nproc-per-node", processes),
     )
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train the transformer, in as many sittings as the recipe has; the last one is demo/run."""
     fast = ["--bf16", "--compile"] if options.fast else ["--no-bf16"]
-    run(
-        *("flashi2v-train", *files, "--save", DEMO / "run", "--train-iters", options.steps, "--device", options.device),
-        *("--micro-batch-size", 32, "--lr", 1.5e-3, "--lr-warmup-iters", min(100, options.steps // 10)),
-        *("--lr-decay-style", "WSD", "--lr-wsd-decay-style", "linear"),
-        *("--lr-wsd-decay-iters", options.steps // 4),
-        *("--proj-lr-scale", 5, "--adam-beta2", 0.99, "--ema-decay", 0.998 if options.full else 0.98),
-        *("--save-interval", 1000, "--keep-checkpoints", 2, *fast),
+    start = None
+    for number, sitting in enumerate(options.sittings, 1):
+        last = number == len(options.sittings)
+        save = DEMO / ("run" if last else f"run_{number}")
+        run(
+            *("flashi2v-train", "--mm-model", model_file(options, start), "--mm-data", DATA, "--save", save),
+            *("--train-iters", sitting.steps, "--device", options.device, "--micro-batch-size", 32),
+            *("--lr", sitting.lr, "--lr-warmup-iters", min(100, sitting.steps // 10)),
+            *("--lr-decay-style", sitting.decay, "--lr-wsd-decay-style", "linear"),
+            *("--lr-wsd-decay-iters", sitting.steps // 4),
+            *("--proj-lr-scale", 5, "--adam-beta2", 0.99, "--ema-decay", 0.998 if options.full else 0.98),
+            *("--save-interval", 1000, "--keep-checkpoints", 2, *fast),
+        )
+        start = convert(save, DEMO / ("model" if last else f"model_{number}")) / "transformer"
+
+
+def model_file(options: argparse.Namespace, start: Path | None = None) -> Path:
+    """Return the model's config, as it is or with what this run changes: the VAE in bf16, weights to start from."""
+    changes = {}
+    if options.fast:
+        changes['"dtype": "fp32", # of the VAE'] = '"dtype": "bf16",'
+    if start:
+        name = '"model_id": "flashi2vdit",'
+        changes[name] = f'{name}\n        "from_pretrained": "{start}",'
+    if not changes:
+        return MODEL
+    text = MODEL.read_text()
+    for old, new in changes.items():
+        assert text.count(old) == 1, f"{MODEL} no longer says {old}"
+        text = text.replace(old, new)
+    made = DEMO / (f"{start.parent.name}_go_on.json" if start else MODEL.name)
+    made.write_text(text)
+    return made
+
+
+def convert(trained: Path, model: Path) -> Path:
+    """Make a model of a run, for flashi2v-infer."""
+    run_unless(
+        model,
+        *("flashi2v-model", "convert", trained, model, "--to", "diffusers", "--encoders", DEMO / "encoders"),
+        *("--dtype", "fp16", "--shift", 3),
     )
+    return model
 
 
 def sample(num_videos: int) -> None:
@@ -123,8 +170,9 @@ def draw_strips(records: list[dict]) -> None:
 
 
 def draw_loss() -> tuple[float, float]:
-    """Plot the loss, and write it down; return its mean over the first and last tenth of the run."""
-    metrics = [json.loads(line) for line in (DEMO / "run/metrics.jsonl").read_text().splitlines()]
+    """Plot the loss, and write it down; return its mean over the first and last tenth of all steps."""
+    logs = [*sorted(DEMO.glob("run_*/metrics.jsonl")), DEMO / "run/metrics.jsonl"]
+    metrics = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     loss = np.array([line["loss"] for line in metrics])
     window = max(1, len(loss) // 10)
     lines = (f"{step + 1},{loss[step : step + 20].mean():.4f}\n" for step in range(0, len(loss), 20))
@@ -152,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="train the encoders, too, and everything for long")
     parser.add_argument("--videos", type=int, help="training videos (default: 800, of --full 5000)")
-    parser.add_argument("--steps", type=int, help="training steps (default: 800, of --full 3500)")
+    parser.add_argument("--steps", type=int, help="training steps (default: 800, of --full 3500 and then 6500)")
     parser.add_argument("--samples", type=int, default=6, help="videos to sample (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or npu (default: %(default)s)")
     parser.add_argument(
@@ -160,24 +208,24 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.videos = options.videos or (5000 if options.full else 800)
-    options.steps = options.steps or (3500 if options.full else 800)
+    options.sittings = SITTINGS["full" if options.full else "quick"]
+    if options.steps:
+        options.sittings = [options.sittings[0]._replace(steps=options.steps)]
     claim_directory(options)
 
     started = time.monotonic()
     get_encoders(options)
+    make_features(options)
     train(options)
     sample(options.samples)
     first, last = draw_loss()
-    model = DEMO / "model"
-    convert = ("flashi2v-model", "convert", DEMO / "run", model, "--to", "diffusers", "--encoders", DEMO / "encoders")
-    run_unless(model, *convert, "--dtype", "fp16", "--shift", 3)
     if options.full:
-        run_unless(
-            DEMO / "evaluation", "python", HERE / "evaluate.py", "--model", model, "--output", DEMO / "evaluation"
-        )
+        found = DEMO / "evaluation"
+        run_unless(found, "python", HERE / "evaluate.py", "--model", DEMO / "model", "--output", found)
     print(
         f"\ndemo/ holds model/, videos/, film_strips.png and loss.png.\n"
-        f"loss {first:.3f} -> {last:.3f} in {options.steps} steps; {time.monotonic() - started:.0f} s in all"
+        f"loss {first:.3f} -> {last:.3f} in {sum(sitting.steps for sitting in options.sittings)} steps; "
+        f"{time.monotonic() - started:.0f} s in all"
     )
 
 

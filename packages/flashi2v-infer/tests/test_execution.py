@@ -146,7 +146,7 @@ def test_slices_are_equal_tiles_nearly_and_the_vae_is_left_as_it_was(vae, photog
     whole = decode_video(vae, latents)
     sliced, way = decode_within_memory(vae, latents, Execution(vae_slicing=True, vae_tiling=False))
     assert way == "whole pictures, one video at a time"
-    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-4)  # of 2; CPUs differ in how they add
     tiled, way = decode_within_memory(vae, latents, Execution(vae_tiling=True))
     assert way == "tiles of 128 pixels, 96 apart, one video at a time"
     assert tiled.shape == whole.shape

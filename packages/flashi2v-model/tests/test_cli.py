@@ -16,7 +16,10 @@ import pytest
 import torch
 from golden import SMALL, small_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flashi2v_model import FlashI2VTransformer3DModel, InputError, cli, convert_state_dict, load_weights
 from flashi2v_model.layouts import NEW_LAYERS
@@ -304,6 +307,19 @@ def test_init_and_convert_make_pipelines_with_the_encoders_given(run, tmp_path):
     shift = ["--shift", 2.5]
     run("convert", tmp_path / "tiny", tmp_path / "low", "--to", "diffusers", "--encoders", tmp_path / "tiny", *shift)
     assert json.loads((tmp_path / "low/scheduler/scheduler_config.json").read_text())["shift"] == 2.5
+
+
+def test_a_tokenizer_of_transformers_5_is_written_so_that_4_reads_it(run, tmp_path):
+    run("init", tmp_path / "tiny", "--preset", "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "tokenizer")
+    core = Tokenizer(WordLevel({"<unk>": 0, "red": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(tmp_path / "tiny" / "tokenizer")
+    run("convert", tmp_path / "tiny", tmp_path / "new", "--to", "diffusers", "--encoders", tmp_path / "tiny")
+    index = json.loads((tmp_path / "new/model_index.json").read_text())
+    config = json.loads((tmp_path / "new/tokenizer/tokenizer_config.json").read_text())
+    assert index["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoTokenizer.from_pretrained(tmp_path / "new/tokenizer")("red").input_ids == [1]
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -34,6 +34,8 @@ _COMPONENTS = {
     "transformer": ("flashi2v_model.transformer", "FlashI2VTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
 }
+# What transformers 5 calls a tokenizer without a class of its own, and the name that 4 and 5 both know.
+_TOKENIZERS_NAMES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def save(name: str, directory: Path) -> None:
@@ -83,6 +85,9 @@ def save_pipeline(
     _save_sampler(transformer, directory, max_shard_size, shift)
     for part in parts:
         shutil.copytree(encoders / part, directory / part)
+    config = directory / "tokenizer" / "tokenizer_config.json"
+    if config.exists():
+        config.write_text(config.read_text().replace(*_TOKENIZERS_NAMES))
     _write_index(directory)
 
 
@@ -106,7 +111,7 @@ def _write_index(directory: Path) -> None:
 
 def _tokenizer_class(directory: Path) -> str:
     """diffusers wants the tokenizer's own class, which AutoTokenizer reads off the files."""
-    return type(AutoTokenizer.from_pretrained(directory / "tokenizer")).__name__
+    return type(AutoTokenizer.from_pretrained(directory / "tokenizer")).__name__.replace(*_TOKENIZERS_NAMES)
 
 
 def _save_tiny_encoders(directory: Path, text_dim: int) -> None:

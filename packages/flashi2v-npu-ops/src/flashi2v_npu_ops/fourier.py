@@ -88,9 +88,8 @@ _check_values.register_fake(torch.empty_like)
 def _reference(latent: Tensor, ratio: Tensor, magnitude: bool) -> tuple[Tensor, Tensor, Tensor]:
     height, width = latent.shape[-2:]
     spectrum = torch.fft.fftshift(torch.fft.fft2(latent), dim=(-2, -1))  # (B, C, H, W)
-    y = torch.arange(height, dtype=latent.dtype, device=latent.device) - height // 2
-    x = torch.arange(width, dtype=latent.dtype, device=latent.device) - width // 2
-    radius = (y[:, None].square() + x.square()).sqrt()  # (H, W)
+    y, x = torch.arange(height) - height // 2, torch.arange(width) - width // 2
+    radius = _radius(y, x, latent.dtype).to(latent.device)  # (H, W)
     profile = _magnitude(spectrum).mean(1).flatten(1)  # (B, H*W)
     radii, order = radius.flatten().sort(stable=True)
     cumulated = profile[:, order].cumsum(-1)  # (B, H*W)
@@ -206,10 +205,16 @@ class _OrderTable:
 def _order_table(height: int, width: int, device: torch.device, dtype: torch.dtype) -> _OrderTable:
     with torch.inference_mode(False):  # tables made while sampling must serve a training step, too
         y = (torch.arange(height) + height // 2) % height - height // 2
-        radius = (y[:, None].square() + torch.arange(width // 2 + 1).square()).to(dtype).sqrt()
+        radius = _radius(y, torch.arange(width // 2 + 1), dtype)
         radii, order = radius.flatten().sort(stable=True)
         multiplicity = _column_multiplicity(width, dtype).expand(height, -1).flatten()[order]
         return _OrderTable(*(part.to(device) for part in (radius, order, radii, multiplicity)))
+
+
+def _radius(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return how far every pair of an integer y (H,) and x (W,) is from the centre bin: (H, W)."""
+    # Rounded from fp64: the last bit of an fp32 root differs between CPUs, and equal radii must be equal numbers.
+    return (y[:, None].square() + x.square()).double().sqrt().to(dtype)
 
 
 def _column_multiplicity(width: int, dtype: torch.dtype) -> Tensor:
