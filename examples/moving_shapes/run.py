@@ -170,18 +170,18 @@ def draw_strips(records: list[dict]) -> None:
 
 
 def draw_loss() -> tuple[float, float]:
-    """Plot the loss, and write it down; return its mean over the first and last tenth of all steps."""
+    """Plot the loss, and write it down; return its mean over the first and last tenth of the steps, at most 100."""
     logs = [*sorted(DEMO.glob("run_*/metrics.jsonl")), DEMO / "run/metrics.jsonl"]
     metrics = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     loss = np.array([line["loss"] for line in metrics])
-    window = max(1, len(loss) // 10)
+    window = min(100, max(1, len(loss) // 10))
     lines = (f"{step + 1},{loss[step : step + 20].mean():.4f}\n" for step in range(0, len(loss), 20))
     (DEMO / "loss.csv").write_text(f"first_step,mean_loss_of_20\n{''.join(lines)}")
     smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(np.arange(len(loss)) + 1, loss, color="0.8", label="step")
     axes.plot(np.arange(len(smooth)) + window, smooth, label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="loss", title="FlashI2V on moving shapes")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="FlashI2V on moving shapes")
     axes.legend()
     figure.savefig(DEMO / "loss.png", dpi=120)
     return float(loss[:window].mean()), float(loss[-window:].mean())

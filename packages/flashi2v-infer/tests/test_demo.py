@@ -53,7 +53,7 @@ def test_with_no_other_option_it_samples_the_bundled_image(tmp_path, monkeypatch
     motion = track(video, STAR)
     assert (motion.direction, motion.pace) == ("upper right", "quickly")
     assert np.linalg.norm(motion.path[0] - centres(STAR, 17, 64, 64, 16)[0]) < 3
-    assert look(video[-1], STAR, motion.path[-1])[1] == "pink"
+    assert look(video[-1], STAR, motion.path[-1]) == ("star", "pink")
     record = json.loads(Path("demo.json").read_text())
     assert record["first_frame_psnr"] > 22
     assert record["settings"]["num_inference_steps"] == 25

@@ -9,22 +9,25 @@ import os
 import shutil
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.multiprocessing
+from test_features import LOADED
 
+from flashi2v_train import encode
 from flashi2v_train.clip import AdaptiveClip, scale_gradients, share_of_square
 from flashi2v_train.config import read_run_config
 from flashi2v_train.cost import count_parameters
-from flashi2v_train.options import TrainOptions
+from flashi2v_train.options import EncodeOptions, TrainOptions
 from flashi2v_train.parallel import join_world
 from flashi2v_train.processes import StopSignal
 from flashi2v_train.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the table takes minutes on two busy cores
 
-NUM_PROCESSES, STEPS, SAVED_AT = 4, 5, 3
+NUM_PROCESSES, STEPS, SAVED_AT = 4, 4, 2
 PIPELINE = {"pipeline_model_parallel_size": 2}
 # Norms before and after adaptive clipping, of the public NPU release; see test_parts.
 CLIP_TRACE = ((0.8, 0.8), (1.2, 0.999999), (0.9, 0.9), (0.7, 0.7), (1.1, 1.0896), (0.95, 0.95), (6.0, 1.089669))
@@ -78,9 +81,11 @@ RELAYOUTS = [
 RESUMED = {f"{old} -> {new}": (old, new) for old, new in RELAYOUTS}
 
 
-def make_options(workspace, name: str, save: Path) -> TrainOptions:
+def make_options(workspace, name: str, save: Path, features: Path) -> TrainOptions:
     _, options, split = LAYOUTS[name]
     changes = {
+        **LOADED,
+        "data.dataset_param.features_path": str(features),
         "model.predictor.num_layers": 6,
         "model.predictor.num_heads": 4,
         "model.predictor.pipeline_num_layers": split,
@@ -116,17 +121,25 @@ class Recorded(Trainer):
         return super()._update(*arguments)
 
 
-def run_case(rank: int, num_processes: int, port: int, options: TrainOptions) -> dict[str, torch.Tensor]:
+class Case(NamedTuple):
+    name: str
+    num_processes: int
+    port: int
+    options: TrainOptions
+    start: Path | None  # the run that it goes on with
+
+
+def run_case(rank: int, case: Case) -> dict[str, torch.Tensor]:
     os.environ |= {
         "RANK": str(rank),
-        "WORLD_SIZE": str(num_processes),
+        "WORLD_SIZE": str(case.num_processes),
         "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(case.num_processes),
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(case.port),
     }
-    config = read_run_config(options)
-    with join_world("cpu", config.layout(num_processes)) as world:
+    config = read_run_config(case.options)
+    with join_world("cpu", config.layout(case.num_processes)) as world:
         trainer = Recorded(config, world)
         trainer.run(StopSignal())
         trace = clip_trace(trainer)
@@ -154,41 +167,46 @@ def clip_trace(trainer: Trainer) -> torch.Tensor:
     return torch.tensor(clipped)
 
 
-def work(rank: int, cases: list[tuple[str, int, TrainOptions]], ports: list[int], directory: Path) -> None:
+def work(rank: int, cases: list[Case], directory: Path) -> None:
     torch.set_num_threads(1)
-    for number, ((name, num_processes, options), port) in enumerate(zip(cases, ports)):
-        if rank >= num_processes:
+    for number, case in enumerate(cases):
+        if rank >= case.num_processes:
             continue
+        if rank == 0 and case.start:
+            go_back(case.start, case.options.save)  # the others wait to be joined
         try:
-            result = run_case(rank, num_processes, port, options)
+            result = run_case(rank, case)
         except Exception as error:
-            raise RuntimeError(f"{name}: {traceback.format_exc()}") from error
+            raise RuntimeError(f"{case.name}: {traceback.format_exc()}") from error
         torch.save(result, directory / f"{number}-{rank}.pt")
+
+
+def go_back(old: Path, new: Path) -> None:
+    """Copy a run as it was when it was first saved."""
+    shutil.copytree(old, new)
+    (new / "latest_checkpointed_iteration.txt").write_text(f"{SAVED_AT}\n")
+    shutil.rmtree(new / f"iter_{STEPS:07d}")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, new_workspace, free_ports) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
     """Directory and first gradients of every case."""
     root = tmp_path_factory.mktemp("layouts")
-    cases, places = [], {}
-    for number, name in enumerate([*LAYOUTS, *RESUMED]):
-        place = root / str(number)
-        place.mkdir()
-        places[name] = place / "run"
-        layout = RESUMED.get(name, (name, name))[1]
-        cases.append((name, LAYOUTS[layout][0], make_options(new_workspace(place), layout, places[name])))
-    spawn(cases[: len(LAYOUTS)], free_ports(len(LAYOUTS)), root)
-    gradients = {name: collect(root, number, LAYOUTS[name][0]) for number, name in enumerate(LAYOUTS)}
-    for name, (old, _) in RESUMED.items():
-        shutil.copytree(places[old], places[name])
-        (places[name] / "latest_checkpointed_iteration.txt").write_text(f"{SAVED_AT}\n")
-        shutil.rmtree(places[name] / f"iter_{STEPS:07d}")
-    spawn(cases[len(LAYOUTS) :], free_ports(len(RESUMED)), root)
-    return {name: (places[name], gradients.get(name, {})) for name in places}
-
-
-def spawn(cases: list[tuple[str, int, TrainOptions]], ports: list[int], root: Path) -> None:
-    torch.multiprocessing.spawn(work, (cases, ports, root), nprocs=NUM_PROCESSES)
+    names = {**{name: (None, name) for name in LAYOUTS}, **RESUMED}  # where from, and the layout
+    places = {name: root / str(number) for number, name in enumerate(names)}
+    features = (
+        root / "features"
+    )  # as one process would make them: who encodes what on a layout is test_features' matter
+    encode.launch(options=EncodeOptions(**new_workspace(root).files(), output=features, device="cpu"))
+    cases = []
+    for port, (name, (old, layout)) in zip(free_ports(len(names)), names.items()):
+        places[name].mkdir()
+        options = make_options(new_workspace(places[name]), layout, places[name] / "run", features)
+        cases.append(Case(name, LAYOUTS[layout][0], port, options, places[old] / "run" if old else None))
+    torch.multiprocessing.spawn(work, (cases, root), nprocs=NUM_PROCESSES)
+    return {
+        case.name: (case.options.save, collect(root, number, case.num_processes)) for number, case in enumerate(cases)
+    }
 
 
 def collect(root: Path, number: int, num_processes: int) -> dict[str, torch.Tensor]:
