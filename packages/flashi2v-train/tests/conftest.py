@@ -28,6 +28,13 @@ class Workspace:
 
     def __init__(self, directory: Path, inputs: Path) -> None:
         self.directory = directory
+        # Changes for a run that reads features; where from is `data.dataset_param.features_path`.
+        self.loaded = {
+            "model.load_video_features": True,
+            "model.load_text_features": True,
+            "data.dataset_param.load_video_features": True,
+            "data.dataset_param.load_text_features": True,
+        }
         self.model = {
             "load_video_features": False,
             "task": "t2v",

@@ -22,14 +22,6 @@ from flashi2v_train.options import TrainOptions
 from flashi2v_train.parallel import join_world
 from flashi2v_train.trainer import train
 
-LOADED = {
-    "model.load_video_features": True,
-    "model.load_text_features": True,
-    "data.dataset_param.load_video_features": True,
-    "data.dataset_param.load_text_features": True,
-}
-
-
 # One frame of five, mirrored or not: features are then of the first epoch's draws.
 DRAWN = {"data.dataset_param.sample_num_frames": 1}
 
@@ -47,7 +39,11 @@ def run_encode(workspace, monkeypatch, changes=None, output="features", code=0, 
 
 def loading(workspace, changes=None) -> dict:
     """The settings of a run that reads what `run_encode` wrote."""
-    return {**LOADED, "data.dataset_param.features_path": str(workspace.directory / "features"), **(changes or {})}
+    return {
+        **workspace.loaded,
+        "data.dataset_param.features_path": str(workspace.directory / "features"),
+        **(changes or {}),
+    }
 
 
 def run_training(workspace, name, changes=None, **options) -> list[float]:
@@ -100,7 +96,7 @@ def test_only_text_may_come_from_a_store_and_the_vae_may_then_be_another(workspa
     other = workspace.directory / "vae"
     shutil.copytree(inputs / "model/vae", other)
     (other / "note.json").write_text("{}")
-    texts = {key: value for key, value in LOADED.items() if "text" in key}
+    texts = {key: value for key, value in workspace.loaded.items() if "text" in key}
     place = {**texts, "data.dataset_param.features_path": str(output), "model.ae.from_pretrained": str(other)}
     assert run_training(workspace, "texts", place) == run_training(workspace, "pixels")
 

@@ -14,13 +14,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.multiprocessing
-from test_features import LOADED
 
 from flashi2v_train import encode
 from flashi2v_train.clip import AdaptiveClip, scale_gradients, share_of_square
 from flashi2v_train.config import read_run_config
 from flashi2v_train.cost import count_parameters
-from flashi2v_train.options import EncodeOptions, TrainOptions
+from flashi2v_train.options import TrainOptions
 from flashi2v_train.parallel import join_world
 from flashi2v_train.processes import StopSignal
 from flashi2v_train.trainer import Trainer
@@ -84,7 +83,7 @@ RESUMED = {f"{old} -> {new}": (old, new) for old, new in RELAYOUTS}
 def make_options(workspace, name: str, save: Path, features: Path) -> TrainOptions:
     _, options, split = LAYOUTS[name]
     changes = {
-        **LOADED,
+        **workspace.loaded,
         "data.dataset_param.features_path": str(features),
         "model.predictor.num_layers": 6,
         "model.predictor.num_heads": 4,
@@ -197,7 +196,7 @@ def runs(tmp_path_factory, new_workspace, free_ports) -> dict[str, tuple[Path, d
     features = (
         root / "features"
     )  # as one process would make them: who encodes what on a layout is test_features' matter
-    encode.launch(options=EncodeOptions(**new_workspace(root).files(), output=features, device="cpu"))
+    encode.launch(options=encode.EncodeOptions(**new_workspace(root).files(), output=features, device="cpu"))
     cases = []
     for port, (name, (old, layout)) in zip(free_ports(len(names)), names.items()):
         places[name].mkdir()
