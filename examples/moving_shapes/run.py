@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 
@@ -33,20 +32,6 @@ HERE = Path("examples/moving_shapes")
 DEMO = Path("demo")
 MODEL, DATA = HERE / "pretrain_model.json", HERE / "data.json"
 SIZE, FRAMES = "64x64", 17
-
-
-class Sitting(NamedTuple):
-    """One run of flashi2v-train; a later one starts from the averaged weights of the one before."""
-
-    steps: int
-    lr: float
-    decay: str
-
-
-SITTINGS = {
-    "quick": [Sitting(800, 1.5e-3, "WSD")],
-    "full": [Sitting(3500, 1.5e-3, "WSD"), Sitting(6500, 1e-3, "linear")],
-}
 
 
 def run(*command: object) -> None:
@@ -91,20 +76,22 @@ def make_features(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train the transformer, in as many sittings as the recipe has; the last one is demo/run."""
+    """Train the transformer, in one sitting or more: each starts from the averaged weights of the one before."""
     fast = ["--bf16", "--compile"] if options.fast else ["--no-bf16"]
     start = None
-    for number, sitting in enumerate(options.sittings, 1):
-        last = number == len(options.sittings)
+    for number, steps in enumerate(options.steps, 1):
+        last = number == len(options.steps)
         save = DEMO / ("run" if last else f"run_{number}")
+        if number == 1:
+            rate = ("--lr", 1.5e-3, "--lr-decay-style", "WSD", "--lr-wsd-decay-style", "linear")
+            rate += ("--lr-wsd-decay-iters", steps // 4)
+        else:
+            rate = ("--lr", 1e-3, "--lr-decay-style", "linear")
         run(
             *("flashi2v-train", "--mm-model", model_file(options, start), "--mm-data", DATA, "--save", save),
-            *("--train-iters", sitting.steps, "--device", options.device, "--micro-batch-size", 32),
-            *("--lr", sitting.lr, "--lr-warmup-iters", min(100, sitting.steps // 10)),
-            *("--lr-decay-style", sitting.decay, "--lr-wsd-decay-style", "linear"),
-            *("--lr-wsd-decay-iters", sitting.steps // 4),
-            *("--proj-lr-scale", 5, "--adam-beta2", 0.99, "--ema-decay", 0.998 if options.full else 0.98),
-            *("--save-interval", 1000, "--keep-checkpoints", 2, *fast),
+            *("--train-iters", steps, "--device", options.device, "--micro-batch-size", 32),
+            *(*rate, "--lr-warmup-iters", min(100, steps // 10), "--proj-lr-scale", 5, "--adam-beta2", 0.99),
+            *("--ema-decay", 0.998 if options.full else 0.98, "--save-interval", 1000, "--keep-checkpoints", 2, *fast),
         )
         start = convert(save, DEMO / ("model" if last else f"model_{number}")) / "transformer"
 
@@ -200,7 +187,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="train the encoders, too, and everything for long")
     parser.add_argument("--videos", type=int, help="training videos (default: 800, of --full 5000)")
-    parser.add_argument("--steps", type=int, help="training steps (default: 800, of --full 3500 and then 6500)")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", help="training steps of each sitting (default: 800, of --full 3500 6500)"
+    )
     parser.add_argument("--samples", type=int, default=6, help="videos to sample (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or npu (default: %(default)s)")
     parser.add_argument(
@@ -208,9 +197,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.videos = options.videos or (5000 if options.full else 800)
-    options.sittings = SITTINGS["full" if options.full else "quick"]
-    if options.steps:
-        options.sittings = [options.sittings[0]._replace(steps=options.steps)]
+    options.steps = options.steps or ([3500, 6500] if options.full else [800])
     claim_directory(options)
 
     started = time.monotonic()
@@ -224,7 +211,7 @@ def main() -> None:
         run_unless(found, "python", HERE / "evaluate.py", "--model", DEMO / "model", "--output", found)
     print(
         f"\ndemo/ holds model/, videos/, film_strips.png and loss.png.\n"
-        f"loss {first:.3f} -> {last:.3f} in {sum(sitting.steps for sitting in options.sittings)} steps; "
+        f"loss {first:.3f} -> {last:.3f} in {sum(options.steps)} steps; "
         f"{time.monotonic() - started:.0f} s in all"
     )
 

@@ -28,8 +28,8 @@ def demo(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkout")
     (directory / "examples").symlink_to(EXAMPLES)
     script = "examples/moving_shapes/run.py"
-    done = command(directory, "python", script, "--videos", 32, "--steps", 4, "--samples", 2)
-    assert "loss " in done.stdout.splitlines()[-1]
+    done = command(directory, "python", script, "--videos", 32, "--steps", 4, 4, "--samples", 2)
+    assert "in 8 steps" in done.stdout.splitlines()[-1]
     return directory
 
 
@@ -43,6 +43,7 @@ def test_the_demo_leaves_videos_strips_and_the_loss_curve(demo):
     strips = Image.open(demo / "demo/film_strips.png")
     assert strips.height == 2 * Image.open(demo / "demo/strip_0.png").height
     assert Image.open(demo / "demo/loss.png").width > 500
+    assert (demo / "demo/loss.csv").read_text().count("\n") == 2  # both sittings in one line of twenty
     steps = [json.loads(line)["step"] for line in (demo / "demo/run/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 
