@@ -142,7 +142,7 @@ def on_accelerator(session: nox.Session, device: str) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Moving shapes: make videos, filter, train a few minutes, sample; the result is in demo/."""
+    """Moving shapes: make videos, filter, train some ten minutes, sample; the result is in demo/."""
     install_editable(session, "matplotlib>=3.8")
     session.run("python", "examples/moving_shapes/run.py", *session.posargs)
 

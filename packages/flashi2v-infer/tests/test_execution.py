@@ -1,3 +1,4 @@
+import copy
 import gc
 import json
 import subprocess
@@ -137,6 +138,8 @@ def test_the_predicted_peak_is_what_decoding_takes(vae, way):
 
 @torch.no_grad()
 def test_slices_are_equal_tiles_nearly_and_the_vae_is_left_as_it_was(vae, photograph):
+    # In fp32, one video and two round apart, how far depends on the CPU.
+    vae = copy.deepcopy(vae).double()
     height, width = 192, 256
     frames = torch.stack(
         [prepare_image(picture, height, width) for picture in (photograph, photograph[:, ::-1].copy())]
@@ -146,7 +149,7 @@ def test_slices_are_equal_tiles_nearly_and_the_vae_is_left_as_it_was(vae, photog
     whole = decode_video(vae, latents)
     sliced, way = decode_within_memory(vae, latents, Execution(vae_slicing=True, vae_tiling=False))
     assert way == "whole pictures, one video at a time"
-    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-4)  # of 2; CPUs differ in how they add
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-6)
     tiled, way = decode_within_memory(vae, latents, Execution(vae_tiling=True))
     assert way == "tiles of 128 pixels, 96 apart, one video at a time"
     assert tiled.shape == whole.shape

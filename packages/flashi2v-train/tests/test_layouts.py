@@ -26,7 +26,7 @@ from flashi2v_train.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the table takes minutes on two busy cores
 
-NUM_PROCESSES, STEPS, SAVED_AT = 4, 4, 2
+NUM_PROCESSES, STEPS, SAVED_AT = 4, 5, 3
 PIPELINE = {"pipeline_model_parallel_size": 2}
 # Norms before and after adaptive clipping, of the public NPU release; see test_parts.
 CLIP_TRACE = ((0.8, 0.8), (1.2, 0.999999), (0.9, 0.9), (0.7, 0.7), (1.1, 1.0896), (0.95, 0.95), (6.0, 1.089669))
@@ -193,9 +193,7 @@ def runs(tmp_path_factory, new_workspace, free_ports) -> dict[str, tuple[Path, d
     root = tmp_path_factory.mktemp("layouts")
     names = {**{name: (None, name) for name in LAYOUTS}, **RESUMED}  # where from, and the layout
     places = {name: root / str(number) for number, name in enumerate(names)}
-    features = (
-        root / "features"
-    )  # as one process would make them: who encodes what on a layout is test_features' matter
+    features = root / "features"  # made by one process; who encodes what on a layout is test_features' matter
     encode.launch(options=encode.EncodeOptions(**new_workspace(root).files(), output=features, device="cpu"))
     cases = []
     for port, (name, (old, layout)) in zip(free_ports(len(names)), names.items()):
