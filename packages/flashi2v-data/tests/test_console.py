@@ -1,4 +1,7 @@
+import errno
 import logging
+import os
+import subprocess
 import sys
 from typing import Annotated, Literal
 
@@ -16,7 +19,7 @@ class Options(BaseModel):
 
 
 class CustomError(Exception):
-    pass
+    exit_code = 7
 
 
 app = App(name="tool", help_format="plaintext")
@@ -32,15 +35,27 @@ def command(mode: str, *, options: Annotated[Options | None, Parameter(name="*")
         raise KeyboardInterrupt
     if mode == "bug":
         raise RuntimeError("a bug")
+    if mode == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "videos/a.mp4")
+    if mode == "controls":
+        raise InputError("\x1b[2J" + 600 * "x")
+    if mode == "captions":
+        for _ in range(2000):
+            print("夜空中的 star")
+        print("worked on", file=sys.stderr)
+        return
     logging.getLogger("flashi2v_data.somewhere").info("working on %s", mode)
     logging.getLogger("other").info("chatter")
     print(options)
 
 
-def _run(monkeypatch, capsys, *arguments: str, errors=(InputError,)) -> tuple[int, str, str]:
+_PROGRAM = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_console import app, run; run(app)"
+
+
+def _run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["tool", *arguments])
     with pytest.raises(SystemExit) as caught:
-        run(app, errors=errors)
+        run(app)
     output = capsys.readouterr()
     return caught.value.code or 0, output.out, output.err
 
@@ -87,8 +102,42 @@ def test_another_process_than_the_first_of_torchrun_lets_it_speak_before_it_says
     assert [(seconds, said.err) for seconds, said in waited] == [(5, "")]
 
 
-def test_further_errors_may_be_named(monkeypatch, capsys):
-    assert _run(monkeypatch, capsys, "custom", errors=(InputError, CustomError))[0] == 2
+def test_an_error_of_any_package_ends_with_its_own_exit_code(monkeypatch, capsys):
+    assert _run(monkeypatch, capsys, "custom") == (7, "", "tool: asked for\n")
+
+
+def test_what_the_machine_refuses_is_told_in_words_that_name_the_file(monkeypatch, capsys):
+    assert _run(monkeypatch, capsys, "full") == (1, "", "tool: the disk is full: videos/a.mp4\n")
+
+
+def test_a_printed_error_is_one_short_line_without_control_characters(monkeypatch, capsys):
+    code, _, err = _run(monkeypatch, capsys, "controls")
+    assert code == 2
+    assert err.startswith("tool: \\x1b[2Jxxx")
+    assert len(err) == 501
+    assert err.endswith("xxx...\n")
+
+
+def test_standard_output_takes_any_character_and_outlives_its_reader():
+    command = [sys.executable, "-c", _PROGRAM, "captions"]
+    latin = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    shown = subprocess.run(command, env=latin, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout.splitlines()[0]) == (0, "\\u591c\\u7a7a\\u4e2d\\u7684 star")
+
+    read, write = os.pipe()
+    os.close(read)
+    closed = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (closed.returncode, closed.stderr) == (0, "worked on\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_behind_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", _PROGRAM, "captions"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, "tool: the disk is full")
 
 
 def test_an_interrupt_exits_130_with_one_line(monkeypatch, capsys):

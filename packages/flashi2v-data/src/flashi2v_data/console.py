@@ -1,17 +1,18 @@
 """What every command line of the project shares: one-line errors, exit codes, logging."""
 
+import errno
+import io
 import logging
 import os
 import sys
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import cyclopts
 import pydantic
 from tqdm import tqdm
 
 from flashi2v_data.config import fault_lines
-from flashi2v_data.errors import InputError, StorageError
 
 
 class _Handler(logging.Handler):
@@ -20,7 +21,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # Other libraries speak only when something is wrong.
         if record.levelno >= logging.WARNING or record.name.startswith("flashi2v"):
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(escaped(self.format(record)), file=sys.stderr)
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -32,30 +33,78 @@ def configure_logging(level: int = logging.INFO) -> None:
     root.setLevel(level)
 
 
-def run(
-    app: cyclopts.App,
-    *,
-    errors: tuple[type[Exception], ...] = (InputError,),
-    failures: tuple[type[Exception], ...] = (StorageError,),
-) -> NoReturn:
-    """Run a command line and exit: 0 on success, 2 with one line on stderr for wrong usage or `errors`.
+def run(app: cyclopts.App) -> NoReturn:
+    """Run a command line and exit: 0 on success, 2 with one line on stderr for wrong usage.
 
-    One of `failures` exits 1 with one line, an interrupt 130; any other exception propagates, so Python prints its
-    traceback and exits 1.
+    An error with an `exit_code` (see `flashi2v_data.errors`) ends with that code and one line, so does a machine that
+    fails (1: a full disk, too many open files), an interrupt with 130. Any other exception is a bug and propagates, so
+    Python prints its traceback and exits 1.
     """
     configure_logging()
+    _make_output_patient()
     app.suppress_keyboard_interrupt = False  # cyclopts would exit without a word
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except cyclopts.CycloptsError as error:
         _fail(app, _usage_fault(error), 2)
-    except errors as error:
-        _fail(app, str(error), 2)
-    except failures as error:
-        _fail(app, str(error), 1)
     except KeyboardInterrupt as interrupt:
         _fail(app, ": ".join(["interrupted", *map(str, interrupt.args)]), 130)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if isinstance(code, int):
+            _fail(app, str(error), code)
+        if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
+            _fail(app, machine_fault(error), 1)
+        raise
     sys.exit(0)
+
+
+# What a machine may refuse to any program, in words; the system's own are sometimes "Input/output error" alone.
+_MACHINE_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk is read-only",
+    errno.EIO: "the disk fails",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine",
+    errno.ESTALE: "the network disk lost the file",
+}
+
+
+def machine_fault(error: OSError) -> str:
+    """Return what an operating system's error means, the reason first, and the file that it concerns."""
+    reason = _MACHINE_FAULTS.get(error.errno or 0) or error.strerror or type(error).__name__
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return f"{reason}: {' -> '.join(names)}" if names else reason
+
+
+class _Output(io.FileIO):
+    """A file to which nothing more is written where its reader has gone: head, say, that has seen enough."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def _make_output_patient() -> None:
+    """Let standard output take any character and outlive its reader."""
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # a test's, in memory
+        return
+    sys.stdout.flush()
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(_Output(descriptor, "w", closefd=False)),
+        encoding=sys.stdout.encoding,
+        errors="backslashreplace",
+        line_buffering=sys.stdout.line_buffering,
+        write_through=sys.stdout.write_through,
+    )
 
 
 def _usage_fault(error: cyclopts.CycloptsError) -> str:
@@ -69,11 +118,28 @@ def _usage_fault(error: cyclopts.CycloptsError) -> str:
     return str(error)
 
 
+def one_line(text: str, limit: int = 500) -> str:
+    """Return text as one line that any terminal may be given: control characters escaped, cut behind `limit`."""
+    line = escaped(" ".join(text.split()))
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def escaped(text: str) -> str:
+    """Return text that no terminal takes for commands: its control characters, but line ends and tabs, escaped.
+
+    What others wrote (file names, captions, messages of libraries) is printed through this.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def _fail(app: cyclopts.App, message: str, code: int) -> NoReturn:
-    line = " ".join(message.split())
     if code == 2 and os.environ.get("RANK", "0") != "0":
         # What all processes of torchrun would say alike is said by the first: when it ends, torchrun ends the others.
         # What is wrong in this one alone (a file that its machine lacks) is said after a while.
         time.sleep(5)
-    print(f"{app.name[0]}: {line}", file=sys.stderr)
+    print(one_line(f"{app.name[0]}: {message}"), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what could not be written is not tried again, with a traceback, when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

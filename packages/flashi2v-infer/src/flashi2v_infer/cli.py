@@ -7,13 +7,11 @@ from typing import Annotated, Any, NoReturn
 
 from cyclopts import App, Group, Parameter
 
-import flashi2v_model
 from flashi2v_data.config import load_config
 from flashi2v_data.console import run
-from flashi2v_data.errors import InputError, StorageError
+from flashi2v_data.errors import InputError
 from flashi2v_infer import __version__, demo
 from flashi2v_infer.config import InferenceConfig
-from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.settings import Request, SamplingSettings
 from flashi2v_model.config import SchedulerName
@@ -32,7 +30,7 @@ _AS_IS = Execution()
 
 def main() -> NoReturn:
     """Run the command line."""
-    run(app, errors=(InputError, flashi2v_model.InputError), failures=(SamplingError, StorageError))
+    run(app)
 
 
 @app.default

@@ -3,3 +3,5 @@
 
 class SamplingError(RuntimeError):
     """Videos could not be sampled though all that was given could be used; the message is one line."""
+
+    exit_code = 1

@@ -7,6 +7,8 @@ import struct
 class InputError(ValueError):
     """A file, key or value given by the user is wrong; the message is one line that says which and what to change."""
 
+    exit_code = 2
+
 
 # All that unpicklers were seen to raise on damaged bytes.
 UNREADABLE = (

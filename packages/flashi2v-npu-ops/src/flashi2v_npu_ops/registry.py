@@ -31,6 +31,8 @@ Case = tuple[Any, ...]
 class UnsupportedError(ValueError):
     """A backend was asked for that is unknown, or that cannot serve this call on this device."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Implementation:

@@ -18,7 +18,7 @@ from flashi2v_data.atomic import atomic_file, check_directory
 from flashi2v_data.captions import clean_caption
 from flashi2v_data.console import configure_logging, run
 from flashi2v_data.dataset import FlashI2VDataset
-from flashi2v_data.errors import DecodeError, InputError, StorageError
+from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.features import FeatureStore, FeatureWriter, text_key
 from flashi2v_data.loader import StatefulLoader
 from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
@@ -28,7 +28,6 @@ from flashi2v_model.fingerprint import fingerprint
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.options import FileOptions, LaunchOptions, TrainOptions, group_options
-from flashi2v_train.processes import USER_ERRORS, RunError
 
 if TYPE_CHECKING:
     from flashi2v_train.features import Encoders
@@ -277,4 +276,4 @@ def _captions(dataset: FlashI2VDataset, indices: range) -> set[str]:
 
 def main() -> None:
     """Run the command line."""
-    run(app, errors=USER_ERRORS, failures=(StorageError, RunError))
+    run(app)

@@ -6,13 +6,12 @@ from cyclopts import App
 
 import flashi2v_train
 from flashi2v_data.console import configure_logging, run
-from flashi2v_data.errors import InputError, StorageError
+from flashi2v_data.errors import InputError
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.cost import check_split, describe_run, suggest_split
 from flashi2v_train.layout import Layout
 from flashi2v_train.options import TrainOptions
-from flashi2v_train.processes import USER_ERRORS, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -80,4 +79,4 @@ def _train(config: RunConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
-    run(app, errors=USER_ERRORS, failures=(StorageError, RunError))
+    run(app)

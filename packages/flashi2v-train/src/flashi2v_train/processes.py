@@ -52,6 +52,8 @@ ASCEND_ENVIRONMENT = {
 class RunError(RuntimeError):
     """The run cannot go on; the message is one line that says why, and names the process if it is that of one."""
 
+    exit_code = 1
+
 
 class StopSignal:
     """Notes a request to stop, so that the step can end and be saved; before and after, such a signal ends the process.
