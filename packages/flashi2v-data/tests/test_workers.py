@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flashi2v_data.shared_memory import SharedArray
 from flashi2v_data.workers import Limits, WorkerError, WorkerLost, WorkerPool, quick_start
 
 GENEROUS = Limits(timeout_seconds=60, memory_bytes=8 << 30)
+LARGE = bytes(5_000_000)  # more than any connection holds
 HELD = []  # memory that a worker does not let go
 
 
@@ -36,6 +38,13 @@ def work(task):
         raise ValueError(argument)
     elif name == "raise strangely":
         raise OnlyHere(lambda: None)
+    elif name == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif name == "stop while answering":
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+        return LARGE
+    elif name == "repeat":
+        return argument
     elif name == "hold":
         HELD.append(np.ones(argument, np.uint8))
     return os.getpid()
@@ -93,6 +102,33 @@ def test_results_come_in_order_however_long_tasks_take(pool):
     tasks = [("late", 0) if number % 3 == 0 else ("square", number) for number in range(9)]
     found = _outcomes(pool(2), tasks)
     assert [found[n] for n in range(9) if n % 3] == [n**2 for n in range(9) if n % 3]
+
+
+def test_neither_side_waits_for_the_other_to_take_in_what_it_sends(pool):
+    tasks = [("repeat", LARGE + bytes([number])) for number in range(6)]
+    assert _outcomes(pool(2), tasks) == [argument for _, argument in tasks]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_process_that_stops_in_the_midst_of_an_answer_or_before_a_large_task_costs_one_task(pool):
+    made = pool(limits=GENEROUS._replace(timeout_seconds=2))
+    lost = "no answer within 2 seconds"
+    assert _outcomes(made, [("stop", 0), ("repeat", LARGE)]) == [lost, LARGE]
+    pid = made.result(made.submit(("pid", 0)))
+    task = made.submit(("stop while answering", 0))
+    while _state(pid) != "T":  # without a look at what has arrived
+        time.sleep(0.05)
+    with pytest.raises(WorkerLost, match=lost):
+        made.result(task)
+    assert made.result(made.submit(("square", 2))) == 4
+
+
+def test_a_parent_that_was_away_while_a_large_task_was_on_its_way_loses_nothing(pool):
+    made = pool(limits=GENEROUS._replace(timeout_seconds=0.5))
+    assert made.result(made.submit(("square", 1))) == 1
+    task = made.submit(("repeat", LARGE))
+    time.sleep(0.8)
+    assert made.result(task) == LARGE
 
 
 def test_results_are_heard_of_before_they_are_asked_for(pool):
@@ -218,12 +254,53 @@ def test_workers_that_cannot_start_are_an_error():
         made.result(task)
 
 
+SCRIPT = """
+from functools import partial
+from flashi2v_data.workers import WorkerPool, clean_start
+def own(number):
+    return number
+if {guard}:
+    for start in {starts}:
+        pool = WorkerPool({function}, 1, start=start)
+        print(start, pool.result(pool.submit(-1)), flush=True)
+        pool.close()
+"""
+
+
+def _last_words(*arguments: str, script: str = "") -> str:
+    """Run Python on a script from standard input; return the last line of output and errors."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=120, check=False)
+    return (done.stdout + done.stderr).splitlines()[-1]
+
+
+def test_a_script_from_standard_input_has_workers_like_any_other():
+    guarded = {"guard": "__name__ == '__main__'"}
+    script = SCRIPT.format(function="abs", starts="('spawn', clean_start())", **guarded)
+    assert _last_words("-", script=script) == "forkserver 1"
+    said = _last_words("-", script=SCRIPT.format(function="own", starts="['spawn']", **guarded))
+    assert said.endswith("(this one came from stdin, say): what they are given must come from a module")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 10_000_000], ids=["small", "large"])
+def test_a_script_without_a_guard_is_told_of_it(tmp_path, num_bytes):
+    function = f"partial(max, bytes({num_bytes}))"
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.format(function=function, starts="[clean_start()]", guard="True"))
+    assert _last_words(str(path)).endswith("scripts need `if __name__ == '__main__':` around their calls")
+
+
+def _state(pid: int) -> str:
+    """Return the letter that /proc gives a process; "" where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
 def _is_running(pid: int) -> bool:
     """Not counting a process that has ended and that nobody has waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return _state(pid) not in ("", "Z")
 
 
 PARENT = """

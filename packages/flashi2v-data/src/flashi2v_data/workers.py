@@ -4,24 +4,31 @@ A process that dies is replaced and its task tried again; one that takes too lon
 lost. Processes retire when they hold too much memory; nothing is lost by that. They end with their parent, ignore
 interrupts (Ctrl-C is the parent's to handle), and are killed by `close`, which also runs when the pool is collected or
 the interpreter ends.
+
+The parent never waits for one process alone, neither to send nor to receive: it moves as many bytes as a connection
+takes or has, and turns to the others. So tasks and answers may have any size, and a process that stops in the midst of
+either is noticed like any that hangs.
 """
 
 import contextlib
+import io
 import logging
 import multiprocessing
 import os
 import pickle
 import resource
+import selectors
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -36,6 +43,9 @@ _ATTEMPTS = 2
 _STILLBORN = 3
 # To import libraries and unpickle the function, on a busy machine with a slow disk.
 _STARTUP_SECONDS = 300.0
+# Before every message, its length. More than a connection holds need not be asked of it at once.
+_LENGTH = struct.Struct("!Q")
+_CHUNK_BYTES = 256 << 10
 
 
 class Limits(NamedTuple):
@@ -82,21 +92,91 @@ class _Worker:
     """The parent's side of one process."""
 
     def __init__(self, context: Any, function: Callable[[Any], Any], limits: Limits) -> None:
-        self.pipe, theirs = context.Pipe()
+        self.connection, theirs = socket.socketpair()
+        self.connection.setblocking(False)
         self.process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)
-        self.process.start()
-        theirs.close()
+        with theirs, _only_importable_main():
+            self.process.start()
         self.is_ready = False
         self.tasks: deque[Task[Any, Any]] = deque()  # at the first of these it works
         self.deadline = time.monotonic() + _STARTUP_SECONDS
+        self._unsent: deque[memoryview] = deque()
+        self._received = bytearray()
+
+    @property
+    def awaits(self) -> int:
+        """What is worth waiting for, as selectors name it."""
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+
+    def send(self, message: bytes) -> None:
+        """Send a message, as far as the connection takes it; `send_more` sends the rest."""
+        self._unsent += memoryview(_LENGTH.pack(len(message))), memoryview(message)
+        self.send_more()
+
+    def send_more(self) -> None:
+        """Send what the connection takes now."""
+        try:
+            while self._unsent:
+                num_sent = self.connection.send(self._unsent[0])
+                self._unsent[0] = self._unsent[0][num_sent:]
+                if not self._unsent[0]:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:  # it has ended, as `receive` will tell
+            self._unsent.clear()
+
+    def receive(self) -> Iterator[bytes]:
+        """Yield the messages that end in what has arrived.
+
+        Raises:
+            EOFError: the process has ended.
+        """
+        try:
+            chunk = self.connection.recv(_CHUNK_BYTES)
+        except OSError:
+            chunk = b""
+        if not chunk:
+            raise EOFError
+        self._received += chunk
+        while len(self._received) >= _LENGTH.size:
+            end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
+            if len(self._received) < end:
+                break
+            message = bytes(memoryview(self._received)[_LENGTH.size : end])
+            del self._received[:end]
+            yield message
 
     def stop(self) -> str:
         """End the process; return how it ended, if it had done so before."""
         self.process.kill()
         self.process.join(5)  # one that cannot even be killed (a dead network disk) is left behind
-        self.pipe.close()
+        self.connection.close()
         code = self.process.exitcode
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+
+
+def _has_script() -> bool:
+    """Tell whether new processes import a script, as the function that they are given may be defined there."""
+    return os.path.isfile(getattr(sys.modules["__main__"], "__file__", ""))
+
+
+@contextlib.contextmanager
+def _only_importable_main() -> Iterator[None]:
+    """Keep new processes from importing a script that is no file: it came from standard input, or was removed.
+
+    They need it only for what it defines, and would end without it. In a notebook Python does the same.
+    """
+    main = sys.modules["__main__"]
+    if not hasattr(main, "__file__") or _has_script():
+        yield
+        return
+    name = main.__file__
+    del main.__file__
+    try:
+        yield
+    finally:
+        main.__file__ = name
 
 
 def quick_start() -> StartMethod:
@@ -196,11 +276,15 @@ class WorkerPool(Generic[A, R]):
         if seconds is None:
             until = min(worker.deadline for worker in self._workers)
             seconds = None if until == float("inf") else max(0.0, until - now)
-        ready = wait([worker.pipe for worker in self._workers], seconds)
-        for worker in list(self._workers):
-            if worker.pipe in ready:
+        events = _wait(self._workers, seconds)
+        for worker, event in events.items():
+            if event & selectors.EVENT_WRITE:
+                worker.send_more()
+            if event & selectors.EVENT_READ:
                 self._receive(worker)
-            elif now >= worker.deadline:
+            if event and worker.is_ready:
+                self._set_deadline(worker)  # what moves does not hang, however long the parent was away
+            elif not event and now >= worker.deadline:
                 self._lose(worker, is_late=True)
         for depth in range(1, self._depth + 1):  # one for each before a second for any
             for worker in self._workers:
@@ -209,11 +293,13 @@ class WorkerPool(Generic[A, R]):
 
     def _receive(self, worker: _Worker) -> None:
         try:
-            answer = pickle.loads(worker.pipe.recv_bytes())
-        except (EOFError, OSError):
+            for answer in worker.receive():
+                self._take(worker, pickle.loads(answer))
+        except EOFError:
             worker.process.join(1)  # it may be about to say why
             self._lose(worker, is_late=False)
-            return
+
+    def _take(self, worker: _Worker, answer: Any) -> None:
         if answer is None:
             worker.is_ready = True
             worker.deadline = float("inf")
@@ -225,7 +311,6 @@ class WorkerPool(Generic[A, R]):
             task.error, text = failure
             task.error.__cause__ = WorkerError(text)
         task.done = True
-        self._set_deadline(worker)
         if retires:
             logger.info("a worker has reached a limit and is replaced")
             worker.stop()
@@ -237,8 +322,7 @@ class WorkerPool(Generic[A, R]):
         worker.tasks.append(task)
         if len(worker.tasks) == 1:
             self._set_deadline(worker)
-        with contextlib.suppress(OSError):  # it died meanwhile, as the next wait will tell
-            worker.pipe.send_bytes(pickle.dumps(task.argument))
+        worker.send(pickle.dumps(task.argument))
 
     def _set_deadline(self, worker: _Worker) -> None:
         worker.deadline = float("inf")
@@ -259,10 +343,7 @@ class WorkerPool(Generic[A, R]):
                     self._fail(worker.tasks.popleft(), f"ended the process that read it {_ATTEMPTS} times ({how})")
         if self._num_stillborn == _STILLBORN:
             self.close()
-            raise RuntimeError(
-                f"{_STILLBORN} workers in a row ended while starting ({how}): "
-                "scripts need `if __name__ == '__main__':` around their calls"
-            )
+            raise RuntimeError(f"{_STILLBORN} workers in a row ended while starting ({how}): {_startup_advice()}")
         self._replace(worker)
 
     def _fail(self, task: Task[A, R], reason: str) -> None:
@@ -275,7 +356,26 @@ class WorkerPool(Generic[A, R]):
         self._workers[self._workers.index(worker)] = self._new_worker()
 
     def _new_worker(self) -> _Worker:
-        return _Worker(self._context, self._function, self._limits)
+        try:
+            return _Worker(self._context, self._function, self._limits)
+        except BrokenPipeError:  # it ended before it had taken in the function
+            raise RuntimeError(f"a worker has ended while starting: {_startup_advice()}") from None
+
+
+def _wait(workers: list[_Worker], seconds: float | None) -> dict[_Worker, int]:
+    """Wait so long for any worker to send, or to take what was not sent yet; return what each is ready for."""
+    with selectors.DefaultSelector() as selector:
+        for worker in workers:
+            selector.register(worker.connection, worker.awaits, worker)
+        ready = {key.data: event for key, event in selector.select(seconds)}
+    return {worker: ready.get(worker, 0) for worker in workers}
+
+
+def _startup_advice() -> str:
+    """Return what usually keeps new processes from starting."""
+    if _has_script():
+        return "scripts need `if __name__ == '__main__':` around their calls"
+    return "they could import no script (this one came from stdin, say): what they are given must come from a module"
 
 
 def _close(workers: list[_Worker]) -> None:
@@ -284,21 +384,33 @@ def _close(workers: list[_Worker]) -> None:
     workers.clear()
 
 
-def _serve(pipe: Connection, function: Callable[[Any], Any], limits: Limits) -> None:
+def _serve(connection: socket.socket, function: Callable[[Any], Any], limits: Limits) -> None:
     """Be a worker: until the parent ends, or a limit is reached."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     num_tasks, retires = 0, False
-    with contextlib.suppress(EOFError, OSError):  # the parent has closed the pool
-        pipe.send_bytes(pickle.dumps(None))  # ready
+    with contextlib.suppress(EOFError, OSError), connection.makefile("rb") as stream:  # the parent has closed the pool
+        _send(connection, pickle.dumps(None))  # ready
         while not retires:
-            # Plain pickle: a pipe's own `send` would pass tensors as open files, which die with their sender.
-            result, failure = _attempt(function, pickle.loads(pipe.recv_bytes()))
+            # Plain pickle: multiprocessing's own would pass tensors as open files, which die with their sender.
+            result, failure = _attempt(function, pickle.loads(_next(stream)))
             num_tasks += 1
             retires = num_tasks == limits.max_tasks or (
                 limits.memory_bytes is not None and _own_bytes() > limits.memory_bytes
             )
-            pipe.send_bytes(pickle.dumps((result, failure, retires)))
+            _send(connection, pickle.dumps((result, failure, retires)))
+
+
+def _send(connection: socket.socket, message: bytes) -> None:
+    connection.sendall(_LENGTH.pack(len(message)))
+    connection.sendall(message)
+
+
+def _next(stream: io.BufferedReader) -> bytes:
+    length = stream.read(_LENGTH.size)
+    if len(length) < _LENGTH.size:
+        raise EOFError
+    return stream.read(_LENGTH.unpack(length)[0])
 
 
 def _end_with_parent() -> None:
