@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from flashi2v_data.config import DataConfig, FilterConfig
 from flashi2v_data.filter import filter_records
@@ -11,6 +12,10 @@ from flashi2v_data.meta import read_entries
 from flashi2v_data.records import Annotation
 from flashi2v_data.shapes import write_shapes
 from flashi2v_data.store import write_store
+
+# No example has to be quick, and a failure on one machine is one on all.
+settings.register_profile("every machine", deadline=None, derandomize=True, database=None)
+settings.load_profile("every machine")
 
 HEIGHT, WIDTH, NUM_FRAMES, NUM_VIDEOS = 32, 48, 13, 12
 

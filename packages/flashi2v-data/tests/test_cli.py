@@ -26,7 +26,7 @@ min_h_div_w_ratio: 0.4
 
 def _run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flashi2v_data.cli", *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_inspect_stops_at_its_limit_and_plots(place):
 def test_plots_without_matplotlib_say_how_to_install_it(place):
     program = "import sys; sys.modules['matplotlib'] = None; from flashi2v_data.cli import main; main()"
     command = [sys.executable, "-c", program, "inspect", "lmdb", "--plots", "elsewhere"]
-    result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stdout == ""
     assert "pip install 'flashi2v-data[plots]'" in result.stderr

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from flashi2v_data.config import FilterConfig
 from flashi2v_data.filter import filter_records
@@ -19,6 +20,10 @@ from flashi2v_data.records import read_annotations
 from flashi2v_data.shapes import write_shapes
 from flashi2v_data.store import write_store
 from flashi2v_model import presets
+
+# No example has to be quick, and a failure on one machine is one on all.
+settings.register_profile("every machine", deadline=None, derandomize=True, database=None)
+settings.load_profile("every machine")
 
 SIZE, FRAMES, VIDEOS = 32, 5, 8
 

@@ -21,7 +21,7 @@ from flashi2v_train.watchdog import Watchdog
 
 def steps_until_stopped(directory: Path) -> None:
     """Steps of 0.1 s; a stop is agreed on, saved slowly, and the process ends as after its last step."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=20))
     with StopSignal() as stop:
         (directory / f"running_{dist.get_rank()}").touch()
         while True:
@@ -36,14 +36,14 @@ def steps_until_stopped(directory: Path) -> None:
 
 
 def fails_in_the_second(directory: Path, error: Exception) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=20))
     if dist.get_rank() == 1:
         raise error
     dist.barrier()
 
 
 def is_killed(directory: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=20))
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()

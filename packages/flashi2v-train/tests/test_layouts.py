@@ -24,7 +24,7 @@ from flashi2v_train.parallel import join_world
 from flashi2v_train.processes import StopSignal
 from flashi2v_train.trainer import Trainer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the table takes minutes on two busy cores
+pytestmark = pytest.mark.slow
 
 NUM_PROCESSES, STEPS, SAVED_AT = 4, 5, 3
 PIPELINE = {"pipeline_model_parallel_size": 2}

@@ -29,7 +29,7 @@ def run(workspace, name="run", changes=None, **values) -> Path:
 
 
 def launch(arguments, code=0) -> str:
-    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return done.stderr
 
