@@ -124,7 +124,7 @@ def test_a_forked_child_reads_through_the_store_it_inherited(tmp_path):
     assert store[0]["path"] == "v0.mp4"
     child = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(store[7]["path"] != "v7.mp4"))
     child.start()
-    child.join(60)
+    child.join()
     assert child.exitcode == 0
     assert store[3]["path"] == "v3.mp4"
 

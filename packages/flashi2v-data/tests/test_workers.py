@@ -269,7 +269,7 @@ if {guard}:
 def _last_words(*arguments: str, script: str = "") -> str:
     """Run Python on a script from standard input; return the last line of output and errors."""
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr).splitlines()[-1]
 
 
