@@ -84,6 +84,55 @@ def test_a_syntax_error_names_its_line(tmp_path, text, expected):
     assert expected in _fault(tmp_path, text)
 
 
+LAUGHS = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: " + "[" * 50_000, "is nested too deeply"),
+        ('{"a":' * 10_000 + "1" + "}" * 10_000, "is nested too deeply"),
+        (LAUGHS, "more than 100000 values"),
+        (MERGES, "more than 100000 values"),
+        ("a: &a [*a]\n", "or one within itself"),
+        (FILTER.replace("480", "9" * 5000), "a number of 5000 digits, in line 3"),
+        (FILTER.replace("480", "0x" + "f" * 5000), "a number of 5002 digits, in line 3"),
+        (FILTER.replace("480", "1e999999"), "sample_height: input should be a valid integer, got Infinity"),
+        (FILTER.replace("480", "2020-13-45"), "holds what no setting can be: month must be in 1..12"),
+        (FILTER.replace("480", "{[1]: 2}"), "sample_height: input should be a valid integer, got {}"),
+        ("- " * 2000 + "1", "is nested too deeply"),
+        (FILTER.replace("480", "!!python/object/apply:os.system [true]"), "line 3: could not determine a constructor"),
+        (FILTER.replace("480", "!!binary '%'"), 'input should be a valid integer, got "b'),
+        ("a: \x1b[2J\n", "special characters are not allowed"),
+        ("# " + "x" * 70_000, "holds more than 64 KiB"),
+    ],
+)
+def test_a_bomb_is_refused_before_it_goes_off(tmp_path, text, expected):
+    assert expected in _fault(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (FILTER.encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (FILTER.replace("videos", "vidéos").encode("latin-1"), ", line 1: is not UTF-8"),
+    ],
+)
+def test_a_file_in_another_encoding_says_so(tmp_path, data, expected):
+    (tmp_path / "config.yaml").write_bytes(data)
+    with pytest.raises(InputError, match=expected):
+        load_config(tmp_path / "config.yaml", FilterConfig)
+
+
+def test_anchors_that_name_a_few_values_are_read(tmp_path):
+    class Sizes(BaseModel):
+        a: list[int]
+        b: list[int]
+
+    assert _load(tmp_path, "a: &size [4, 5]\nb: *size\n", Sizes) == Sizes(a=[4, 5], b=[4, 5])
+
+
 def test_an_unknown_key_names_the_nearest(tmp_path):
     message = _fault(tmp_path, FILTER + "sample_hight: 3\n")
     assert "sample_hight: unknown key, did you mean 'sample_height'?" in message

@@ -1,10 +1,11 @@
 """The record of one clip, and the annotation file that says where the meta JSON lies."""
 
 import os
-from pathlib import Path
+import re
 from typing import NamedTuple, TypedDict
 
 from flashi2v_data.errors import InputError
+from flashi2v_data.textfile import read_text
 
 
 class Resolution(TypedDict):
@@ -32,31 +33,42 @@ class Annotation(NamedTuple):
     meta: str
 
 
+_MAX_BYTES = 16 << 20
+_NAME = r'("(?:[^"]|"")*"|(?!")(?:(?!\s#)[^,])*)'
+_LINE = re.compile(rf"{_NAME}\s*,\s*{_NAME}(?:\s+#.*)?")
+
+
 def read_annotations(path: str | os.PathLike[str]) -> list[Annotation]:
     """Read lines of `root,meta.json`; blank lines and `#` comments are skipped.
+
+    Names that hold a comma, ` #` or spaces at an end stand in double quotes, a quote within them twice, as in CSV.
 
     Raises:
         InputError: the file, or a meta JSON that it names, is missing; a line is malformed.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: annotation file cannot be read: {error}") from None
     annotations = []
-    for number, line in enumerate(lines, start=1):
-        text = line.split(" #")[0].strip()
-        if not text or text.startswith("#"):
+    text = read_text(path, _MAX_BYTES, errors="surrogateescape")
+    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
+        if not line or line.startswith("#"):
             continue
-        parts = [part.strip() for part in text.split(",")]
-        if len(parts) != 2 or not parts[1]:
-            raise InputError(f"{path}, line {number}: expected `root of videos,meta JSON`, got {text!r}")
-        annotation = Annotation(*parts)
+        match = _LINE.fullmatch(line)
+        if match is None or not match[2]:
+            raise InputError(
+                f"{path}, line {number}: expected `root of videos,meta JSON`, got {line[:200]!r}; a name that holds a "
+                "comma or ` #` stands in double quotes"
+            )
+        annotation = Annotation(*(_unquoted(match[group]) for group in (1, 2)))
         if not os.path.isfile(annotation.meta):
-            raise InputError(f"{path}, line {number}: no such meta JSON: {annotation.meta}")
+            what = "is no regular file" if os.path.exists(annotation.meta) else "no such meta JSON"
+            raise InputError(f"{path}, line {number}: {what}: {annotation.meta}")
         annotations.append(annotation)
     if not annotations:
         raise InputError(f"{path}: names no meta JSON; add a line `root of videos,meta JSON`")
     return annotations
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name.strip()
 
 
 def printable(path: str) -> str:
