@@ -2,7 +2,8 @@
 
 The processes of a run wait for each other, so one that stands still holds up all. Each says where it is (`beat`); a
 thread of each publishes that and reads the others' from a store; when nobody has moved for too long, the one that has
-stood still longest is at fault, or the one that no longer publishes.
+stood still longest is at fault, or the one that no longer publishes. The first verdict counts for all: the one at
+fault shows where it stands, then another says why the run ends, and then all end.
 """
 
 import faulthandler
@@ -12,9 +13,10 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Literal, NoReturn, get_args
+from typing import Literal, NamedTuple, NoReturn, get_args
 
 import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # public, but not declared so
@@ -26,6 +28,19 @@ Phase = Literal[
     "starting", "reading and encoding", "forward and backward", "exchanging gradients", "saving", "validating"
 ]
 _ORDER = get_args(Phase)
+
+# In the store, beside the numbers of the processes.
+_VERDICT, _SHOWN, _SAID = "verdict", "shown", "said"
+# How long processes that are about to end wait for each other; on a busy machine a thread may come late.
+_PATIENCE_SECONDS = 20.0
+
+
+class _Verdict(NamedTuple):
+    """Who is at fault, whether it can still show where it stands, and what is said of it."""
+
+    at_fault: list[int]
+    answers: bool
+    words: str
 
 
 class Watchdog:
@@ -45,11 +60,15 @@ class Watchdog:
         self._own: tuple[int, Phase, float] = (0, "starting", time.monotonic())
         self._hosts = [""] * size
         dist.all_gather_object(self._hosts, socket.gethostname(), control)
+        self._verdict: _Verdict | None = None
         self._store = self._open_store(control)
         self._others = ["" for _ in range(size)]  # as published
         self._changed = [time.monotonic()] * size  # when that last changed, by this machine's clock
         self._answered = time.monotonic()
         self._publish(0)
+        if rank == 0:
+            for key in (_VERDICT, _SHOWN, _SAID):
+                self._store.set(key, "")
         dist.barrier(control)  # from here on every key is there
         # Two threads: the one that asks the store may wait for ever, if the store's process is the one that stopped.
         for task in (self._exchange, self._watch):
@@ -83,6 +102,8 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._verdict is not None:
+            time.sleep(_PATIENCE_SECONDS)  # the others end: what is lost with them is no cause, and must not be told
         self._closed.set()
 
     def _publish(self, serial: int) -> None:
@@ -91,12 +112,17 @@ class Watchdog:
 
     def _exchange(self) -> None:
         serial = 0
-        keys = [str(rank) for rank in range(self.size)]
+        keys = [*map(str, range(self.size)), _VERDICT]
         while not self._closed.wait(self._interval):
             serial += 1
             try:
                 self._publish(serial)
-                published = [value.decode() for value in self._store.multi_get(keys)]
+                if self._verdict is not None:
+                    self._store.compare_set(_VERDICT, "", json.dumps(self._verdict))
+                *published, verdict = (value.decode() for value in self._store.multi_get(keys))
+                if verdict:
+                    self._verdict = _Verdict(*json.loads(verdict))
+                    self._end_together(self._verdict)
             except dist.DistError:
                 return  # the first process has ended: the others will, or `_watch` says that it does not answer
             now = time.monotonic()
@@ -111,7 +137,7 @@ class Watchdog:
             if now - self._own[2] <= self.timeout_seconds:
                 continue
             if now - self._answered > self.timeout_seconds / 2:
-                self._end([0], f"{self._name(0)} has not answered for {now - self._answered:.0f} s")
+                self._end_alone(f"{self._name(0)} has not answered for {now - self._answered:.0f} s")
             places = [json.loads(value)[1:] for value in self._others]
             ages = [age + now - changed for (_, _, age), changed in zip(places, self._changed)]
             if min(ages) <= self.timeout_seconds:
@@ -132,22 +158,55 @@ class Watchdog:
                     words += ", as have all others"
                 elif self.size > 1:
                     words += " while all others wait for it"
-            self._end(silent or [behind], words)
+            self._verdict = _Verdict(silent or [behind], not silent, words)  # `_exchange` may speak to the store
 
     def _name(self, rank: int) -> str:
         return f"process {rank} (host {self._hosts[rank]})"
 
-    def _end(self, at_fault: list[int], words: str) -> NoReturn:
-        if self.rank in at_fault:
-            faulthandler.dump_traceback()  # where it stands still
-        # One speaks for all: the first that is sure to be able to.
-        if self.rank == min(set(range(self.size)) - set(at_fault), default=at_fault[0]):
-            logger.error(
-                "%s: look at that process and its machine; if the step is only slow, raise "
-                "--distributed-timeout-minutes (now %g)",
-                words,
-                self.timeout_seconds / 60,
-            )
+    def _end_together(self, verdict: _Verdict) -> NoReturn:
+        self._closed.set()
+        # Whatever stands still below, this process ends.
+        last = threading.Timer(2 * _PATIENCE_SECONDS, os._exit, (1,))
+        last.daemon = True
+        last.start()
+        try:
+            if verdict.answers and self.rank in verdict.at_fault:
+                faulthandler.dump_traceback()  # where it stands still
+                self._store.set(_SHOWN, "yes")
+            # Once one ends, the launcher ends the others: not before all is said.
+            if self.rank == self._speaker(verdict.at_fault):
+                if verdict.answers:
+                    self._wait_for(_SHOWN)
+                self._say(verdict.words)
+                self._store.set(_SAID, "yes")
+                time.sleep(min(self._interval, 1.0))  # to let the others end before the store does
+            else:
+                self._wait_for(_SAID)
+        finally:
+            os._exit(1)  # the main thread cannot be interrupted
+
+    def _wait_for(self, key: str) -> None:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        with suppress(dist.DistError):  # the store has ended
+            while not self._store.multi_get([key])[0] and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+    def _end_alone(self, words: str) -> NoReturn:
+        """End without the store, whose process has stopped."""
+        if self.rank == self._speaker([0]):
+            self._say(words)
         else:
-            time.sleep(3 * self._interval)  # once this one ends, the launcher ends the others
-        os._exit(1)  # the main thread cannot be interrupted
+            time.sleep(_PATIENCE_SECONDS)
+        os._exit(1)
+
+    def _speaker(self, at_fault: list[int]) -> int:
+        """Return the one that speaks for all: the first that is sure to be able to."""
+        return min(set(range(self.size)) - set(at_fault), default=at_fault[0])
+
+    def _say(self, words: str) -> None:
+        logger.error(
+            "%s: look at that process and its machine; if the step is only slow, raise "
+            "--distributed-timeout-minutes (now %g)",
+            words,
+            self.timeout_seconds / 60,
+        )
