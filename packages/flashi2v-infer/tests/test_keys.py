@@ -18,7 +18,6 @@ from flashi2v_infer.batch import Batch, read_batch
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.inputs import read_image
 from flashi2v_infer.load import load_from_config
-from flashi2v_npu_ops import registry, set_backend
 
 
 class Run:
@@ -125,7 +124,11 @@ PROOFS: list[tuple[str, Any, str | Callable[[Run], bool]]] = [
     ("predictor.eps", 1e-3, lambda run: run.trunk("eps") == 1e-3),
     ("predictor.max_seq_len", 16, lambda run: run.trunk("rope_max_seq_len") == 16),
     ("predictor.max_seq_len", 2, "predictor.max_seq_len: 2 is less than the longest side of the token grid [2, 2, 3]"),
-    ("predictor.use_fused_rmsnorm", False, lambda run: run.pipe and registry._overrides["rms_norm"] == "reference"),
+    (
+        "predictor.use_fused_rmsnorm",
+        False,
+        lambda run: run.pipe.transformer.blocks[0].attn1.norm_q.backend == "reference",
+    ),
     ("predictor.from_pretrained", "nowhere.pt", "nowhere.pt"),
     ("diffusion.model_id", "ddpm", "diffusion.model_id: input should be 'flow_matching'"),
     ("diffusion.num_inference_steps", 7, lambda run: run.settings.num_inference_steps == 7),
@@ -135,7 +138,7 @@ PROOFS: list[tuple[str, Any, str | Callable[[Run], bool]]] = [
 
 
 @pytest.fixture
-def run(job) -> Iterator[Callable[[str, Any], Run]]:
+def run(job) -> Callable[[str, Any], Run]:
     """Read the file with one key changed, "data_transform.video.0.param.antialias" for example."""
     Path("prompts.txt").write_text("Capitals\na dark object\n")
     Path("other.txt").write_text("A cat at http://cat.com\nb\n")
@@ -151,8 +154,7 @@ def run(job) -> Iterator[Callable[[str, Any], Run]]:
         part[last] = value
         return Run(job(**settings))
 
-    yield read
-    set_backend("rms_norm", "auto")
+    return read
 
 
 @pytest.mark.parametrize(("key", "value", "outcome"), PROOFS, ids=[f"{key}={value}" for key, value, _ in PROOFS])

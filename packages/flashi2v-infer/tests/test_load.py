@@ -5,14 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import flashi2v_infer.load
 from flashi2v_data.config import load_config
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import load_from_config, load_from_pretrained, settled_device
 from flashi2v_infer.placement import home
 from flashi2v_model import InputError
-from flashi2v_npu_ops import set_backend
+from flashi2v_model.layers import RMSNorm
 
 
 @pytest.fixture
@@ -49,13 +48,11 @@ def test_every_weight_that_a_pipeline_directory_lacks_is_named(model_directory, 
 
 
 @pytest.mark.parametrize(("fused", "backend"), [(True, "auto"), (False, "reference")])
-def test_use_fused_rmsnorm_chooses_the_operator(config, monkeypatch, fused, backend):
-    chosen = []
-    monkeypatch.setattr(flashi2v_infer.load, "set_backend", lambda *choice: chosen.append(choice))
-    load_from_config(config(predictor={"use_fused_rmsnorm": fused}))
-    assert chosen == [("rms_norm", backend)]
-    set_backend(*chosen[0])  # the choice exists
-    set_backend("rms_norm", "auto")
+def test_use_fused_rmsnorm_chooses_the_operator_of_this_pipeline(config, fused, backend):
+    transformer = load_from_config(config(predictor={"use_fused_rmsnorm": fused})).transformer
+    norms = [module for module in transformer.modules() if isinstance(module, RMSNorm)]
+    assert {norm.backend for norm in norms} == {backend}
+    assert len(norms) == 4 * len(transformer.blocks)
 
 
 def test_settings_of_the_parts_reach_the_pipeline(config, model_directory, tmp_path):

@@ -17,7 +17,6 @@ from flashi2v_npu_ops import (
     apply_rope,
     attention,
     backends,
-    fused_adamw,
     gated_residual,
     gelu_tanh,
     layer_norm_modulate,
@@ -117,17 +116,6 @@ def main() -> None:
 
     if device.type == "cpu":
         bench_short_sequences()
-
-    parameters = [torch.randn(WIDTH, WIDTH, device=device, requires_grad=True) for _ in range(8)]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    optimizers = {}
-
-    def step(backend: str) -> None:
-        optimizers.setdefault(backend, fused_adamw(parameters, lr=1e-3, backend=backend)).step()
-
-    print("one step")
-    compare("fused_adamw", "fused_adamw", step, device)
 
     print("forward")
     for batch in (1, 8):

@@ -10,15 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flashi2v_npu_ops import (
+    Case,
     UnsupportedError,
     apply_rope,
     attention,
     explain,
-    fourier,
     registry,
     rms_norm,
     split_frequencies,
 )
+from flashi2v_npu_ops.backends import half_spectrum
+from flashi2v_npu_ops.testing import breaking_changes
 
 if importlib.util.find_spec("torch_npu") is not None:
     pytest.skip("the real torch_npu is installed, whose names emulations would take", allow_module_level=True)
@@ -40,7 +42,7 @@ KERNELS = {
 @pytest.fixture(autouse=True)
 def cpu_as_npu(monkeypatch):
     """Let the `ascend` backend serve CPU tensors."""
-    monkeypatch.setattr(registry, "_MADE_FOR", {"cuda": "cuda"})
+    monkeypatch.setattr(registry.all_backends()["ascend"], "device", None)
     registry._choose_once.cache_clear()
     emulated_npu.calls.clear()
     yield
@@ -80,6 +82,13 @@ def test_rope_keeps_its_tables_in_fp32_for_half_precision():
     assert torch.equal(apply_rope(x, cos, sin, backend="ascend"), apply_rope(x, cos, sin, backend="reference"))
 
 
+def test_rope_of_more_rows_than_the_kernel_takes_is_computed_in_parts():
+    x, (cos, sin) = normal(700, 2, 3, 8), rope_tables(2, 8)
+    out = apply_rope(x, cos, sin, backend="ascend")
+    assert emulated_npu.calls == ["npu_rotary_mul"] * 3
+    assert_close(out, apply_rope(x, cos, sin, backend="reference"))
+
+
 def test_rms_norm_with_a_weight_that_the_kernel_refuses_is_converted():
     x, weight = normal(3, 8), normal(8, dtype=torch.bfloat16)
     assert_close(rms_norm(x, weight, 1e-6, backend="ascend"), rms_norm(x, weight, 1e-6, backend="reference"))
@@ -107,8 +116,8 @@ def test_the_split_needs_neither_fft_nor_complex_numbers_nor_fp64_nor_a_sort(siz
     exact_high, exact_low, exact_cutoff = split_frequencies(latent, ratio, magnitude=False, backend="reference")
     split_frequencies(latent, ratio, backend="ascend")  # makes the tables, on the host
     with WatchForUnsupported() as watch:
-        low, keep, cutoff = fourier.low_pass_share(fourier.REAL_DFT, latent, ratio)
-        fourier.low_pass(fourier.REAL_DFT, latent, keep)
+        low, keep, cutoff = half_spectrum.low_pass_share(half_spectrum.REAL_DFT, latent, ratio)
+        half_spectrum.low_pass(half_spectrum.REAL_DFT, latent, keep)
     assert watch.seen > 30
     assert torch.equal(cutoff, exact_cutoff)
     assert_close(low, exact_low, atol=1e-5, rtol=0)
@@ -118,12 +127,12 @@ def test_the_split_needs_neither_fft_nor_complex_numbers_nor_fp64_nor_a_sort(siz
 @pytest.mark.parametrize(
     ("operator", "case", "words"),
     [
-        ("attention", ("npu", torch.float64, True, 128, True, False), "float64"),
-        ("attention", ("npu", torch.bfloat16, True, None, True, False), "768"),
-        ("attention", ("npu", torch.bfloat16, False, 128, True, False), "256 heads"),
-        ("apply_rope", ("npu", torch.bfloat16, False, True), "1000"),
-        ("apply_rope", ("npu", torch.bfloat16, True, False), "896"),
-        ("gelu_tanh", ("npu", torch.float64), "float64"),
+        ("attention", Case("npu", torch.float64), "float64"),
+        ("attention", Case("npu", torch.bfloat16, head_size=769), "768, got 769"),
+        ("attention", Case("npu", torch.bfloat16, num_heads=257), "256 heads, got 257"),
+        ("apply_rope", Case("npu", torch.bfloat16, num_heads=1000), "1000 heads"),
+        ("apply_rope", Case("npu", torch.bfloat16, head_size=896), "896"),
+        ("gelu_tanh", Case("npu", torch.float64), "float64"),
     ],
 )
 def test_limits_of_the_kernels_are_named_and_auto_goes_on(operator, case, words):
@@ -141,15 +150,21 @@ def test_a_wrong_argument_name_fails_as_it_would_on_an_npu():
 
 @pytest.mark.parametrize("schema", emulated_npu.SCHEMAS[emulated_npu.OLDEST])
 def test_whatever_fits_the_oldest_schema_fits_the_newest(schema):
-    old = torch._C.parse_schema(schema)
-    (new,) = (
-        parsed
-        for parsed in map(torch._C.parse_schema, emulated_npu.SCHEMAS[emulated_npu.NEWEST])
-        if parsed.name == old.name
-    )
-    described = [
-        [(a.name, str(a.type), a.default_value, a.kwarg_only) for a in schema.arguments] for schema in (old, new)
-    ]
-    assert described[1][: len(described[0])] == described[0]
-    assert all(argument.has_default_value() for argument in new.arguments[len(old.arguments) :])
-    assert [str(result.type) for result in old.returns] == [str(result.type) for result in new.returns]
+    name = schema.partition("(")[0]
+    (newest,) = (line for line in emulated_npu.SCHEMAS[emulated_npu.NEWEST] if line.startswith(f"{name}("))
+    assert breaking_changes(schema, newest) == []
+
+
+@pytest.mark.parametrize(
+    ("new", "words"),
+    [
+        ("f(Tensor y, int n=1) -> Tensor", "argument x differs in name, type or default"),
+        ("f(Tensor x, int n=2) -> Tensor", "argument n differs in name, type or default"),
+        ("f(Tensor x) -> Tensor", "argument n is gone"),
+        ("f(Tensor x, int n=1, *, int m) -> Tensor", "argument m is new and has no default"),
+        ("f(Tensor x, int n=1) -> (Tensor, Tensor)", "results differ"),
+        ("g(Tensor x, int n=1) -> Tensor", "f became g"),
+    ],
+)
+def test_changes_of_a_schema_that_break_calls_are_named(new, words):
+    assert breaking_changes("f(Tensor x, int n=1) -> Tensor", new) == [words]

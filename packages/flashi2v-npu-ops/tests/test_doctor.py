@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashi2v_npu_ops import cuda, doctor, registry
+from flashi2v_npu_ops import doctor, registry
+from flashi2v_npu_ops.backends import cuda
 
 SOUND = doctor.Survey(
     torch="2.13.0+cpu",
@@ -41,7 +42,7 @@ def npu_faults(found: doctor.Survey) -> list[tuple[str, str]]:
     """What a person who wants an NPU is told, but for what this machine's own devices add."""
     findings = doctor.diagnose(found, "npu")
     return [
-        (finding.what, finding.mend) for finding in findings if finding.is_fault and "device 'npu'" not in finding.what
+        (finding.what, finding.fix) for finding in findings if finding.is_fault and "device 'npu'" not in finding.what
     ]
 
 
@@ -108,7 +109,7 @@ def test_the_cann_that_was_sourced_goes_before_the_usual_places(tmp_path):
     assert (found.cann, found.cann_sourced) == ("9.0.0", True)
 
 
-def test_set_env_that_was_not_sourced_is_mended_by_its_own_path(tmp_path):
+def test_set_env_that_was_not_sourced_is_fixed_by_its_own_path(tmp_path):
     home = tmp_path / "ascend-toolkit/latest"
     home.mkdir(parents=True)
     (home.parent / "set_env.sh").touch()
@@ -116,8 +117,8 @@ def test_set_env_that_was_not_sourced_is_mended_by_its_own_path(tmp_path):
     assert npu_faults(found) == [
         (UNLOADABLE, f"source {home.parent}/set_env.sh"),
         (
-            "a plain `import torch` fails here, as torch loads torch_npu by itself (this package does not)",
-            "export TORCH_DEVICE_BACKEND_AUTOLOAD=0, until the above is mended",
+            "`import torch` fails here, as torch loads torch_npu by itself",
+            "export TORCH_DEVICE_BACKEND_AUTOLOAD=0, until the above is fixed",
         ),
     ]
     (home.parent / "set_env.sh").unlink()
@@ -126,14 +127,14 @@ def test_set_env_that_was_not_sourced_is_mended_by_its_own_path(tmp_path):
 
 def test_a_container_without_the_devices_is_told_to_pass_them(tmp_path):
     found = replace(SOUND, torch_npu_fault="torch_npu sees no NPU", cann_home=tmp_path, npu_nodes=0)
-    ((_, mend),) = npu_faults(found)
-    assert "/dev/davinci*" in mend
+    ((_, fix),) = npu_faults(found)
+    assert "/dev/davinci*" in fix
 
 
 def test_ascend_software_without_torch_npu_names_the_version_to_install(tmp_path):
-    ((what, mend),) = npu_faults(replace(SOUND, torch_npu=None, cann_home=tmp_path))
+    ((what, fix),) = npu_faults(replace(SOUND, torch_npu=None, cann_home=tmp_path))
     assert "torch_npu is not installed" in what
-    assert mend.endswith("'torch_npu==2.13.*'")
+    assert fix.endswith("'torch_npu==2.13.*'")
 
 
 @pytest.mark.parametrize(
@@ -184,9 +185,9 @@ def test_a_cpu_build_of_torch_beside_an_nvidia_driver_is_pointed_out():
 def test_reasons_against_a_faster_backend_stand_beside_the_operator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(cuda, "flash_attn_fault", lambda: "flash-attn is not installed")
-    lines, findings = doctor.operator_table("cuda")
+    served, findings = doctor.serve("attention", "cuda")
     assert findings == []
-    (attention,) = (line for line in lines if line.startswith("attention "))
-    assert "torch" in attention
-    assert "not cuda: flash-attn and cuDNN take fp16 and bf16, got torch.float32 (fp32)" in attention
-    assert "not cuda: flash-attn is not installed" in attention
+    row = doctor._row("attention", served)
+    assert "torch" in row
+    assert "not cuda: flash-attn and cuDNN take fp16 and bf16, got torch.float32 (fp32)" in row
+    assert "not cuda: flash-attn is not installed" in row

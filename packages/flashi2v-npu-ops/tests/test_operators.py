@@ -17,7 +17,6 @@ from flashi2v_npu_ops import (
     apply_rope,
     attention,
     backends,
-    fused_adamw,
     gated_residual,
     gelu_tanh,
     layer_norm_modulate,
@@ -25,6 +24,7 @@ from flashi2v_npu_ops import (
     rms_norm,
     split_frequencies,
 )
+from flashi2v_npu_ops.backends import half_spectrum
 from flashi2v_npu_ops.device import resolve_device
 
 GOLDEN = np.load(Path(__file__).with_name("golden_fourier.npz"))
@@ -42,7 +42,7 @@ def golden_cutoff(name: str) -> torch.Tensor:
 
 def on_device(operator: str) -> list[str]:
     """The backends to test on this device; the reference is compared with, and runs on the CPU."""
-    names = [name for name in backends(operator) if registry._MADE_FOR.get(name) in (None, DEVICE)]
+    names = [name for name in backends(operator) if registry.all_backends()[name].is_for(DEVICE)]
     if DEVICE != "cpu":
         names.remove("reference")
     if DEVICE == "npu" and operator == "split_frequencies":
@@ -78,9 +78,7 @@ def test_backend_equals_the_reference_forward_and_backward(name, backend, dtype)
 
 
 def test_there_is_a_case_for_every_operator():
-    assert {case.operator for case in operator_cases(torch.float32).values()} | {"fused_adamw"} == {
-        *registry.operators()
-    }
+    assert {case.operator for case in operator_cases(torch.float32).values()} == {*registry.operators()}
 
 
 @pytest.mark.parametrize("name", operator_cases(torch.float32))
@@ -100,7 +98,8 @@ def test_one_graph_serves_several_lengths_and_batches():
     compiled = torch.compile(lambda x: attention(x, x, gelu_tanh(x)), fullgraph=True, backend="eager", dynamic=True)
     for batch, length in ((2, 7), (3, 9), (5, 11)):
         x = normal(batch, length, 3, 8, device=DEVICE)
-        assert_close(compiled(x), attention(x, x, gelu_tanh(x)))
+        with torch.compiler.set_stance("default" if batch == 2 else "fail_on_recompile"):
+            assert_close(compiled(x), attention(x, x, gelu_tanh(x)))
 
 
 @pytest.mark.skipif(DEVICE == "npu", reason="inductor has no NPU backend of its own")
@@ -273,21 +272,17 @@ def test_half_precision_latents_are_split_in_fp32():
 
 
 def test_tables_of_the_split_are_shared_and_bounded():
-    from flashi2v_npu_ops import fourier
-
-    fourier._order_table.cache_clear()
-    for width in range(2, 2 + 2 * fourier._NUM_TABLES):
+    half_spectrum._order_table.cache_clear()
+    for width in range(2, 2 + 2 * half_spectrum._NUM_TABLES):
         split_frequencies(torch.ones(1, 1, 4, width, device=DEVICE), 0.5, backend="torch")
         split_frequencies(torch.ones(1, 1, 4, width, device=DEVICE), 0.5, backend="torch")
-    info = fourier._order_table.cache_info()
-    assert info.hits == 2 * fourier._NUM_TABLES
-    assert info.currsize == fourier._NUM_TABLES
+    info = half_spectrum._order_table.cache_info()
+    assert info.hits == 2 * half_spectrum._NUM_TABLES
+    assert info.currsize == half_spectrum._NUM_TABLES
 
 
 def test_tables_made_while_sampling_serve_a_training_step():
-    from flashi2v_npu_ops import fourier
-
-    fourier._order_table.cache_clear()
+    half_spectrum._order_table.cache_clear()
     with torch.inference_mode():
         split_frequencies(torch.ones(1, 1, 4, 6), 0.5, backend="torch")
     x = normal(1, 1, 4, 6)
@@ -313,47 +308,6 @@ def test_a_compiled_split_refuses_a_ratio_outside_its_range_when_it_runs():
         compiled(x, torch.tensor(1.5))
 
 
-@pytest.mark.parametrize("backend", [*on_device("fused_adamw"), "auto"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adamw_steps_equal_the_reference(backend, dtype):
-    steps = {}
-    for which in ("reference", backend):
-        weights, bias = normal(5, 7, dtype=dtype, device=DEVICE), normal(7, dtype=dtype, device=DEVICE, seed=1)
-        groups = [{"params": [weights], "lr": 1e-2}, {"params": [bias]}]
-        optimizer = fused_adamw(groups, lr=1e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, backend=which)
-        for step in range(3):
-            weights.grad = normal(5, 7, dtype=dtype, device=DEVICE, seed=step)
-            bias.grad = normal(7, dtype=dtype, device=DEVICE, seed=step + 9)
-            optimizer.step()
-        steps[which] = weights.detach(), bias.detach()
-    for ours, reference in zip(steps[backend], steps["reference"]):
-        assert_close(ours, reference, **(TOLERANCE[dtype] if dtype != torch.float32 else {"atol": 1e-6, "rtol": 1e-5}))
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        lambda module: module.parameters(),
-        lambda module: module.named_parameters(),
-        lambda module: [{"params": module.parameters()}],
-        lambda module: [{"params": module.weight}, {"params": module.bias, "lr": 1e-3}],
-        lambda module: [{"params": module.named_parameters()}],
-    ],
-)
-def test_adamw_takes_parameters_in_all_the_ways_that_torch_does(given):
-    module = torch.nn.Linear(3, 2)
-    ours, theirs = fused_adamw(given(module), lr=1e-2), torch.optim.AdamW(given(module), lr=1e-2)
-    for group, expected in zip(ours.param_groups, theirs.param_groups):
-        assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in expected["params"]]
-        assert group["lr"] == expected["lr"]
-    assert len(ours.param_groups) == len(theirs.param_groups)
-
-
-def test_adamw_on_a_cpu_is_the_fused_one():
-    assert fused_adamw([normal(3)], lr=1.0).defaults["fused"] is True
-    assert fused_adamw([normal(3)], lr=1.0, backend="reference").defaults["fused"] is False
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -377,8 +331,6 @@ def test_adamw_on_a_cpu_is_the_fused_one():
         (lambda: split_frequencies(normal(1, 2, 4, 4), float("nan")), "nan"),
         (lambda: split_frequencies(normal(2, 2, 4, 4), torch.tensor([0.1, -0.2])), "-0.2"),
         (lambda: split_frequencies(normal(2, 2, 4, 4), torch.tensor([0.1, 0.2, 0.3])), r"\(3,\)"),
-        (lambda: fused_adamw([], lr=1.0), "none"),
-        (lambda: fused_adamw([normal(2), torch.ones(2, device="meta")], lr=1.0), "cpu, meta"),
     ],
 )
 def test_wrong_arguments_are_named(call, words):

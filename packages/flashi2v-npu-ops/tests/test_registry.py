@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from flashi2v_npu_ops import (
+    Case,
     UnsupportedError,
     attention,
     backends,
-    cuda,
     explain,
     gelu_tanh,
     registry,
@@ -23,6 +23,7 @@ from flashi2v_npu_ops import (
     use_backend,
 )
 from flashi2v_npu_ops import device as devices
+from flashi2v_npu_ops.backends import cuda
 from flashi2v_npu_ops.device import (
     claim_device,
     collective_backend,
@@ -32,7 +33,7 @@ from flashi2v_npu_ops.device import (
     resolve_device,
 )
 
-HOPPER_CASE = ("cuda", torch.bfloat16, True, 128, True, False)
+HOPPER_CASE = Case("cuda", torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +54,15 @@ def served(monkeypatch):
     """The backends that served rms_norm, in order."""
     names = []
     for name in backends("rms_norm"):
-        spied = registry._implementations["rms_norm"][name]
+        implementations = registry.all_backends()[name].implementations
+        spied = implementations["rms_norm"]
 
         def call(*args, name=name, run=spied.call):
             names.append(name)
             return run(*args)
 
         spy = registry.Implementation(call, spied.obstacle)
-        monkeypatch.setitem(registry._implementations["rms_norm"], name, spy)
+        monkeypatch.setitem(implementations, "rms_norm", spy)
     return names
 
 
@@ -77,14 +79,14 @@ def test_a_backend_asked_for_by_name_serves_the_call_or_raises():
     for unknown in (
         lambda: backends("softmax"),
         lambda: set_backend("softmax", "auto"),
-        lambda: explain("softmax", ()),
+        lambda: explain("softmax", HOPPER_CASE),
     ):
         with pytest.raises(UnsupportedError, match="unknown operator"):
             unknown()
 
 
 def test_auto_says_once_why_it_passes_over_a_backend_of_the_device(caplog, monkeypatch):
-    monkeypatch.setattr(registry, "_MADE_FOR", {"ascend": "npu"})  # this CPU stands in for a CUDA device
+    monkeypatch.setattr(cuda.backend, "device", "cpu")  # this CPU stands in for a CUDA device
     x = torch.ones(1, 2, 1, 8)
     with caplog.at_level(logging.WARNING, "flashi2v_npu_ops"):
         for _ in range(3):
@@ -98,7 +100,7 @@ def test_backends_of_other_devices_are_not_worth_a_word(caplog):
     with caplog.at_level(logging.WARNING, "flashi2v_npu_ops"):
         normalise()
     assert not caplog.records
-    assert explain("rms_norm", ("cpu", torch.float32, torch.float32)) == registry.Choice("torch", {})
+    assert explain("rms_norm", Case("cpu", torch.float32)) == registry.Choice("torch", {})
 
 
 def test_set_backend_decides_what_auto_means(served):
@@ -125,7 +127,7 @@ def test_use_backend_holds_within_its_context_and_nests(served):
 
 
 def test_explain_follows_use_backend():
-    case = ("cpu", torch.float32, torch.float32)
+    case = Case("cpu", torch.float32)
     with use_backend("rms_norm", "reference"):
         assert explain("rms_norm", case).backend == "reference"
     assert explain("rms_norm", case).backend == "torch"
@@ -134,7 +136,7 @@ def test_explain_follows_use_backend():
 def test_a_compiled_call_that_cannot_be_served_says_why():
     x = torch.ones(1, 2, 1, 8)
     torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match="runs on npu devices"):
+    with pytest.raises(UnsupportedError, match="runs on npu devices"):
         torch.compile(lambda x: attention(x, x, x, backend="ascend"), backend="eager")(x)
 
 
@@ -195,12 +197,12 @@ def test_an_environment_that_cannot_be_honoured_is_an_error(setting, words, monk
         ((9, 0), False, HOPPER_CASE, None),
         ((8, 0), False, HOPPER_CASE, "flash-attn is not installed"),
         ((7, 5), True, HOPPER_CASE, "needs compute capability 8.0, this GPU has 7.5"),
-        ((9, 0), True, ("cuda", torch.float32, True, 128, True, False), "fp16 and bf16"),
-        ((9, 0), True, ("cuda", torch.bfloat16, True, 128, True, True), "mask"),
-        ((9, 0), True, ("cuda", torch.bfloat16, True, 256, True, False), None),
-        ((9, 0), False, ("cuda", torch.bfloat16, True, 256, True, False), "up to 128"),
-        ((9, 0), False, ("cuda", torch.bfloat16, True, 128, False, False), "divisible by 8"),
-        ((9, 0), True, ("cuda", torch.bfloat16, True, None, True, False), "up to 256"),
+        ((9, 0), True, Case("cuda", torch.float32), "fp16 and bf16"),
+        ((9, 0), True, Case("cuda", torch.bfloat16, masked=True), "mask"),
+        ((9, 0), True, Case("cuda", torch.bfloat16, head_size=256), None),
+        ((9, 0), False, Case("cuda", torch.bfloat16, head_size=256), "up to 128"),
+        ((9, 0), False, Case("cuda", torch.bfloat16, head_size=100), "divisible by 8"),
+        ((9, 0), True, Case("cuda", torch.bfloat16, head_size=264), "up to 256"),
     ],
 )
 def test_cuda_attention_is_chosen_by_capability_dtype_and_head_size(monkeypatch, capability, flash_attn, case, words):
@@ -223,7 +225,7 @@ def test_flash_attn_is_given_its_own_layout_and_the_scale(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
     monkeypatch.setattr(cuda, "flash_attn_fault", lambda: None)
     q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 4, 3, 8)
-    ours = registry._implementations["attention"]["cuda"].call(q, k, k, None, 0.2)
+    ours = cuda.backend.implementations["attention"].call(q, k, k, None, 0.2)
     torch.testing.assert_close(ours, attention(q, k, k, scale=0.2, backend="reference"))
 
 

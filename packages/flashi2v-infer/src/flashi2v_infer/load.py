@@ -17,10 +17,11 @@ from flashi2v_infer.placement import home, place
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
 from flashi2v_model.config import PredictorConfig, check_pretrained
 from flashi2v_model.encoders import DTYPES, load_pretrained, load_text_encoder, load_vae
+from flashi2v_model.layers import use_fused_rms_norm
 from flashi2v_model.parallel import check_degree
 from flashi2v_model.reading import weight_files
 from flashi2v_model.scheduler import make_scheduler
-from flashi2v_npu_ops import UnsupportedError, set_backend
+from flashi2v_npu_ops import UnsupportedError
 from flashi2v_npu_ops.device import claim_device, resolve_device
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,6 @@ def load_from_config(
     """
     device = settled_device(execution, config.device)
     where = home(execution, device)
-    set_backend("rms_norm", "auto" if config.predictor.use_fused_rmsnorm else "reference")
     config = settled_config(config, execution)
     predictor, encoder, ae = config.predictor, config.text_encoder, config.ae
     check_degree(execution.context_parallel_size, predictor.num_heads)
@@ -180,6 +180,7 @@ def check_model(model: str) -> Path | None:
 def _load_transformer(config: PredictorConfig, device: torch.device) -> FlashI2VTransformer3DModel:
     with torch.device("meta"):  # random start values of a large model would take minutes
         transformer = FlashI2VTransformer3DModel(**config.transformer_arguments())
+    use_fused_rms_norm(transformer, config.use_fused_rmsnorm)
     cast(transformer, DTYPES[config.dtype])
     assert config.from_pretrained is not None
     load_weights(transformer, config.from_pretrained)  # the file's own tensors, so that there is no second copy

@@ -35,15 +35,27 @@ class FP32LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the full width D, before the split into heads."""
+    """RMS norm over the full width D, before the split into heads.
+
+    Attributes:
+        backend: of `flashi2v_npu_ops.rms_norm`.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, backend=self.backend)
+
+
+def use_fused_rms_norm(model: nn.Module, fused: bool) -> None:
+    """Let a model's RMS norms be served by the best kernel of its device, or by the reference in plain torch."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.backend = "auto" if fused else "reference"
 
 
 class Attention(nn.Module):

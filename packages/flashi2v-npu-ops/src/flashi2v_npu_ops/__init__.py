@@ -1,54 +1,58 @@
 """One written contract per operator of FlashI2V, and the backend that serves it best on each device."""
 
-import importlib.util
-import os
-import sys
+import importlib
+from typing import TYPE_CHECKING, Any
 
-
-def _import_torch_alone() -> None:
-    """Import torch without the extensions that it loads by itself.
-
-    Where torch_npu is installed and CANN is not, that loading fails, and `import torch` with it. torch_npu is imported
-    here when an NPU is asked for. Whoever sets TORCH_DEVICE_BACKEND_AUTOLOAD, or imports torch first, decides.
-    """
-    name = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-    if "torch" in sys.modules or name in os.environ or importlib.util.find_spec("torch_npu") is None:
-        return
-    os.environ[name] = "0"
-    try:
-        importlib.import_module("torch")
-    finally:
-        del os.environ[name]
-
-
-_import_torch_alone()
-
-from flashi2v_npu_ops import ascend, cuda  # noqa: E402 (they register their backends)
-from flashi2v_npu_ops.activation import gelu_tanh  # noqa: E402
-from flashi2v_npu_ops.attention import attention  # noqa: E402
-from flashi2v_npu_ops.fourier import split_frequencies  # noqa: E402
-from flashi2v_npu_ops.modulation import gated_residual, layer_norm_modulate  # noqa: E402
-from flashi2v_npu_ops.norm import rms_norm  # noqa: E402
-from flashi2v_npu_ops.optimizer import fused_adamw  # noqa: E402
-from flashi2v_npu_ops.registry import UnsupportedError, backends, explain, set_backend, use_backend  # noqa: E402
-from flashi2v_npu_ops.rope import apply_rope  # noqa: E402
+if TYPE_CHECKING:
+    from flashi2v_npu_ops import device, testing
+    from flashi2v_npu_ops.operators import (
+        apply_rope,
+        attention,
+        gated_residual,
+        gelu_tanh,
+        layer_norm_modulate,
+        rms_norm,
+        split_frequencies,
+    )
+    from flashi2v_npu_ops.registry import Backend, Case, UnsupportedError, backends, explain, set_backend, use_backend
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backend",
+    "Case",
     "UnsupportedError",
     "apply_rope",
-    "ascend",
     "attention",
     "backends",
-    "cuda",
+    "device",
     "explain",
-    "fused_adamw",
     "gated_residual",
     "gelu_tanh",
     "layer_norm_modulate",
     "rms_norm",
     "set_backend",
     "split_frequencies",
+    "testing",
     "use_backend",
 ]
+
+_REGISTRY = ("Backend", "Case", "UnsupportedError", "backends", "explain", "set_backend", "use_backend")
+
+# A folder has the name of a function. It is imported here, so that no later import puts it in the function's place.
+importlib.import_module("flashi2v_npu_ops.backends")
+del globals()["backends"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: importing this package imports no torch, and changes nothing."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("device", "testing"):
+        return importlib.import_module(f"{__name__}.{name}")
+    home = importlib.import_module(f"{__name__}.{'registry' if name in _REGISTRY else 'operators'}")
+    return globals().setdefault(name, getattr(home, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

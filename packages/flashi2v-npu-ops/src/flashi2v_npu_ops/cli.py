@@ -1,15 +1,28 @@
 """`flashi2v-npu-ops doctor`: what this machine can run.  argparse, because this package needs nothing but torch."""
 
 import argparse
+import dataclasses
+import io
+import json
+import os
+import sys
+from typing import NoReturn
 
 import flashi2v_npu_ops
-from flashi2v_npu_ops import doctor
 
-_EXAMPLES = "Examples: flashi2v-npu-ops doctor;  flashi2v-npu-ops doctor --device npu"
+_EXAMPLES = "Examples: flashi2v-npu-ops doctor;  flashi2v-npu-ops doctor --device npu;  flashi2v-npu-ops doctor --json"
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and no more."""
+        self.exit(2, f"{self.prog}: {_escaped(' '.join(message.split()))[:400]}\n")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    """Run the command line; return its exit code."""
+    parser = _Parser(
         prog="flashi2v-npu-ops",
         description="Operators of FlashI2V: what serves them on this machine.",
         epilog=_EXAMPLES,
@@ -18,11 +31,44 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "doctor",
-        help="device, versions and whether they match, which backend serves which operator, what to mend",
+        help="device, versions and whether they match, which backend serves which operator, what to fix",
         description="Print device, versions and whether they match, which backend serves which operator and why not a "
-        "faster one, and what to mend. Exits 1 where something asked for cannot work: a device, the backends that "
-        "FLASHI2V_OPS_BACKEND names, or torch_npu where it is installed.",
+        "faster one, and what to fix. Exits 1 where something asked for cannot work: a device, the backends that "
+        "FLASHI2V_OPS_BACKEND names, an installed backend, or torch_npu where it is installed.",
         epilog=_EXAMPLES,
     )
     command.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="the device wanted")
-    return doctor.report(parser.parse_args().device)
+    command.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
+    options = parser.parse_args()
+    return _doctor(options.device, as_json=options.json)
+
+
+def _doctor(asked: str, *, as_json: bool) -> int:
+    environment = dict(os.environ)
+    # Where torch_npu does not load, torch does not load either, unless it is told to go without. The doctor loads
+    # torch_npu afterwards, and says why it fails.
+    os.environ[_AUTOLOAD] = "0"
+    try:
+        from flashi2v_npu_ops import doctor
+    finally:
+        os.environ.pop(_AUTOLOAD)
+        os.environ.update(environment)
+    report = doctor.examine(asked, environment)
+    if as_json:
+        text = json.dumps(dataclasses.asdict(report) | {"is_at_fault": report.is_at_fault}, indent=2, default=str)
+    else:
+        text = "\n".join(map(_escaped, doctor.lines(report)))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except OSError as error:  # a full disk, or a reader that has seen enough: head, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again when it ends
+        if not isinstance(error, BrokenPipeError):
+            print(f"flashi2v-npu-ops: cannot print: {error.strerror}", file=sys.stderr)
+            return 1
+    return 1 if report.is_at_fault else 0
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,13 +1,18 @@
-"""Which accelerator there is, and what it needs: asked here and nowhere else."""
+"""Which accelerator there is, and what it needs: asked here and nowhere else.
+
+This is the only file that imports torch_npu, an optional extra. It needs CANN, and imports of it fail without, so it is
+imported only when an NPU is asked for.
+"""
 
 import contextlib
+import importlib.util
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from flashi2v_npu_ops import ascend
 from flashi2v_npu_ops.registry import UnsupportedError
 
 _COLLECTIVES = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -16,14 +21,34 @@ _STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def missing(device_type: str) -> str | None:
-    """Return why this process cannot use devices of a type ("npu", "cuda", "cpu"), with what mends it, or None."""
+    """Return why this process cannot use devices of a type ("npu", "cuda", "cpu"), with what fixes it, or None."""
     if device_type == "cpu":
         return None
     if device_type == "cuda":
         return None if torch.cuda.is_available() else "PyTorch sees no CUDA device: check the driver, or use 'cpu'"
     if device_type == "npu":
-        return ascend.missing()
+        return _missing_npu()
     return f"unknown device type {device_type!r}: choose one of auto, {', '.join(_COLLECTIVES)}"
+
+
+@cache
+def _missing_npu() -> str | None:
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed: pip install 'flashi2v-npu-ops[npu]' on the Ascend machine"
+    autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
+    try:
+        import torch_npu
+    except Exception as error:  # anything: it patches torch, and one that does not fit fails in ways of its own
+        reason = f"{type(error).__name__}: {error}"
+        return f"torch_npu does not load ({reason}): install CANN and source its set_env.sh in this shell"
+    finally:  # torch_npu switches this off, and leaves it so where its import fails
+        if autoload is None:
+            os.environ.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
+        else:
+            os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = autoload
+    if not torch_npu.npu.is_available():
+        return "torch_npu sees no NPU: check npu-smi info and ASCEND_RT_VISIBLE_DEVICES"
+    return None
 
 
 def resolve_device(name: str = "auto", *, index: int | None = None) -> torch.device:
@@ -39,8 +64,8 @@ def resolve_device(name: str = "auto", *, index: int | None = None) -> torch.dev
     if name == "auto":
         name = next(kind for kind in _COLLECTIVES if missing(kind) is None)
     kind, _, number = name.partition(":")
-    if number and not number.isdecimal():
-        raise UnsupportedError(f"device {name!r}: what follows the colon must be a number")
+    if number and not (number.isdecimal() and len(number) < 5):
+        raise UnsupportedError(f"device {name!r}: what follows the colon must be a number, as in {kind}:0")
     reason = missing(kind)
     if reason is not None:
         raise UnsupportedError(f"device {name!r}: {reason}")

@@ -4,6 +4,7 @@ The survey reads files and environment variables, so it also works where torch_n
 Ascend's files: CANN's installation guide ("checking the installation"), and torch_npu's own collect_env.
 """
 
+import contextlib
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,16 @@ import torch
 
 import flashi2v_npu_ops
 from flashi2v_npu_ops import device
-from flashi2v_npu_ops.registry import ENVIRONMENT, Case, UnsupportedError, backends, explain, operators
+from flashi2v_npu_ops.registry import (
+    ENVIRONMENT,
+    Case,
+    UnsupportedError,
+    all_backends,
+    backends,
+    explain,
+    faults,
+    operators,
+)
 
 # CANN that each torch_npu was released with, and the range in which Ascend's release notes call any pair compatible.
 # Source: README of the Ascend extension for PyTorch, and its release notes 7.1.0 to 26.2.0.
@@ -29,12 +39,6 @@ _RELEASED_WITH = {
 }
 _COMPATIBLE = ("8.5", "9.0", "9.1", "9.2")
 
-# Facts of a usual call of each operator, after device and dtype; see the operator for their meaning.
-_USUAL_FACTS: dict[str, Case] = {
-    "attention": (True, 128, True, False),
-    "rms_norm": (torch.float32,),
-    "apply_rope": (True, True),
-}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,11 +75,70 @@ class Survey:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know, and the command or setting that mends it; a fault makes the doctor's exit code 1."""
+    """Something to know, and the command or setting that fixes it; a fault makes the doctor's exit code 1."""
 
     what: str
-    mend: str
+    fix: str
     is_fault: bool = True
+
+
+@dataclass(frozen=True)
+class Served:
+    """The backends of one operator on one device, by dtype ("fp32", "bf16", "fp16").
+
+    Attributes:
+        backends: all that implement it, in the order in which "auto" tries them.
+        by: the one that serves it; a dtype that none serves is left out.
+        passed_over: faster ones made for the device, and why they do not serve it.
+    """
+
+    backends: tuple[str, ...]
+    by: dict[str, str]
+    passed_over: dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the doctor says; `dataclasses.asdict` of it is what `doctor --json` prints.
+
+    Attributes:
+        version: of this package.
+        python: version.
+        platform: operating system and processor.
+        survey: what was found on the machine.
+        cuda: version that torch was built with.
+        cudnn: version that torch has.
+        flash_attn: version.
+        missing: per type of device, why it cannot be used, or None.
+        devices: per type that can be used, what it calls itself.
+        asked: the device that was wanted.
+        chosen: the device that this is; None: it cannot work.
+        collectives: the backend of torch.distributed for it.
+        backends: all, in the order in which "auto" tries them, and the type of device that each is made for.
+        operators: what serves each on the chosen device.
+        findings: what is wrong or worth knowing.
+    """
+
+    version: str
+    python: str
+    platform: str
+    survey: Survey
+    cuda: str | None
+    cudnn: int | None
+    flash_attn: str | None
+    missing: dict[str, str | None]
+    devices: dict[str, str]
+    asked: str
+    chosen: str | None
+    collectives: str | None
+    backends: dict[str, str | None]
+    operators: dict[str, Served]
+    findings: list[Finding]
+
+    @property
+    def is_at_fault(self) -> bool:
+        """Whether something that was asked for cannot work."""
+        return any(finding.is_fault for finding in self.findings)
 
 
 def survey(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Survey:
@@ -151,18 +214,18 @@ def _npu_findings(found: Survey, asked: str) -> Iterator[Finding]:
     if found.torch_npu_fault is None:
         return
     if found.cann_home is None:
-        mend = "install CANN (toolkit and kernels), then source its set_env.sh; without an NPU: pip uninstall torch_npu"
+        fix = "install CANN (toolkit and kernels), then source its set_env.sh; without an NPU: pip uninstall torch_npu"
     elif not found.cann_sourced:
-        mend = f"source {_set_env(found.cann_home)}"
+        fix = f"source {_set_env(found.cann_home)}"
     elif not found.npu_nodes:
-        mend = "check `npu-smi info`; in a container, pass /dev/davinci* and mount /usr/local/Ascend/driver"
+        fix = "check `npu-smi info`; in a container, pass /dev/davinci* and mount /usr/local/Ascend/driver"
     else:
-        mend = "check `npu-smi info`, and that CANN's version fits torch_npu's (below)"
-    yield Finding(found.torch_npu_fault, mend, is_fault)
+        fix = "check `npu-smi info`, and that CANN's version fits torch_npu's (below)"
+    yield Finding(found.torch_npu_fault, fix, is_fault)
     if found.autoload and (found.cann_home is None or not found.cann_sourced):
         yield Finding(
-            "a plain `import torch` fails here, as torch loads torch_npu by itself (this package does not)",
-            "export TORCH_DEVICE_BACKEND_AUTOLOAD=0, until the above is mended",
+            "`import torch` fails here, as torch loads torch_npu by itself",
+            "export TORCH_DEVICE_BACKEND_AUTOLOAD=0, until the above is fixed",
             is_fault,
         )
 
@@ -204,74 +267,102 @@ def _other_findings(found: Survey, asked: str) -> Iterator[Finding]:
     try:
         device.resolve_device(asked)
     except UnsupportedError as error:
-        yield Finding(str(error), "mend what is said above, or choose another device")
+        yield Finding(str(error), "fix what is said above, or choose another device")
 
 
 def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def operator_table(device_type: str) -> tuple[list[str], list[Finding]]:
-    """Return a line per operator, saying what serves it on a device and why nothing faster does, and what is at fault.
+def serve(operator: str, device_type: str) -> tuple[Served, list[Finding]]:
+    """Return what serves an operator on a device, and the faults of FLASHI2V_OPS_BACKEND."""
+    by, passed_over, findings = {}, {}, []
+    for label, dtype in _DTYPES.items():
+        try:
+            choice = explain(operator, Case(device_type, dtype))
+        except UnsupportedError as error:
+            findings.append(Finding(str(error), f"unset or correct {ENVIRONMENT}"))
+            continue
+        by[label], passed_over[label] = choice.backend, choice.passed_over
+    return Served(backends(operator), by, passed_over), findings
 
-    The faults are those of FLASHI2V_OPS_BACKEND: what it names may not exist, or not serve the device.
-    """
-    lines, findings = [], []
-    for operator in operators():
-        serving: dict[str, list[str]] = {}
-        reasons: dict[str, list[str]] = {}
-        for label, dtype in _DTYPES.items():
-            parts: Case = (True,) if operator == "fused_adamw" else (dtype, *_USUAL_FACTS.get(operator, ()))
-            try:
-                choice = explain(operator, (device_type, *parts))
-            except UnsupportedError as error:
-                findings.append(Finding(str(error), f"unset or correct {ENVIRONMENT}"))
-                continue
-            serving.setdefault(choice.backend, []).append(label)
-            for backend, reason in choice.passed_over.items():
-                reasons.setdefault(f"not {backend}: {reason}", []).append(label)
-        served = ", ".join(_with_dtypes(backend, labels) for backend, labels in serving.items())
-        why = "; ".join(_with_dtypes(reason, labels) for reason, labels in reasons.items())
-        known = ", ".join(backends(operator))
-        lines.append(f"{operator:<20} {served or 'nothing':<12} of {known}" + (f"  ({why})" if why else ""))
-    return lines, list(dict.fromkeys(findings))
+
+def examine(asked: str = "auto", environment: Mapping[str, str] = os.environ) -> Report:
+    """Look at everything; `asked` is the device that is wanted."""
+    found = survey(environment=environment)
+    findings = diagnose(found, asked)
+    for name, reason in faults().items():
+        findings.append(Finding(f"backend {name!r} does not load: {reason}", "correct or uninstall what offers it"))
+    chosen = collectives = None
+    serving: dict[str, Served] = {}
+    with contextlib.suppress(UnsupportedError):  # which is among the findings
+        device_found = device.resolve_device(asked)
+        chosen, collectives = str(device_found), device.collective_backend(device_found)
+        for operator in operators():
+            serving[operator], at_fault = serve(operator, device_found.type)
+            findings += at_fault
+    missing = {kind: device.missing(kind) for kind in ("npu", "cuda", "cpu")}
+    return Report(
+        version=flashi2v_npu_ops.__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        survey=found,
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version(),
+        flash_attn=_version("flash-attn"),
+        missing=missing,
+        devices={kind: device.name(kind) for kind, reason in missing.items() if reason is None},
+        asked=asked,
+        chosen=chosen,
+        collectives=collectives,
+        backends={name: backend.device for name, backend in all_backends().items()},
+        operators=serving,
+        findings=list(dict.fromkeys(findings)),
+    )
+
+
+def lines(report: Report) -> Iterator[str]:
+    """Yield the report for people to read."""
+    found = report.survey
+    cann = f"{found.cann or 'of unknown version'} in {found.cann_home}" if found.cann_home else "not found"
+    yield f"flashi2v-npu-ops  {report.version}"
+    yield f"Python            {report.python} on {report.platform}"
+    yield f"torch             {found.torch}"
+    yield f"torch_npu         {found.torch_npu or 'not installed'}"
+    yield f"CANN              {cann}{'' if found.cann_sourced or not found.cann_home else ' (set_env.sh not sourced)'}"
+    yield f"Ascend driver     {found.driver or 'not found'}, {found.npu_nodes} NPU device nodes"
+    yield f"NVIDIA driver     {found.nvidia_driver or 'not found'}"
+    yield f"torch's CUDA      {report.cuda or 'built without'}, cuDNN {report.cudnn or 'none'}"
+    yield f"flash-attn        {report.flash_attn or 'not installed'}"
+    yield ""
+    for kind, reason in report.missing.items():
+        yield f"device {kind:<10} {reason or 'available: ' + report.devices[kind]}"
+    if report.chosen is None:
+        yield f"asked for         {report.asked}, which cannot work"
+    else:
+        yield f"{report.asked} is {report.chosen} (collectives: {report.collectives})"
+        yield ""
+        yield from (_row(operator, served) for operator, served in report.operators.items())
+    yield ""
+    for finding in report.findings:
+        yield f"{'FAULT' if finding.is_fault else 'note '}  {finding.what}"
+        yield f"       -> {finding.fix}"
+    if not report.findings:
+        yield "nothing is wrong"
+
+
+def _row(operator: str, served: Served) -> str:
+    """Return what serves an operator, and why nothing faster does."""
+    by: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
+    for label, backend in served.by.items():
+        by.setdefault(backend, []).append(label)
+        for name, reason in served.passed_over[label].items():
+            reasons.setdefault(f"not {name}: {reason}", []).append(label)
+    serving = ", ".join(_with_dtypes(backend, labels) for backend, labels in by.items())
+    why = "; ".join(_with_dtypes(reason, labels) for reason, labels in reasons.items())
+    return f"{operator:<20} {serving or 'nothing':<12} of {', '.join(served.backends)}" + (f"  ({why})" if why else "")
 
 
 def _with_dtypes(text: str, labels: list[str]) -> str:
     return text if len(labels) == len(_DTYPES) else f"{text} ({', '.join(labels)})"
-
-
-def report(asked: str = "auto") -> int:
-    """Print everything; return the exit code: 1 where something is at fault, else 0."""
-    found = survey()
-    findings = diagnose(found, asked)
-    cann = f"{found.cann or 'of unknown version'} in {found.cann_home}" if found.cann_home else "not found"
-    print(f"flashi2v-npu-ops  {flashi2v_npu_ops.__version__}")
-    print(f"Python            {platform.python_version()} on {platform.platform()}")
-    print(f"torch             {found.torch}")
-    print(f"torch_npu         {found.torch_npu or 'not installed'}")
-    print(f"CANN              {cann}{'' if found.cann_sourced or not found.cann_home else ' (set_env.sh not sourced)'}")
-    print(f"Ascend driver     {found.driver or 'not found'}, {found.npu_nodes} NPU device nodes")
-    print(f"NVIDIA driver     {found.nvidia_driver or 'not found'}")
-    print(
-        f"torch's CUDA      {torch.version.cuda or 'built without'}, cuDNN {torch.backends.cudnn.version() or 'none'}"
-    )
-    print(f"flash-attn        {_version('flash-attn') or 'not installed'}")
-    print()
-    for kind in ("npu", "cuda", "cpu"):
-        print(f"device {kind:<10} {device.missing(kind) or 'available: ' + device.name(kind)}")
-    try:
-        chosen = device.resolve_device(asked)
-    except UnsupportedError:
-        print(f"asked for         {asked}, which cannot work")
-    else:
-        print(f"{asked} is {chosen} (collectives: {device.collective_backend(chosen)})\n")
-        lines, faults = operator_table(chosen.type)
-        findings += faults
-        print("\n".join(lines))
-    print()
-    for finding in findings:
-        print(f"{'FAULT' if finding.is_fault else 'note '}  {finding.what}\n       -> {finding.mend}")
-    at_fault = any(finding.is_fault for finding in findings)
-    print("" if findings else "nothing is wrong", end="" if findings else "\n")
-    return 1 if at_fault else 0

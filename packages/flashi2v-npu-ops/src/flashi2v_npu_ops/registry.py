@@ -1,8 +1,11 @@
-"""Which implementation serves an operator: chosen by name, or the best one that can serve the call.
+"""Which backend serves an operator: the one that was named, or the first that can serve the call.
 
-A backend is `reference` (plain torch, the specification), `torch` (PyTorch's own fused paths), `ascend` or `cuda`.
-What a choice may depend on is a call's case: the device's type, the dtype, and facts such as "masked" or "head size up
-to 128", never a size itself. So "auto" decides once per case, and a compiled graph holds the decision as a constant.
+A `Backend` is a set of implementations: `reference` (plain torch, the specification), `torch` (PyTorch's own fused
+paths), `ascend`, `cuda`, and whatever other distributions offer as entry points of the group
+`flashi2v_npu_ops.backends`. They are loaded when the first operator is called, not on import.
+
+What a choice may depend on is a call's `Case`. So "auto" decides once per case, and a compiled graph holds the
+decision as a constant. What a kernel cannot do is said by its backend, never by the operator's contract.
 
 Nothing falls back in silence: a backend asked for by name serves the call or raises, and where "auto" has to pass
 over a backend made for the call's device, it says so once.
@@ -11,35 +14,45 @@ over a backend made for the call's device, it says so once.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from importlib import import_module, metadata
+from operator import index
+from typing import Any, TypeVar
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("ascend", "cuda", "torch", "reference")  # in the order in which "auto" tries them
+ENTRY_POINTS = "flashi2v_npu_ops.backends"
 ENVIRONMENT = "FLASHI2V_OPS_BACKEND"
-_MADE_FOR = {"ascend": "npu", "cuda": "cuda"}  # the others run anywhere
-
-# (device type, dtype, facts of the operator's own ...)
-Case = tuple[Any, ...]
+_AUTO = "auto"
 
 
 class UnsupportedError(ValueError):
-    """A backend was asked for that is unknown, or that cannot serve this call on this device."""
+    """A backend or device was asked for that is unknown, or that cannot serve the call."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
-class Implementation:
-    """One backend's version of one operator; `obstacle` says of a case why it cannot be served, or None."""
+class Case:
+    """What the choice of a backend may depend on: facts of a call that hardly change within a program.
 
-    call: Callable[..., Any]
-    obstacle: Callable[..., str | None]
+    Attributes:
+        device: type of the tensors' device: "cpu", "cuda", "npu", "meta", ...
+        dtype: of the operator's main argument.
+        num_heads: where there are heads.
+        head_size: likewise.
+        masked: attention is given a mask.
+    """
+
+    device: str
+    dtype: torch.dtype
+    num_heads: int = 1
+    head_size: int = 128
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,30 +63,98 @@ class Choice:
     passed_over: dict[str, str]
 
 
-_implementations: dict[str, dict[str, Implementation]] = {}
-_overrides: dict[str, str] = {}
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's version of one operator; `obstacle` says why a case cannot be served, or None."""
+
+    call: Callable[..., Any]
+    obstacle: Callable[[Case], str | None]
 
 
-def _no_obstacle(*case: Any) -> str | None:
+def _no_obstacle(case: Case) -> str | None:
     return None
 
 
-def register(
-    operator: str, backend: str, *, obstacle: Callable[..., str | None] = _no_obstacle
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a function as `backend`'s version of `operator`; `obstacle` takes the parts of a case."""
-    assert backend in BACKENDS, backend
+_Call = TypeVar("_Call", bound=Callable[..., Any])
 
-    def add(call: Callable[..., Any]) -> Callable[..., Any]:
-        _implementations.setdefault(operator, {})[backend] = Implementation(call, obstacle)
-        return call
 
-    return add
+class Backend:
+    """Implementations of operators that belong together.
+
+    Args:
+        name: what users choose it by.
+        device: the type of device that it is made for; None: it runs on any.
+    """
+
+    def __init__(self, name: str, device: str | None = None) -> None:
+        self.name = name
+        self.device = device
+        self.implementations: dict[str, Implementation] = {}
+
+    def serves(
+        self, operator: str, *, obstacle: Callable[[Case], str | None] = _no_obstacle
+    ) -> Callable[[_Call], _Call]:
+        """Decorate a function as this backend's version of an operator.
+
+        The function takes what the operator's reference takes. `obstacle` says why it cannot serve a case, or None.
+        """
+
+        def add(call: _Call) -> _Call:
+            self.implementations[operator] = Implementation(call, obstacle)
+            return call
+
+        return add
+
+    def is_for(self, device: str) -> bool:
+        """Say whether tensors on this type of device are what the backend is made for."""
+        return self.device in (None, device)
+
+
+reference = Backend("reference")
+_backends: dict[str, Backend] = {}  # all, in the order in which "auto" tries them, once they are loaded
+_faults: dict[str, str] = {}  # entry points that gave no backend, and why
+_overrides: dict[str, str] = {}
+
+
+def all_backends() -> dict[str, Backend]:
+    """Return all backends by name, in the order in which "auto" tries them: other distributions' go before ours."""
+    if not _backends:
+        import_module("flashi2v_npu_ops.operators")  # with every operator comes its reference
+        names = ("ascend", "cuda", "torch")
+        ours = {name: import_module(f"flashi2v_npu_ops.backends.{name}").backend for name in names}
+        ours["reference"] = reference
+        others: dict[str, Backend] = {}
+        for entry in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+            try:
+                others[entry.name] = _checked(entry.load(), entry.name, taken={_AUTO, *ours, *others})
+            except Exception as error:  # another project's code, which may fail in any way
+                _faults.setdefault(entry.name, f"{type(error).__name__}: {error}")
+                logger.warning("backend %r (%s) does not load: %s", entry.name, entry.value, error)
+        _backends.update(others | ours)
+    return _backends
+
+
+def _checked(backend: Any, name: str, taken: set[str]) -> Backend:
+    if not isinstance(backend, Backend):
+        raise TypeError(f"its entry point leads to {backend!r}, not to a Backend")
+    if backend.name != name or name in taken:
+        raise ValueError(f"its entry point is called {name!r}, the backend {backend.name!r}: both must be one new name")
+    unknown = sorted(backend.implementations.keys() - reference.implementations.keys())
+    if unknown:
+        raise ValueError(f"it serves operators that have no reference: {', '.join(unknown)}")
+    return backend
+
+
+def faults() -> dict[str, str]:
+    """Return the entry points that gave no backend, and why."""
+    all_backends()
+    return dict(_faults)
 
 
 def operators() -> tuple[str, ...]:
     """Return the names of all operators."""
-    return tuple(sorted(_implementations))
+    all_backends()
+    return tuple(sorted(reference.implementations))
 
 
 def backends(operator: str) -> tuple[str, ...]:
@@ -82,9 +163,9 @@ def backends(operator: str) -> tuple[str, ...]:
     Raises:
         UnsupportedError: no operator has this name.
     """
-    if operator not in _implementations:
+    if operator not in operators():
         raise UnsupportedError(f"unknown operator {operator!r}: choose one of {', '.join(operators())}")
-    return tuple(name for name in BACKENDS if name in _implementations[operator])
+    return tuple(name for name, backend in all_backends().items() if operator in backend.implementations)
 
 
 def set_backend(operator: str, backend: str) -> None:
@@ -94,7 +175,7 @@ def set_backend(operator: str, backend: str) -> None:
         UnsupportedError: the operator or its backend is unknown.
     """
     _check(operator, backend)
-    if backend == "auto":
+    if backend == _AUTO:
         _overrides.pop(operator, None)
     else:
         _overrides[operator] = backend
@@ -109,7 +190,7 @@ def use_backend(operator: str, backend: str) -> Iterator[None]:
     Raises:
         UnsupportedError: the operator or its backend is unknown.
     """
-    before = _overrides.get(operator, "auto")
+    before = _overrides.get(operator, _AUTO)
     set_backend(operator, backend)
     try:
         yield
@@ -123,14 +204,7 @@ def check_floating(operator: str, x: torch.Tensor) -> None:
         raise ValueError(f"{operator} takes floating-point tensors, got {x.dtype}")
 
 
-def _obstacle(operator: str, backend: str, case: Case) -> str | None:
-    made_for = _MADE_FOR.get(backend)
-    if made_for not in (None, case[0]):
-        return f"it runs on {made_for} devices, the tensors are on {case[0]}"
-    return _implementations[operator][backend].obstacle(*case)
-
-
-def explain(operator: str, case: Case, backend: str = "auto") -> Choice:
+def explain(operator: str, case: Case, backend: str = _AUTO) -> Choice:
     """Return the backend that serves a case, and why not a faster one.
 
     What "auto" means is decided by `set_backend` and `use_backend`, then by the environment variable
@@ -140,17 +214,17 @@ def explain(operator: str, case: Case, backend: str = "auto") -> Choice:
     Raises:
         UnsupportedError: a backend was named, by argument or variable, that is unknown or cannot serve the case.
     """
-    if backend == "auto":
-        backend = _overrides.get(operator) or _environment().get(operator, "auto")
+    if backend == _AUTO:
+        backend = _overrides.get(operator) or _environment().get(operator, _AUTO)
     _check(operator, backend)
-    if backend != "auto":
+    if backend != _AUTO:
         reason = _obstacle(operator, backend, case)
         if reason is not None:
             raise UnsupportedError(f"{operator}: backend {backend!r} cannot serve this call: {reason}")
         return Choice(backend, {})
     passed_over: dict[str, str] = {}
     for name in backends(operator):
-        if _MADE_FOR.get(name) in (None, case[0]):
+        if _backends[name].is_for(case.device):
             reason = _obstacle(operator, name, case)
             if reason is None:
                 return Choice(name, passed_over)
@@ -158,33 +232,67 @@ def explain(operator: str, case: Case, backend: str = "auto") -> Choice:
     raise AssertionError(f"the reference of {operator} must serve every case")
 
 
-def dispatch(operator: str, backend: str, case: Case, *args: Any) -> Any:
+def _obstacle(operator: str, name: str, case: Case) -> str | None:
+    backend = _backends[name]
+    if not backend.is_for(case.device):
+        return f"it runs on {backend.device} devices, the tensors are on {case.device}"
+    return backend.implementations[operator].obstacle(case)
+
+
+def dispatch(
+    operator: str,
+    backend: str,
+    x: torch.Tensor,
+    *args: Any,
+    num_heads: int = 1,
+    head_size: int = 128,
+    masked: bool = False,
+) -> Any:
     """Run `operator` on `backend`, or on the first one that can serve the case.
+
+    Args:
+        operator: its name.
+        backend: a backend's name, or "auto".
+        x: the main argument, by whose device and dtype is chosen.
+        args: all others, in the order in which implementations take them.
+        num_heads: of the `Case`, as are the two below.
+        head_size: likewise.
+        masked: likewise.
 
     Raises:
         UnsupportedError: the named backend is unknown or cannot serve the case.
     """
-    if backend == "auto":
-        backend = _overrides.get(operator, "auto")
-    call = _implementations[operator][_choose(operator, backend, case)].call
-    if case[0] != "meta" and torch.is_autocast_enabled(case[0]):  # shapes alone have no autocast to ask about
+    if backend == _AUTO:
+        backend = _overrides.get(operator, _AUTO)
+    device = x.device.type
+    # Flat, and plain numbers: what a compiler can take for constants.
+    facts = device, x.dtype, index(num_heads), index(head_size), masked
+    chosen, refusal = _choose(operator, backend, *facts)
+    if refusal:
+        raise UnsupportedError(refusal)
+    call = _backends[chosen].implementations[operator].call
+    if device != "meta" and torch.is_autocast_enabled(device):  # shapes alone have no autocast to ask about
         # The contracts say in which precision an operator computes, and it would not be the one of autocast.
-        with torch.autocast(case[0], enabled=False):
-            return call(*args)
-    return call(*args)
+        with torch.autocast(device, enabled=False):
+            return call(x, *args)
+    return call(x, *args)
 
 
 @torch.compiler.assume_constant_result
-def _choose(operator: str, backend: str, case: Case) -> str:
-    return _choose_once(operator, backend, case)
+def _choose(operator: str, backend: str, *facts: Any) -> tuple[str, str]:
+    return _choose_once(operator, backend, *facts)
 
 
 @lru_cache(maxsize=1024)
-def _choose_once(operator: str, backend: str, case: Case) -> str:
-    choice = explain(operator, case, backend)
+def _choose_once(operator: str, backend: str, *facts: Any) -> tuple[str, str]:
+    """Return the backend, or the reason why none serves: a compiler would turn an error raised here into its own."""
+    try:
+        choice = explain(operator, Case(*facts), backend)
+    except UnsupportedError as error:
+        return "", str(error)
     for name, reason in choice.passed_over.items():
         _report_once(operator, name, reason)
-    return choice.backend
+    return choice.backend, ""
 
 
 @lru_cache(maxsize=1024)
@@ -196,23 +304,29 @@ def _report_once(operator: str, backend: str, reason: str) -> None:
 def _environment() -> dict[str, str]:
     chosen: dict[str, str] = {}
     text = os.environ.get(ENVIRONMENT, "")
+    pairs = [part.strip().rpartition("=") for part in text.split(",") if part.strip()]
     try:
-        pairs = [part.strip().rpartition("=") for part in text.split(",") if part.strip()]
         for _, sign, backend in pairs:
             if not sign:
-                if backend not in ("auto", *BACKENDS):
-                    raise UnsupportedError(f"unknown backend {backend!r}: choose one of auto, {', '.join(BACKENDS)}")
-                chosen.update({name: backend for name in operators() if backend in ("auto", *backends(name))})
+                if backend not in (_AUTO, *all_backends()):
+                    raise UnsupportedError(_unknown(backend, f"unknown backend {backend!r}", all_backends()))
+                chosen.update({name: backend for name in operators() if backend in (_AUTO, *backends(name))})
         for operator, sign, backend in pairs:
             if sign:
                 _check(operator.strip(), backend.strip())
                 chosen[operator.strip()] = backend.strip()
     except UnsupportedError as error:
-        raise UnsupportedError(f"{ENVIRONMENT}={text}: {error}") from None
+        raise UnsupportedError(f"{error} (from {ENVIRONMENT}={text!r})") from None
     return chosen
 
 
 def _check(operator: str, backend: str) -> None:
     known = backends(operator)
-    if backend not in ("auto", *known):
-        raise UnsupportedError(f"{operator} has no backend {backend!r}: choose one of auto, {', '.join(known)}")
+    if backend not in (_AUTO, *known):
+        raise UnsupportedError(_unknown(backend, f"{operator} has no backend {backend!r}", known))
+
+
+def _unknown(backend: str, what: str, known: Iterable[str]) -> str:
+    if backend in _faults:
+        return f"backend {backend!r} does not load: {_faults[backend]}"
+    return f"{what}: choose one of {_AUTO}, {', '.join(known)}"

@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from flashi2v_data.errors import InputError
-from flashi2v_npu_ops import fused_adamw
 from flashi2v_train.options import OptimizerOptions, TrainOptions
 
 
@@ -42,18 +41,21 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerOp
             groups.setdefault((scale, mesh), []).append(parameter)
     # A pipeline's process may hold frozen layers only; AdamW wants a parameter, and leaves alone what has no gradient.
     idle = [{"params": [next(iter(parameters.values()))], "lr_scale": 1.0}]
-    optimizer = fused_adamw(
+    optimizer = torch.optim.AdamW(
         [{"params": group, "lr_scale": scale} for (scale, _), group in groups.items()] or idle,
         lr=options.lr,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_eps,
         weight_decay=options.weight_decay,
+        # One kernel per parameter, on an NPU as well. torch_npu's NpuFusedAdamW moves all parameters into one buffer,
+        # which sharded ones do not survive, and refuses bf16.
+        fused=True,
     )
     for group in groups.values():
         for parameter in group:
             # AdamW would make its state at the first step; loading a checkpoint needs a place to write to before.
             optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu"),
+                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

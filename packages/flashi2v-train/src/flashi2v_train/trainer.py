@@ -22,8 +22,8 @@ from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
 from flashi2v_model.checkpoint import LATEST, newest_checkpoint
+from flashi2v_model.layers import use_fused_rms_norm
 from flashi2v_model.libraries import quieten
-from flashi2v_npu_ops import set_backend
 from flashi2v_npu_ops.device import name as device_name
 from flashi2v_npu_ops.device import peak_memory, synchronize
 from flashi2v_train.autopsy import save_autopsy
@@ -61,6 +61,7 @@ def build_stages(config: RunConfig, world: World, *, weights: bool) -> list[Stag
     predictor, options, layout = config.model.predictor, config.options, world.layout
     torch.manual_seed(options.seed)  # all processes start from the same weights
     whole = FlashI2VTransformer3DModel(**predictor.transformer_arguments())
+    use_fused_rms_norm(whole, predictor.use_fused_rmsnorm)
     if weights:
         _start(whole, predictor.from_pretrained)
     freeze(whole.train(), options.freeze)
@@ -124,7 +125,6 @@ class Trainer:
         options, layout = config.options, world.layout
         self.config, self.options, self.world = config, options, world
         self.num_micro_batches = config.micro_batches(layout)
-        set_backend("rms_norm", "auto" if config.model.predictor.use_fused_rmsnorm else "reference")
         samples = self.num_micro_batches * options.micro_batch_size
         origin = self._origin_of_features(config)
         self.source = FeatureSource(config, world, samples, origin) if world.embeds else None

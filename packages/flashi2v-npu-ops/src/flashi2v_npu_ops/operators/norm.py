@@ -1,10 +1,9 @@
 """Root-mean-square normalisation."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import check_floating, dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, reference
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -28,20 +27,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Te
     check_floating("rms_norm", x)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} does not match the last dimension of {tuple(x.shape)}")
-    return dispatch("rms_norm", backend, (x.device.type, x.dtype, weight.dtype), x, weight, eps)
+    return dispatch("rms_norm", backend, x, weight, eps)
 
 
-@register("rms_norm", "reference")
+@reference.serves("rms_norm")
 def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
     return (normed * weight).to(x.dtype)
-
-
-@register("rms_norm", "torch")
-def _fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.dtype == weight.dtype:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    # Given two dtypes, F.rms_norm would round to the input's before it multiplies by the weight.
-    exact = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(exact), x.shape[-1:], weight.to(exact), eps).to(x.dtype)

@@ -5,10 +5,6 @@ is host code. What keeps it from being imported elsewhere is that it links to th
 builds one shared library that defines what torch_npu links to, and gives it the name of each CANN library that the
 loader misses. Under `FakeTensorMode`, `device="npu"` then works, autograd included: argument names, shapes and dtypes
 of a call are held to the real operator. Values are not computed.
-
-    python stub_cann.py OUT     # builds for the torch_npu of this interpreter and prints the directory
-
-Use it from a subprocess only: torch must not have been imported without it, and it must not reach other tests.
 """
 
 import importlib.util
@@ -16,64 +12,71 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 # The C interfaces of CANN: AscendCL, HCCL, the profiler and the runtime.
-CANN_SYMBOL = re.compile(r"(acl|Hccl|Msprof|rt[A-Z])\w+")
-BEHAVIOUR = Path(__file__).with_name("stub_cann.c")
-LIBRARY = "libstub_cann.so"
+_CANN_SYMBOL = re.compile(r"(acl|Hccl|Msprof|rt[A-Z])\w+")
+_BEHAVIOUR = Path(__file__).with_name("stub_cann.c")
+_LIBRARY = "libstub_cann.so"
 # What torch_npu wants to exist under ASCEND_HOME_PATH.
-INSTALLATION = ("runtime", "compiler", "opp")
+_INSTALLATION = ("runtime", "compiler", "opp")
 
 
-def build(torch_npu_dir: Path, out: Path) -> Path:
-    """Build the stub libraries that the torch_npu package in `torch_npu_dir` needs.
+def stub_cann(out: Path) -> dict[str, str]:
+    """Build stubs of CANN for the torch_npu of this interpreter, and return the environment in which they are found.
 
-    torch is expected beside torch_npu, as pip installs them. What exists in `out` under the same names is replaced.
+    The environment is for subprocesses: it is `os.environ`, changed. They import torch, then torch_npu. Whatever points
+    to a real CANN is left out, since a half-stubbed CANN does not load.
 
-    Returns: `out`, to be put on LD_LIBRARY_PATH: see `environment`.
-    Raises RuntimeError: a tool is missing (cc, ldd, nm, readelf), torch_npu_dir has no extension module, or the
-        loader finds CANN by itself.
+    Args:
+        out: where the libraries go; it stands for CANN's directory. What it holds under the same names is replaced.
+
+    Raises:
+        RuntimeError: torch_npu is not installed or is not whole, a tool is missing (cc, ldd, nm, readelf), or there is
+            a CANN that the loader finds.
     """
+    _build(_directory("torch_npu"), _directory("torch") / "lib", out.resolve())
+    return _environment(out.resolve())
+
+
+def _directory(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f"{package} is not installed for this interpreter: pip install torch_npu")
+    return Path(spec.submodule_search_locations[0]).resolve()
+
+
+def _build(torch_npu_dir: Path, torch_lib: Path, out: Path) -> None:
     for tool, package in {"cc": "a C compiler", "ldd": "glibc", "nm": "binutils", "readelf": "binutils"}.items():
         if shutil.which(tool) is None:
             raise RuntimeError(f"{tool} is not on PATH: install {package} to build the CANN stubs")
-    torch_npu_dir = torch_npu_dir.resolve()
     extensions = sorted(torch_npu_dir.glob("_C.*.so"))
     if len(extensions) != 1:
         raise RuntimeError(f"{torch_npu_dir} has {len(extensions)} files _C.*.so: give the directory of one torch_npu")
 
     # Only what `import torch_npu._C` loads. The wheel's optional parts (ATB, torchair) need further libraries with C++
     # interfaces, which no stub of C functions can stand for.
-    loaded = _loaded(extensions[0], torch_npu_dir.parent / "torch" / "lib")
+    loaded = _loaded(extensions[0], torch_lib)
     own = [extensions[0], *(path for path in loaded.values() if path and path.is_relative_to(torch_npu_dir))]
     missing = sorted({name for path in own for name in _needed(path) if loaded[name] is None})
     if not missing:
         raise RuntimeError(f"{extensions[0]} finds all its libraries: stubs are for machines without CANN")
-    symbols = sorted({name for path in own for name in _undefined(path) if CANN_SYMBOL.fullmatch(name)})
+    symbols = sorted({name for path in own for name in _undefined(path) if _CANN_SYMBOL.fullmatch(name)})
 
-    for directory in INSTALLATION:
+    for directory in _INSTALLATION:
         (out / directory).mkdir(parents=True, exist_ok=True)
     zeros = out / "zeros.c"
     # Weak, so that the definitions with behaviour win.
     zeros.write_text("".join(f"__attribute__((weak)) long {name}(void) {{ return 0; }}\n" for name in symbols))
-    _run("cc", "-shared", "-fPIC", "-o", str(out / LIBRARY), str(BEHAVIOUR), str(zeros))
+    _run("cc", "-shared", "-fPIC", "-o", str(out / _LIBRARY), str(_BEHAVIOUR), str(zeros))
     for name in missing:
         # The loader knows a library by its inode: all names lead to one copy, in which every dlsym finds everything.
         link = out / name
         link.unlink(missing_ok=True)
-        link.symlink_to(LIBRARY)
-    return out
+        link.symlink_to(_LIBRARY)
 
 
-def environment(lib_dir: Path) -> dict[str, str]:
-    """The environment for a subprocess that imports torch_npu with the stubs in `lib_dir`: `os.environ`, changed.
-
-    The child must import torch, then torch_npu. Whatever points to a real CANN is left out, since a half-stubbed
-    CANN does not load.
-    """
-    lib_dir = lib_dir.resolve()
+def _environment(lib_dir: Path) -> dict[str, str]:
     inherited = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
     search = [str(lib_dir), *(path for path in inherited if not (Path(path) / "libascendcl.so").exists())]
     return {name: value for name, value in os.environ.items() if not name.startswith("ASCEND_")} | {
@@ -87,7 +90,7 @@ def environment(lib_dir: Path) -> dict[str, str]:
 
 
 def _loaded(binary: Path, torch_lib: Path) -> dict[str, Path | None]:
-    """The libraries that loading `binary` brings in, by name; None where the loader finds no file."""
+    """Return the libraries that loading `binary` brings in, by name; None where the loader finds no file."""
     # Only torch's own directory: a CANN on the caller's LD_LIBRARY_PATH must count as missing.
     listing = _run("ldd", str(binary), env=os.environ | {"LD_LIBRARY_PATH": str(torch_lib)})
     found = re.findall(r"^\s*(\S+) => (.+?)(?: \(0x[0-9a-f]+\))?$", listing, flags=re.MULTILINE)
@@ -109,12 +112,3 @@ def _run(*command: str, env: dict[str, str] | None = None) -> str:
     if finished.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr}")
     return finished.stdout
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python stub_cann.py OUT")
-    spec = importlib.util.find_spec("torch_npu")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("torch_npu is not installed for this interpreter: pip install torch_npu")
-    print(build(Path(spec.submodule_search_locations[0]), Path(sys.argv[1])))

@@ -4,10 +4,9 @@ B batch, N tokens, D width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import check_floating, dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, reference
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -35,7 +34,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, bac
             f"x must be (B, N, D) and shift and scale alike broadcast to it, as (B, 1, D) does; "
             f"got {tuple(x.shape)}, {tuple(shift.shape)} and {tuple(scale.shape)}"
         )
-    return dispatch("layer_norm_modulate", backend, (x.device.type, x.dtype), x, shift, scale, eps)
+    return dispatch("layer_norm_modulate", backend, x, shift, scale, eps)
 
 
 def gated_residual(x: Tensor, update: Tensor, gate: Tensor, backend: str = "auto") -> Tensor:
@@ -62,7 +61,7 @@ def gated_residual(x: Tensor, update: Tensor, gate: Tensor, backend: str = "auto
             f"x and update must both be (B, N, D) and gate broadcast to it, as (B, 1, D) does; "
             f"got {tuple(x.shape)}, {tuple(update.shape)} and {tuple(gate.shape)}"
         )
-    return dispatch("gated_residual", backend, (x.device.type, x.dtype), x, update, gate)
+    return dispatch("gated_residual", backend, x, update, gate)
 
 
 def _broadcasts(part: Tensor, x: Tensor) -> bool:
@@ -73,7 +72,7 @@ def _broadcasts(part: Tensor, x: Tensor) -> bool:
     )
 
 
-@register("layer_norm_modulate", "reference")
+@reference.serves("layer_norm_modulate")
 def _reference_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = exact - exact.mean(-1, keepdim=True)
@@ -81,25 +80,7 @@ def _reference_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
     return (normed * (1 + scale.to(exact.dtype)) + shift.to(exact.dtype)).to(x.dtype)
 
 
-@register("layer_norm_modulate", "torch")
-def folded_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Let the norm's own weight and bias carry the modulation where all tokens share it: one kernel."""
-    dtype, width = x.dtype, x.shape[-1:]
-    exact = torch.promote_types(dtype, torch.float32)
-    x, weight, bias = x.to(exact), 1 + scale.to(exact), shift.to(exact)
-    if scale.shape[0] == scale.shape[1] == 1:
-        return F.layer_norm(x, width, weight.flatten(), bias.flatten(), eps).to(dtype)
-    return torch.addcmul(bias, F.layer_norm(x, width, eps=eps), weight).to(dtype)
-
-
-@register("gated_residual", "reference")
+@reference.serves("gated_residual")
 def _reference_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     exact = torch.promote_types(x.dtype, torch.float32)
     return (x.to(exact) + gate.to(exact) * update.to(exact)).to(x.dtype)
-
-
-@register("gated_residual", "torch")
-def fused_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """Multiply and add in one kernel."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    return torch.addcmul(x.to(exact), update.to(exact), gate.to(exact)).to(x.dtype)

@@ -1,6 +1,6 @@
 /* What torch_npu needs of CANN, beyond success codes, to initialise where there is no NPU.
  *
- * stub_cann.py defines the other functions that torch_npu links to: those return 0, ACL_SUCCESS, and write nothing. The
+ * stubs.py defines the other functions that torch_npu links to: those return 0, ACL_SUCCESS, and write nothing. The
  * signatures are those of torch_npu's include/acl. Arguments that are not used are cast to void, or not declared. */
 #include <stddef.h>
 #include <stdint.h>
@@ -78,7 +78,7 @@ aclError aclGetCompileopt(int option, char *value, size_t length)
 /* It also reads whether kernels are to be deterministic. */
 aclError aclrtGetSysParamOpt(int option, int64_t *value) { (void)option; *value = 0; return 0; }
 
-/* Looked up by dlsym when first called, so torch_npu has no undefined symbols that would tell stub_cann.py of them. */
+/* Looked up by dlsym when first called, so torch_npu has no undefined symbols that would tell stubs.py of them. */
 aclError aclSetCompileopt(void) { return 0; }
 aclError aclrtCtxSetSysParamOpt(void) { return 0; }
 aclError aclrtDestroyStreamForce(void) { return 0; }

@@ -1,10 +1,10 @@
-"""Splitting an image's latent into low and high spatial frequencies at an energy share.
+"""The Fourier filter on half of the spectrum, as the other half mirrors it; the cut-off is found without sorting.
 
 B batch, C channels, H W latent grid, R = W // 2 + 1 columns of a real image's spectrum.
 
-The fast paths work on half of the spectrum, as the other half mirrors it, and find the cut-off without sorting. They
-are custom operators: a compiler sees one node, and tables are made and kept outside of any tracing. Their gradient
-needs no spectrum of its own: at a fixed cut-off the low-pass is linear and self-adjoint, so it is applied once more.
+Over FFTs, or over plain matrix products for devices that have none. Both are custom operators: a compiler sees one
+node, and tables are made and kept outside of any tracing. Their gradient needs no spectrum of its own: at a fixed
+cut-off the low-pass is linear and self-adjoint, so it is applied once more.
 """
 
 import math
@@ -16,94 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import check_floating, dispatch, register
+from flashi2v_npu_ops.operators.fourier import MAGNITUDE_EPS, bin_radius
 
-_MAGNITUDE_EPS = 1e-12  # keeps the root differentiable at zero
 _NUM_TABLES = 32  # sizes and devices whose tables are kept
-
-
-def split_frequencies(
-    latent: Tensor, ratio: float | Tensor, *, magnitude: bool = True, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Split each sample at the radius within which the share `ratio` of its spectrum's magnitude lies.
-
-    The bins of the centred spectrum are ordered by their distance to the centre bin (H // 2, W // 2); magnitudes,
-    averaged over channels, are cumulated in that order; the cut-off is the radius of the bin where the sum reaches
-    `ratio` of the whole. Where the centre bin alone holds that share (flat images, ratio 0) the cut-off is 0 and the
-    high-pass is the whole image, mean included. Where the sum reaches `ratio` among bins that hold nothing but rounding
-    errors, backends may differ in the bin; for latents that are not finite nothing is said.
-
-    Args:
-        latent: (B, C, H, W), any floating dtype; computed in fp32 or better.
-        ratio: in [0, 1], one number or (B,); as its values are looked at, a tensor is best left on the CPU.
-        magnitude: return the high-pass as sqrt(re^2 + im^2 + 1e-12) instead of its real part.
-        backend: "auto" or one of `backends("split_frequencies")`.
-
-    Returns:
-        high (B, C, H, W) and low (B, C, H, W) in the dtype of `latent`, and cutoff (B,) in bins, in fp32 or better.
-        Gradients flow through high and low; the cut-off is piecewise constant and has none.
-
-    Raises:
-        ValueError: shapes do not match, or a ratio lies outside [0, 1].
-        UnsupportedError: the named backend cannot serve this call.
-
-    Source: FlashI2V, arXiv 2509.25187, Fourier guidance.
-    """
-    check_floating("split_frequencies", latent)
-    if latent.ndim != 4 or latent.numel() == 0:
-        raise ValueError(f"latent must be (B, C, H, W), none of them 0, got {tuple(latent.shape)}")
-    exact = torch.promote_types(latent.dtype, torch.float32)
-    shares = _checked_ratio(ratio, latent, exact)
-    case = (latent.device.type, exact)
-    if latent.dtype == exact:
-        return dispatch("split_frequencies", backend, case, latent, shares, magnitude)
-    high, low, cutoff = dispatch("split_frequencies", backend, case, latent.to(exact), shares, magnitude)
-    return high.to(latent.dtype), low.to(latent.dtype), cutoff
-
-
-def _checked_ratio(ratio: float | Tensor, latent: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return one ratio per sample, (B,), on the latent's device."""
-    batch = latent.shape[0]
-    if not isinstance(ratio, Tensor):
-        if not 0 <= ratio <= 1:
-            raise ValueError(f"ratio must lie in [0, 1], got {ratio}")
-        return latent.new_full((batch,), ratio, dtype=dtype)
-    if ratio.ndim > 1 or (ratio.ndim == 1 and ratio.shape[0] != batch):
-        raise ValueError(f"ratio must be one number or (B,) = ({batch},), got {tuple(ratio.shape)}")
-    return _check_values(ratio.detach()).to(latent.device, dtype).expand(batch)
-
-
-@torch.library.custom_op("flashi2v::check_ratio", mutates_args=())
-def _check_values(ratio: Tensor) -> Tensor:
-    # An operator, so that a compiled graph looks at the values of each run.
-    if not ((ratio >= 0) & (ratio <= 1)).all():
-        raise ValueError(f"ratio must lie in [0, 1], got {ratio.tolist()}")
-    return ratio.clone()
-
-
-_check_values.register_fake(torch.empty_like)
-
-
-@register("split_frequencies", "reference")
-def _reference(latent: Tensor, ratio: Tensor, magnitude: bool) -> tuple[Tensor, Tensor, Tensor]:
-    height, width = latent.shape[-2:]
-    spectrum = torch.fft.fftshift(torch.fft.fft2(latent), dim=(-2, -1))  # (B, C, H, W)
-    y, x = torch.arange(height) - height // 2, torch.arange(width) - width // 2
-    radius = _radius(y, x, latent.dtype).to(latent.device)  # (H, W)
-    profile = _magnitude(spectrum).mean(1).flatten(1)  # (B, H*W)
-    radii, order = radius.flatten().sort(stable=True)
-    cumulated = profile[:, order].cumsum(-1)  # (B, H*W)
-    below = (cumulated < ratio[:, None] * profile.sum(-1, keepdim=True)).sum(-1)  # (B,)
-    cutoff = radii[below.clamp(max=height * width - 1)]  # (B,)
-
-    passes = radius >= cutoff[:, None, None, None]  # (B, 1, H, W)
-    high = torch.fft.ifft2(torch.fft.ifftshift(spectrum * passes, dim=(-2, -1)))
-    low = torch.fft.ifft2(torch.fft.ifftshift(spectrum * ~passes, dim=(-2, -1))).real
-    return (_magnitude(high) if magnitude else high.real), low, cutoff
-
-
-def _magnitude(x: Tensor) -> Tensor:
-    return (x.real.square() + x.imag.square() + _MAGNITUDE_EPS).sqrt()
 
 
 @dataclass(frozen=True)
@@ -174,7 +89,7 @@ def splitter(name: str, transform: RealTransform) -> Callable[..., tuple[Tensor,
         low, _, cutoff = low_pass_share(transform, latent, ratio) if bare else find_and_apply(latent, ratio)
         high = latent - low
         if magnitude:
-            high = torch.addcmul(high.new_full((), _MAGNITUDE_EPS), high, high).sqrt_()
+            high = torch.addcmul(high.new_full((), MAGNITUDE_EPS), high, high).sqrt_()
         return high, low, cutoff.detach()
 
     return split
@@ -205,16 +120,10 @@ class _OrderTable:
 def _order_table(height: int, width: int, device: torch.device, dtype: torch.dtype) -> _OrderTable:
     with torch.inference_mode(False):  # tables made while sampling must serve a training step, too
         y = (torch.arange(height) + height // 2) % height - height // 2
-        radius = _radius(y, torch.arange(width // 2 + 1), dtype)
+        radius = bin_radius(y, torch.arange(width // 2 + 1), dtype)
         radii, order = radius.flatten().sort(stable=True)
         multiplicity = _column_multiplicity(width, dtype).expand(height, -1).flatten()[order]
         return _OrderTable(*(part.to(device) for part in (radius, order, radii, multiplicity)))
-
-
-def _radius(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return how far every pair of an integer y (H,) and x (W,) is from the centre bin: (H, W)."""
-    # Rounded from fp64: the last bit of an fp32 root differs between CPUs, and equal radii must be equal numbers.
-    return (y[:, None].square() + x.square()).double().sqrt().to(dtype)
 
 
 def _column_multiplicity(width: int, dtype: torch.dtype) -> Tensor:
@@ -225,7 +134,7 @@ def _column_multiplicity(width: int, dtype: torch.dtype) -> Tensor:
 
 def _fft_power(spectrum: Tensor) -> Tensor:
     parts = torch.view_as_real(spectrum)  # (B, C, H, R, 2)
-    real, imaginary = torch.addcmul(parts.new_full((), _MAGNITUDE_EPS / 2), parts, parts).unbind(-1)
+    real, imaginary = torch.addcmul(parts.new_full((), MAGNITUDE_EPS / 2), parts, parts).unbind(-1)
     return real + imaginary
 
 
@@ -233,13 +142,7 @@ def _fft_inverse(spectrum: Tensor, width: int) -> Tensor:
     return torch.fft.irfft2(spectrum, s=(spectrum.shape[-2], width))
 
 
-def _fft_obstacle(device: str, *facts: object) -> str | None:
-    return "some NPUs have no FFT, and complex numbers are slow on all" if device == "npu" else None
-
-
-register("split_frequencies", "torch", obstacle=_fft_obstacle)(
-    splitter("fft", RealTransform(torch.fft.rfft2, _fft_power, _fft_inverse))
-)
+REAL_FFT = RealTransform(torch.fft.rfft2, _fft_power, _fft_inverse)
 
 
 @dataclass(frozen=True)
@@ -285,7 +188,7 @@ def _dft_forward(image: Tensor) -> Tensor:
 
 
 def _dft_power(spectrum: Tensor) -> Tensor:
-    return spectrum.square().sum(0).add_(_MAGNITUDE_EPS)
+    return spectrum.square().sum(0).add_(MAGNITUDE_EPS)
 
 
 def _dft_inverse(spectrum: Tensor, width: int) -> Tensor:

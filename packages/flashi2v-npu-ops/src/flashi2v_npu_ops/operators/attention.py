@@ -4,10 +4,9 @@ B batch, N queries, M keys, K heads, d head size.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import check_floating, dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, reference
 
 
 def attention(
@@ -57,25 +56,16 @@ def attention(
             raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to (B, K, N, M) = {full}")
         mask = mask[(None,) * (4 - mask.ndim)]  # of four dimensions, as kernels want it
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    case = (query.device.type, query.dtype, *_head_class(query.shape[2], query.shape[3]), mask is not None)
-    return dispatch("attention", backend, case, query, key, value, mask, scale)
+    num_heads, head_size = query.shape[2:]
+    return dispatch(
+        *("attention", backend, query, key, value, mask, scale),
+        num_heads=num_heads,
+        head_size=head_size,
+        masked=mask is not None,
+    )
 
 
-def _head_class(num_heads: int, head_size: int) -> tuple[bool, int | None, bool]:
-    """Return what kernels ask of heads.
-
-    That is whether there are at most 256, the least of the kernels' limits that holds their size (None: above all), and
-    whether the size is divisible by 8. Branches, not numbers: see `registry`.
-    """
-    few = True if num_heads <= 256 else False  # noqa: SIM210
-    limit = None
-    for bound in (768, 256, 128):
-        if head_size <= bound:
-            limit = bound
-    return few, limit, True if head_size % 8 == 0 else False  # noqa: SIM210
-
-
-@register("attention", "reference")
+@reference.serves("attention")
 def _reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = torch.einsum("bnkd,bmkd->bknm", query.to(exact), key.to(exact)) * scale
@@ -86,18 +76,3 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     else:
         weights = scores.softmax(-1)
     return torch.einsum("bknm,bmkd->bnkd", weights, value.to(exact)).to(query.dtype)
-
-
-# Up to so many tokens the CPU's kernel takes up to five times as long for gradients in bf16 or fp16 as in fp32
-# (torch 2.13); with more there is no such difference.
-_SHORT = 256
-
-
-@register("attention", "torch")
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    dtype = query.dtype
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, d)
-    if query.device.type == "cpu" and query.shape[2] <= _SHORT and dtype.itemsize == 2 and torch.is_grad_enabled():
-        query, key, value = query.float(), key.float(), value.float()
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).to(dtype)  # (B, N, K, d)

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashi2v_npu_ops.registry import register
+from flashi2v_npu_ops.registry import Backend, Case
+
+backend = Backend("cuda", device="cuda")
 
 _CUDNN_CAPABILITY = (9, 0)  # PyTorch itself prefers cuDNN's attention from Hopper on, and not before
 
@@ -30,32 +32,28 @@ def flash_attn_fault() -> str | None:
     return None
 
 
-def _obstacle(
-    device: str, dtype: torch.dtype, few_heads: bool, head_size: int | None, aligned: bool, masked: bool
-) -> str | None:
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"flash-attn and cuDNN take fp16 and bf16, got {dtype}"
-    if masked:
+def _obstacle(case: Case) -> str | None:
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn and cuDNN take fp16 and bf16, got {case.dtype}"
+    if case.masked:
         return "masks are served by PyTorch's own attention"
     capability = torch.cuda.get_device_capability()
+    mine = f"this GPU has {capability[0]}.{capability[1]}"
     fault = flash_attn_fault()
     if fault is None:
         if capability < (8, 0):
-            return f"flash-attn needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-        return None if head_size in (128, 256) else "flash-attn takes head sizes up to 256"
+            return f"flash-attn needs compute capability 8.0, {mine}"
+        return None if case.head_size <= 256 else f"flash-attn takes head sizes up to 256, got {case.head_size}"
     if capability < _CUDNN_CAPABILITY:
-        return (
-            f"{fault}, and cuDNN's attention is used from compute capability 9.0 on, "
-            f"this GPU has {capability[0]}.{capability[1]}"
-        )
+        return f"{fault}, and cuDNN's attention is used from compute capability 9.0 on, {mine}"
     if not torch.backends.cudnn.is_available():
         return f"{fault}, and this build of PyTorch has no cuDNN"
-    if head_size != 128 or not aligned:
-        return f"{fault}, and cuDNN takes head sizes up to 128 that are divisible by 8"
+    if case.head_size > 128 or case.head_size % 8:
+        return f"{fault}, and cuDNN takes head sizes up to 128 that are divisible by 8, got {case.head_size}"
     return None
 
 
-@register("attention", "cuda", obstacle=_obstacle)
+@backend.serves("attention", obstacle=_obstacle)
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: None, scale: float) -> Tensor:
     if flash_attn_fault() is None:
         from flash_attn import flash_attn_func

@@ -6,7 +6,7 @@ B batch, N tokens, K heads, d head size.
 import torch
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import check_floating, dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, reference
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Tensor:
@@ -33,30 +33,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Te
     table = (x.shape[1], x.shape[-1] // 2)
     if cos.shape != table or sin.shape != table:
         raise ValueError(f"cos and sin must be (N, d / 2) = {table}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
-    # Branches, not numbers: see `registry`.
-    few_rows = True if x.shape[0] * x.shape[2] < 1000 else False  # noqa: SIM210
-    narrow = True if x.shape[3] < 896 else False  # noqa: SIM210
-    return dispatch("apply_rope", backend, (x.device.type, x.dtype, few_rows, narrow), x, cos, sin)
+    return dispatch("apply_rope", backend, x, cos, sin, num_heads=x.shape[2], head_size=x.shape[3])
 
 
-@register("apply_rope", "reference")
-def _reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+@reference.serves("apply_rope")
+def real_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     even, odd = exact[..., 0::2], exact[..., 1::2]  # (B, N, K, d/2)
     cos, sin = cos[:, None], sin[:, None]  # (N, 1, d/2)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)  # (B, N, K, d/2, 2)
     return rotated.flatten(-2).to(x.dtype)
-
-
-def _complex_obstacle(device: str, *facts: object) -> str | None:
-    return "complex numbers are slow on NPUs" if device == "npu" else None
-
-
-@register("apply_rope", "torch", obstacle=_complex_obstacle)
-def _complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # a compiler fuses the real arithmetic into one kernel, and has no complex ones
-        return _reference(x, cos, sin)
-    exact = torch.promote_types(x.dtype, torch.float32)
-    pairs = torch.view_as_complex(x.to(exact).unflatten(-1, (-1, 2)).contiguous())  # (B, N, K, d/2)
-    turned = pairs * torch.complex(cos.to(exact), sin.to(exact))[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)

@@ -3,10 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flashi2v_npu_ops.registry import check_floating, dispatch, register
+from flashi2v_npu_ops.registry import check_floating, dispatch, reference
 
 
 def gelu_tanh(x: Tensor, backend: str = "auto") -> Tensor:
@@ -25,15 +24,10 @@ def gelu_tanh(x: Tensor, backend: str = "auto") -> Tensor:
     Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
     """
     check_floating("gelu_tanh", x)
-    return dispatch("gelu_tanh", backend, (x.device.type, x.dtype), x)
+    return dispatch("gelu_tanh", backend, x)
 
 
-@register("gelu_tanh", "reference")
+@reference.serves("gelu_tanh")
 def _reference(x: Tensor) -> Tensor:
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     return (exact / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (exact + 0.044715 * exact**3)))).to(x.dtype)
-
-
-@register("gelu_tanh", "torch")
-def _fused(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")

@@ -1,0 +1,106 @@
+"""Ascend NPUs, by torch_npu's operators `torch.ops.npu.*`.
+
+Limits and meanings are those of Ascend's operator pages (op-plugin, torch_npu APIs) for Atlas A2, and argument names
+those that all torch_npu since 2.6 share. `device` is what imports torch_npu.
+"""
+
+import torch
+from torch import Tensor
+
+from flashi2v_npu_ops.backends.half_spectrum import REAL_DFT, splitter
+from flashi2v_npu_ops.backends.torch import folded_modulate, fused_residual
+from flashi2v_npu_ops.registry import Backend, Case
+
+backend = Backend("ascend", device="npu")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _dtype_obstacle(case: Case) -> str | None:
+    return None if case.dtype in _DTYPES else f"Ascend kernels take fp32, bf16 and fp16, got {case.dtype}"
+
+
+def _attention_obstacle(case: Case) -> str | None:
+    if case.num_heads > 256:
+        return f"npu_fusion_attention takes up to 256 heads, got {case.num_heads}"
+    if case.head_size > 768:
+        return f"npu_fusion_attention takes head sizes up to 768, got {case.head_size}"
+    return _dtype_obstacle(case)
+
+
+@backend.serves("attention", obstacle=_attention_obstacle)
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    batch, num_queries, num_heads, _ = query.shape  # BSND
+    masked_out, dead = None, None
+    if mask is not None:
+        # Here True means masked OUT. The kernel says nothing of a query that attends to nothing, so let such a query
+        # attend to all and set its result to zero afterwards, which also stops its gradients.
+        dead = ~mask.any(-1, keepdim=True)  # (B, K, N, 1) or broadcast to it
+        masked_out = ~(mask | dead)
+        per_sample, per_head = (batch, num_heads) if mask.shape[1] > 1 else (mask.shape[0], 1)
+        masked_out = masked_out.expand(per_sample, per_head, num_queries, key.shape[1])
+    out: Tensor = torch.ops.npu.npu_fusion_attention(
+        query,
+        key,
+        value,
+        head_num=num_heads,
+        input_layout="BSND",
+        atten_mask=masked_out,
+        scale=scale,  # its default is 1
+        keep_prob=1.0,
+        inner_precise=0,
+        sparse_mode=0,
+    )[0]
+    return out if dead is None else out.masked_fill(dead.transpose(1, 2), 0.0)
+
+
+@backend.serves("rms_norm", obstacle=_dtype_obstacle)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # Half-precision input with fp32 weight is served as it is; other mixtures are not.
+    if weight.dtype != x.dtype:
+        weight = weight.float()
+    # The first argument has had two names.
+    normed: Tensor = torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+    return normed.to(x.dtype)
+
+
+@backend.serves("gelu_tanh", obstacle=_dtype_obstacle)
+def _gelu_tanh(x: Tensor) -> Tensor:
+    out: Tensor = torch.ops.npu.npu_gelu(x, approximate="tanh")
+    return out
+
+
+# CANN has no operator for these. Layer norm with weight and bias, and multiply-add, are single kernels there.
+backend.serves("layer_norm_modulate", obstacle=_dtype_obstacle)(folded_modulate)
+backend.serves("gated_residual", obstacle=_dtype_obstacle)(fused_residual)
+
+
+_ROTARY_ROWS = 999  # batch * heads that one call of the interleaved kernel takes
+
+
+def _rope_obstacle(case: Case) -> str | None:
+    if case.num_heads > _ROTARY_ROWS:
+        return f"npu_rotary_mul with interleaved pairs takes fewer than 1000 heads, got {case.num_heads}"
+    if case.head_size >= 896:
+        return f"npu_rotary_mul takes head sizes below 896, got {case.head_size}"
+    return _dtype_obstacle(case)
+
+
+@backend.serves("apply_rope", obstacle=_rope_obstacle)
+def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # With half-precision input the kernel would round the tables to that precision, too.
+    cos, sin = (part.float().repeat_interleave(2, -1)[None, :, None] for part in (cos, sin))  # (1, N, 1, d)
+    exact = x.float()
+    if x.shape[0] * x.shape[2] <= _ROTARY_ROWS:
+        return _rotate(exact, cos, sin).to(x.dtype)
+    parts = exact.split(_ROTARY_ROWS // x.shape[2])  # samples
+    return torch.cat([_rotate(part, cos, sin) for part in parts]).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned: Tensor = torch.ops.npu.npu_rotary_mul(x, cos, sin, rotary_mode="interleave")
+    return turned
+
+
+# FFT kernels are missing or slow on some chips and CANN versions; matrix products are what the hardware is best at.
+backend.serves("split_frequencies", obstacle=_dtype_obstacle)(splitter("dft", REAL_DFT))

@@ -1,0 +1,18 @@
+"""The operators: one file per contract, with the plain-torch reference that specifies it."""
+
+from flashi2v_npu_ops.operators.activation import gelu_tanh
+from flashi2v_npu_ops.operators.attention import attention
+from flashi2v_npu_ops.operators.fourier import split_frequencies
+from flashi2v_npu_ops.operators.modulation import gated_residual, layer_norm_modulate
+from flashi2v_npu_ops.operators.norm import rms_norm
+from flashi2v_npu_ops.operators.rope import apply_rope
+
+__all__ = [
+    "apply_rope",
+    "attention",
+    "gated_residual",
+    "gelu_tanh",
+    "layer_norm_modulate",
+    "rms_norm",
+    "split_frequencies",
+]
