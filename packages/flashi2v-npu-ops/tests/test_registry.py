@@ -32,6 +32,7 @@ from flashi2v_npu_ops.device import (
     reset_peak_memory,
     resolve_device,
 )
+from flashi2v_npu_ops.registry import check_environment
 
 HOPPER_CASE = Case("cuda", torch.bfloat16)
 
@@ -182,12 +183,14 @@ def test_a_choice_in_the_program_goes_before_the_environment(served, monkeypatch
         ("rms_norn=torch", "unknown operator 'rms_norn'"),
         ("rms_norm=cuda", "no backend 'cuda'"),
         ("ascend", "runs on npu"),
+        ("=", "unknown operator ''"),
     ],
 )
 def test_an_environment_that_cannot_be_honoured_is_an_error(setting, words, monkeypatch):
     monkeypatch.setenv("FLASHI2V_OPS_BACKEND", setting)
-    with pytest.raises(UnsupportedError, match=words):
-        normalise()
+    for act in (normalise, lambda: check_environment("cpu")):
+        with pytest.raises(UnsupportedError, match=words):
+            act()
 
 
 @pytest.mark.parametrize(

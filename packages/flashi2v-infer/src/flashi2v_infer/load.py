@@ -23,6 +23,7 @@ from flashi2v_model.reading import weight_files
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_npu_ops import UnsupportedError
 from flashi2v_npu_ops.device import claim_device, resolve_device
+from flashi2v_npu_ops.registry import check_environment
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,14 @@ def find_device(name: str, *, claim: bool = False) -> torch.device:
 
     Raises:
         InputError: this machine lacks it; the message says how to choose another.
+        flashi2v_npu_ops.UnsupportedError: FLASHI2V_OPS_BACKEND makes no sense on it.
     """
     try:
-        return claim_device(name) if claim else resolve_device(name)
+        device = claim_device(name) if claim else resolve_device(name)
     except UnsupportedError as error:
         raise InputError(f'{error}; or choose another: "device": "auto" in the file, or --device auto') from None
+    check_environment(device.type)
+    return device
 
 
 def settled_device(execution: Execution, file: str = "auto") -> torch.device:

@@ -320,6 +320,20 @@ def _environment() -> dict[str, str]:
     return chosen
 
 
+def check_environment(device: str) -> None:
+    """Refuse a FLASHI2V_OPS_BACKEND that no call on a type of device can honour; for programs, before they load models.
+
+    Raises:
+        UnsupportedError: it names an operator or backend that is unknown, or a backend made for other devices.
+    """
+    for operator, name in _environment().items():
+        if name != _AUTO and not _backends[name].is_for(device):
+            raise UnsupportedError(
+                f"{operator}: backend {name!r} runs on {_backends[name].device} devices, not on {device} "
+                f"(from {ENVIRONMENT}={os.environ[ENVIRONMENT]!r})"
+            )
+
+
 def _check(operator: str, backend: str) -> None:
     known = backends(operator)
     if backend not in (_AUTO, *known):

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.parallel import parallelise_context, parallelise_tensors
 from flashi2v_npu_ops.device import claim_device, collective_backend
+from flashi2v_npu_ops.registry import check_environment
 from flashi2v_train.layout import Layout
 from flashi2v_train.options import LayoutOptions
 
@@ -112,6 +113,7 @@ def join_world(device_name: str, layout: Layout, timeout: timedelta | None = Non
     rank, size = rank_and_size()
     assert size == layout.world_size, (size, layout)
     device = claim_device(device_name)
+    check_environment(device.type)
     # Sharding wants a process group even where it has nothing to share.
     store = None if size > 1 else HashStore()
     dist.init_process_group(collective_backend(device), store=store, rank=rank, world_size=size, timeout=timeout)
