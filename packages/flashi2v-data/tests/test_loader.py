@@ -15,11 +15,12 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from flashi2v_data.dataset import FlashI2VDataset
 from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.features import FeatureWriter, text_key, video_key
-from flashi2v_data.loader import StatefulLoader, build_dataloader
+from flashi2v_data.loader import StatefulLoader, build_dataloader, collate
 from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
 from flashi2v_data.store import open_store, write_store
 from flashi2v_data.tokenizer import TextTokens
@@ -139,10 +140,115 @@ def test_an_unreadable_video_is_reported_once_from_any_process(data_config, stor
     caplog.set_level(logging.WARNING)
     batches = list(islice(loader, 6))  # two epochs
     assert sum(len(batch["skipped"]) for batch in batches) == 2
-    (message,) = caplog.messages
+    (message,) = (message for message in caplog.messages if message.endswith("stands in for it"))
     assert message.startswith(f"cannot read video {records[5]['path']}: ")
     assert message.endswith("; another clip stands in for it")
     assert loader.skipped == {batches[0]["skipped"][0] if batches[0]["skipped"] else message.rsplit(";", 1)[0]}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_captions_that_lose_something_are_counted_and_told_once_and_after_ten_times_as_many(
+    data_config, store_path, tmp_path, caplog, num_workers
+):
+    store = open_store(store_path)
+    records = [{**record, "cap": ["a red circle moves", "a", ""][number % 3]} for number, record in enumerate(store)]
+    records[5]["cap"] = "a purple circle moves to the red circle on the red circle"
+    path = write_store(tmp_path / "captions.lmdb", records, store.config)
+    config = data_config(num_workers, metafile_or_dir_path=str(path), text_drop_ratio=0)
+    loader = build_dataloader(config, seed=3, batch_size=4)
+    caplog.set_level(logging.WARNING)
+    list(islice(loader, 3))
+    count = loader.captions
+    assert (count.total, count.empty, count.cut, count.longest, count.unknown) == (12, 3, 1, 12, 1)
+    assert count.words == {"purple": 1}
+    assert count.first["unknown"] == records[5]["path"]
+    kinds = [re.search("are empty|more than the 8 tokens|does not know: 'purple'", line)[0] for line in caplog.messages]
+    assert sorted(kinds) == ["are empty", "does not know: 'purple'", "more than the 8 tokens"]
+    if num_workers == 0:
+        list(islice(loader, 9))  # epochs 2 to 4
+        assert [line.split(",")[0] for line in caplog.messages[3:]] == ["10 of 40 captions are empty"]
+    loader.close()
+
+
+def test_clips_whose_captions_are_empty_are_dropped_where_asked_for(data_config, store_path, tmp_path):
+    store = open_store(store_path)
+    records = [{**record, "cap": ["http://a.com", "a red circle"]} for record in store]
+    records[5]["cap"], records[6]["cap"] = ["", "..."], "一只猫"
+    path = str(write_store(tmp_path / "captions.lmdb", records, store.config))
+    settings = {"metafile_or_dir_path": path, "text_drop_ratio": 0.3, "clean_captions": "reference"}
+    loader = build_dataloader(data_config(**settings, drop_empty_captions=True), seed=3, batch_size=4)
+    batches = list(islice(loader, 6))
+    assert {caption for batch in batches for caption in batch["caption"]} == {"", "a red circle"}
+    assert loader.captions.empty == 0
+    assert len(loader.skipped) == 2
+    assert all("its caption is empty, or becomes so when cleaned" in message for message in loader.skipped)
+    assert loader.dataset.captions(0) == ["a red circle"]
+    assert len(loader.dataset.quarantine) == 0
+    dataset = build_dataloader(data_config(**settings), seed=3, batch_size=4).dataset
+    assert dataset.captions(5) == ["", ""]  # kept by default
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_iteration_ends_where_another_takes_its_place(batches, data_config, num_workers):
+    expected = batches(4)
+    loader = build_dataloader(data_config(num_workers), seed=3, batch_size=4)
+    older, newer = iter(loader), iter(loader)
+    assert _equal(expected[0], next(older))
+    assert _equal(expected[1], next(newer))  # from the first that was not delivered
+    for _ in range(2):
+        with pytest.raises(InputError, match="a newer one has begun"):
+            next(older)
+    assert _equal(expected[2], next(newer))
+    loader.load_state_dict(loader.state_dict())
+    with pytest.raises(InputError, match="a state was loaded"):
+        next(newer)
+    last = iter(loader)
+    assert _equal(expected[3], next(last))
+    loader.close()
+    with pytest.raises(InputError, match="the loader was closed"):
+        next(last)
+    assert loader.state_dict()["consumed"] == 16
+
+
+def test_loaders_may_share_a_sampler(data_config, batches):
+    config = data_config()
+    dataset = build_dataloader(config, seed=3, batch_size=4).dataset
+    sampler = StatefulDistributedSampler(12, seed=3)
+    first, second = (StatefulLoader(dataset, sampler, 4, config.dataloader_param) for _ in range(2))
+    for expected, *found in zip(batches(3), first, second):
+        assert all(_equal(expected, batch) for batch in found)
+
+
+def test_a_fork_may_not_go_on_with_the_workers_of_its_parent(data_config, batches):
+    loader = build_dataloader(data_config(1), seed=3, batch_size=4)
+    live = iter(loader)
+    next(live)
+
+    def refused() -> None:
+        for attempt in (live, iter(loader)):
+            with pytest.raises(InputError, match=r"another process|was forked from"):
+                next(attempt)
+        os._exit(7)
+
+    child = multiprocessing.get_context("fork").Process(target=refused)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 7
+    assert _equal(batches(2)[1], next(live))
+    loader.close()
+
+
+def test_torchs_own_loader_joins_samples_by_collate(data_config, store_path, tmp_path):
+    store = open_store(store_path)
+    records = [*store]
+    records[1]["path"] = str(tmp_path / "missing.mp4")
+    path = str(write_store(tmp_path / "damaged.lmdb", records, store.config))
+    config = data_config(metafile_or_dir_path=path)
+    config.dataloader_param.shuffle = False
+    dataset = build_dataloader(config, seed=3, batch_size=4).dataset
+    expected = next(iter(build_dataloader(config, seed=3, batch_size=4)))
+    assert _equal(expected, next(iter(DataLoader(dataset, batch_size=4, collate_fn=collate))))
+    assert len(expected["skipped"]) == 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from flashi2v_data.errors import DecodeError, InputError, StorageError
     from flashi2v_data.features import FeatureStore, FeatureWriter
     from flashi2v_data.filter import filter_records
-    from flashi2v_data.loader import StatefulLoader, build_dataloader
+    from flashi2v_data.loader import StatefulLoader, build_dataloader, collate
     from flashi2v_data.randomness import generator
     from flashi2v_data.report import FilterReport
     from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
@@ -28,7 +28,7 @@ _HOMES = {
     "errors": ("DecodeError", "InputError", "StorageError"),
     "features": ("FeatureStore", "FeatureWriter"),
     "filter": ("filter_records",),
-    "loader": ("StatefulLoader", "build_dataloader"),
+    "loader": ("StatefulLoader", "build_dataloader", "collate"),
     "randomness": ("generator",),
     "report": ("FilterReport",),
     "sampler": ("SampleKey", "StatefulDistributedSampler"),
@@ -56,6 +56,7 @@ __all__ = [
     "build_dataloader",
     "build_transform",
     "center_crop_resize",
+    "collate",
     "filter_records",
     "generator",
     "load_config",

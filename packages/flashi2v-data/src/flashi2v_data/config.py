@@ -429,7 +429,11 @@ class DatasetParam(Settings):
     tokenizer_max_length: PositiveInt
     return_prompt_mask: bool
     transform_pipeline: TransformPipeline
-    clean_captions: bool = True
+    clean_captions: bool | Literal["reference"] = Field(
+        True,
+        description='Lower case, no web debris; "reference" deletes Chinese characters too, as it does.',
+    )
+    drop_empty_captions: bool = Field(False, description="Let other clips stand in for those whose caption is empty.")
     decoder: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"
     quarantine_path: str | None = Field(None, description="List of unreadable clips; the default lies beside the LMDB.")
     load_video_features: bool = False

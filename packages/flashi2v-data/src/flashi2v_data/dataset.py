@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flashi2v_data.captions import clean_caption
+from flashi2v_data.captions import TextLoss, becomes_empty, clean_caption
 from flashi2v_data.config import DatasetParam
 from flashi2v_data.decode import read_frames, resolve_backend
-from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.errors import DecodeError, InputError, RecordError
 from flashi2v_data.features import FeatureStore, text_key, video_key
 from flashi2v_data.frames import frame_indices, frame_interval
 from flashi2v_data.quarantine import Quarantine
@@ -22,13 +22,15 @@ from flashi2v_data.randomness import generator
 from flashi2v_data.records import Record
 from flashi2v_data.sampler import SampleKey
 from flashi2v_data.store import LmdbStore
-from flashi2v_data.tokenizer import Tokenizer, load_tokenizer
+from flashi2v_data.tokenizer import Tokenizer, find_loss, load_tokenizer
 from flashi2v_data.transforms import build_transform
 
 logger = logging.getLogger(__name__)
 
 # So many unreadable videos in a row mean a wrong root or an unmounted disk, not bad luck.
 MAX_SKIPPED_IN_A_ROW = 100
+# A clip of more frames, at the training rate, is none: a day and a half at 60 frames a second.
+_MAX_FRAMES = 10_000_000
 
 
 class _Sample(TypedDict):
@@ -40,7 +42,8 @@ class _Sample(TypedDict):
     first_frame: int  # of the crop in time, counted in the file
     flipped: bool  # mirrored
     clip: bytes  # key of its features: file, frames, mirroring, part of the picture
-    skipped: list[str]  # messages of the unreadable videos that this one stands in for
+    skipped: list[str]  # messages of the unreadable videos and faulty records that this one stands in for
+    text_loss: TextLoss | None  # what the text encoder does not get of the caption; None where the text was dropped
 
 
 class Sample(_Sample, total=False):
@@ -55,9 +58,9 @@ class Sample(_Sample, total=False):
 class FlashI2VDataset(Dataset[Sample]):
     """The clips of a store as training samples.
 
-    A sample depends on `seed` and its key alone, not on worker, rank or what was read before. An unreadable video
-    never stops a run: another clip stands in for it, chosen by seed and key alone too; the sample says so in
-    `skipped`, and the quarantine lists the clip.
+    A sample depends on `seed` and its key alone, not on worker, rank or what was read before. An unreadable video, or
+    a record at fault, never stops a run: another clip stands in for it, chosen by seed and key alone too; the sample
+    says so in `skipped`, and the quarantine lists the clip. With torch's own DataLoader, `collate` joins samples.
 
     Args:
         store: from `open_store`.
@@ -154,16 +157,40 @@ class FlashI2VDataset(Dataset[Sample]):
             stride += 1
         while len(skipped) < min(num_records, MAX_SKIPPED_IN_A_ROW + 1):
             index = (key.index + len(skipped) * stride) % num_records
-            record = self.store[index]
-            reason = self._bad_records.get(index) or self.quarantine.reason(record["path"], record["start_frame_idx"])
-            if reason is None:
+            fault = self._known_fault(index)
+            if fault is None:
                 return index
-            skipped.append(str(DecodeError(record["path"], reason)))
+            skipped.append(str(fault))
+        fault = self._known_fault(key.index)
+        is_of_record = fault is not None and fault.is_of_record
         raise DecodeError(
-            self.store[key.index]["path"],
-            f"nor {len(skipped) - 1} others; see `flashi2v-data inspect {self.store.paths[0]} --open-videos`, "
-            f"and remove {self.quarantine.path} when they can be read",
+            fault.path if fault is not None else self._record(key.index)["path"],
+            f"{'like' if is_of_record else 'nor'} {len(skipped) - 1} others; see `flashi2v-data inspect "
+            f"{self.store.paths[0]} --open-videos`, and remove {self.quarantine.path} when they can be read",
+            is_of_record=is_of_record,
         )
+
+    def _known_fault(self, index: int) -> DecodeError | None:
+        """Return why a record need not be tried, if that is known."""
+        try:
+            record = self._record(index)
+        except DecodeError as error:
+            return error
+        if (reason := self._bad_records.get(index)) is not None:
+            return _record_fault(record, reason)
+        reason = self.quarantine.reason(record["path"], record["start_frame_idx"])
+        return None if reason is None else DecodeError(record["path"], reason)
+
+    def _record(self, index: int) -> Record:
+        """Read a record.
+
+        Raises:
+            DecodeError: it is damaged, or no clip.
+        """
+        try:
+            return self.store[index]
+        except RecordError as error:
+            raise DecodeError(error.path, error.reason, is_of_record=True) from None
 
     def skip(self, index: int, error: DecodeError, skipped: list[str], *, whole_file: bool = False) -> None:
         """Note that a record, or all records of its file, cannot be read."""
@@ -185,7 +212,7 @@ class FlashI2VDataset(Dataset[Sample]):
             DecodeError: the video is unreadable, not what its record says, or was so when it was encoded.
             InputError: features of the caption are missing.
         """
-        record = self.store[index]
+        record = self._record(index)
         frames, flip, clip = self._clip(index, key.epoch)
         caption = self._caption(record, key)
         tokens = self.tokenizer(caption)
@@ -199,6 +226,7 @@ class FlashI2VDataset(Dataset[Sample]):
             "flipped": flip,
             "clip": clip,
             "skipped": [],
+            "text_loss": None if self._drops_text(key) else find_loss(self.tokenizer, caption, tokens),
         }
         if self.config.return_prompt_mask:
             sample["prompt_mask"] = tokens.mask
@@ -231,7 +259,7 @@ class FlashI2VDataset(Dataset[Sample]):
 
     def _clip(self, index: int, epoch: int) -> tuple[list[int], bool, bytes]:
         """Return the frames of a record in an epoch, whether they are mirrored, and the key of their features."""
-        record = self.store[index]
+        record = self._record(index)
         # Features are encoded once for each record, so crop in time and mirroring are the same in every epoch, and for
         # whichever sample the record stands in.
         draw = SampleKey(0 if self.config.load_video_features else epoch, index)
@@ -242,6 +270,8 @@ class FlashI2VDataset(Dataset[Sample]):
     def _frames(self, record: Record, key: SampleKey) -> list[int]:
         config = self.config
         interval = frame_interval(record["fps"], config.train_fps, config.sample_stride)
+        if record["num_frames"] / interval > _MAX_FRAMES:
+            raise _record_fault(record, f"{record['num_frames']} frames at fps {record['fps']:g} are no clip")
         indices = frame_indices(record["start_frame_idx"], record["num_frames"], interval)
         begin, end = temporal_crop(
             len(indices), config.sample_num_frames, generator(self.seed, "crop", key.epoch, key.index)
@@ -271,14 +301,29 @@ class FlashI2VDataset(Dataset[Sample]):
 
         return convert
 
+    def captions(self, index: int) -> list[str]:
+        """Return the captions of a record that training may draw, as they are tokenised.
+
+        Raises:
+            DecodeError: the record is at fault.
+        """
+        return [
+            clean_caption(caption, self.config.clean_captions)
+            for caption in _captions(self._record(index), self.config)
+        ]
+
     def _caption(self, record: Record, key: SampleKey) -> str:
-        if self._random("drop", key) < self.config.text_drop_ratio:
+        captions = _captions(record, self.config)
+        if self._drops_text(key):
             return ""
-        caption = record["cap"]
-        if isinstance(caption, list):
+        caption = captions[0]
+        if isinstance(record["cap"], list):
             random = generator(self.seed, "caption", key.epoch, key.index)
-            caption = caption[int(torch.randint(len(caption), (), generator=random))]
-        return clean_caption(caption) if self.config.clean_captions else caption
+            caption = captions[int(torch.randint(len(captions), (), generator=random))]
+        return clean_caption(caption, self.config.clean_captions)
+
+    def _drops_text(self, key: SampleKey) -> bool:
+        return self._random("drop", key) < self.config.text_drop_ratio
 
     def _random(self, purpose: str, key: SampleKey) -> float:
         return torch.rand((), generator=generator(self.seed, purpose, key.epoch, key.index)).item()
@@ -296,6 +341,17 @@ def _crop(record: Record) -> list[int] | None:
     if not isinstance(crop, list) or len(crop) != 4 or not all(type(side) is int for side in crop):
         raise _record_fault(record, f"its crop is not [left, right, top, bottom] in pixels: {crop}")
     return crop
+
+
+def _captions(record: Record, config: DatasetParam) -> list[str]:
+    """Return the captions that may be drawn, not yet cleaned."""
+    given = record["cap"] if isinstance(record["cap"], list) else [record["cap"]]
+    if not config.drop_empty_captions:
+        return given
+    captions = [caption for caption in given if not becomes_empty(caption, config.clean_captions)]
+    if not captions:
+        raise _record_fault(record, "its caption is empty, or becomes so when cleaned (drop_empty_captions)")
+    return captions
 
 
 def _record_fault(record: Record, reason: str) -> DecodeError:

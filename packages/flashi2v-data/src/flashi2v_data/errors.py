@@ -11,6 +11,24 @@ class InputError(ValueError):
     exit_code = 2
 
 
+class RecordError(InputError):
+    """A record of a store is damaged, or is no clip.
+
+    Attributes:
+        path: of the store.
+        reason: which record it is, and what is wrong with it.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Return the message, one line."""
+        return f"{self.path}: {self.reason}"
+
+
 class StorageError(RuntimeError):
     """Something could not be written (a full disk, say); the message is one line that says what to do."""
 
@@ -18,10 +36,10 @@ class StorageError(RuntimeError):
 
 
 class DecodeError(RuntimeError):
-    """A video file that cannot be read, or not far enough.
+    """A video file that cannot be read, or not far enough, or a clip whose record is at fault.
 
     Attributes:
-        path: of the file.
+        path: of the file; of a record that cannot be read, where it lies.
         reason: what is wrong with it.
         is_partial: whether other frames of it may be readable.
         is_of_record: whether the file may be fine, and is only not what a record says or a run needs.
@@ -30,13 +48,12 @@ class DecodeError(RuntimeError):
     exit_code = 2
 
     def __init__(self, path: str, reason: str, *, is_partial: bool = False, is_of_record: bool = False) -> None:
-        super().__init__(f"cannot read video {path}: {reason}")
+        super().__init__(path, reason)
         self.path = path
         self.reason = reason
         self.is_partial = is_partial
         self.is_of_record = is_of_record
 
-    def __reduce__(self) -> tuple[type["DecodeError"], tuple[str, str], dict[str, bool]]:
-        # Between processes it travels pickled; the default would call __init__ with the message alone.
-        flags = {"is_partial": self.is_partial, "is_of_record": self.is_of_record}
-        return DecodeError, (self.path, self.reason), flags
+    def __str__(self) -> str:
+        """Return the message, one line."""
+        return f"{'record at fault,' if self.is_of_record else 'cannot read video'} {self.path}: {self.reason}"

@@ -1,8 +1,10 @@
 """Batches of samples that can be resumed where they were delivered."""
 
+import copy
 import logging
+import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashi2v_data.captions import CaptionCount, TextLoss
 from flashi2v_data.config import DataConfig, DataloaderParam
 from flashi2v_data.dataset import FlashI2VDataset, Sample
 from flashi2v_data.errors import DecodeError, InputError
@@ -38,7 +41,8 @@ class _Batch(TypedDict):
     first_frame: list[int]  # of the crop in time, counted in the file
     flipped: list[bool]  # mirrored
     clip: list[bytes]  # keys of their features
-    skipped: list[str]  # messages of the unreadable videos that samples of this batch stand in for
+    skipped: list[str]  # messages of the unreadable videos and faulty records that samples of this batch stand in for
+    text_loss: list[TextLoss | None]  # what the text encoder does not get of captions; None where text was dropped
 
 
 class Batch(_Batch, total=False):
@@ -98,14 +102,46 @@ def build_dataloader(
     return StatefulLoader(dataset, sampler, batch_size, config.dataloader_param, device)
 
 
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Join samples into a batch; torch's own DataLoader takes it as `collate_fn` over a FlashI2VDataset."""
+    batch: Batch = {
+        "caption": [sample["caption"] for sample in samples],
+        "prompt_ids": torch.stack([sample["prompt_ids"] for sample in samples]),
+        "epoch": torch.tensor([sample["epoch"] for sample in samples]),
+        "index": torch.tensor([sample["index"] for sample in samples]),
+        "path": [sample["path"] for sample in samples],
+        "first_frame": [sample["first_frame"] for sample in samples],
+        "flipped": [sample["flipped"] for sample in samples],
+        "clip": [sample["clip"] for sample in samples],
+        "skipped": [message for sample in samples for message in sample["skipped"]],
+        "text_loss": [sample["text_loss"] for sample in samples],
+    }
+    if "video" in samples[0]:
+        batch["video"] = torch.stack([sample["video"] for sample in samples])
+    if "prompt_mask" in samples[0]:
+        batch["prompt_mask"] = torch.stack([sample["prompt_mask"] for sample in samples])
+    for name in ("video_features", "text_features"):
+        if name in samples[0]:
+            batch[name] = _stack_features([sample[name] for sample in samples])
+    return batch
+
+
+def _stack_features(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {part: torch.stack([tensors[part] for tensors in features]) for part in features[0]}
+
+
 class StatefulLoader:
     """An endless iterable of batches; its state is what was delivered, however much workers have read ahead.
+
+    It has one position, so it is iterated in one place at a time: an iteration ends with an InputError when a newer one
+    has begun, a state was loaded or the loader was closed.
 
     With `num_workers` 0 videos are decoded in this process, which a decoder that hangs or crashes takes along; with
     workers it costs one sample (see `workers.WorkerPool`). Batches are the same either way.
 
     Attributes:
-        skipped: unreadable videos met so far by this rank, each with its message once.
+        skipped: messages of the unreadable videos and faulty records met so far by this rank, each once.
+        captions: how many captions of this rank's samples are empty, cut, or hold words unknown to the tokenizer.
     """
 
     def __init__(
@@ -119,43 +155,61 @@ class StatefulLoader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.skipped: set[str] = set()
+        self.captions = CaptionCount(dataset.config.tokenizer_max_length)
+        self._told: dict[str, int] = {}  # how many of each kind the last warning was about
         self._sampler = sampler
         self._delivered = sampler.state_dict()
         self._config = config
         self._pins = config.pin_memory and torch.accelerator.is_available()
         self._device = device or torch.device("cpu")
         self._readers: _Readers | None = None
+        self._live: object = None  # the token of the iteration that may go on
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches without end, from the first that was not delivered yet.
 
         Raises:
             DecodeError: more than 100 videos in a row are unreadable.
-            InputError: the store, or features, are gone.
+            InputError: the store, or features, are gone; or another iteration has taken the place of this one.
         """
-        self._sampler.load_state_dict(self._delivered)
-        samples = self._read_ahead() if self._config.num_workers else self._read_here()
-        while True:
-            batch = self._collate(samples)
-            self._delivered["consumed"] += self.batch_size * self._sampler.num_replicas
-            self._note(batch["skipped"])
-            yield batch
+        return _Iteration(self)
+
+    def _next(self, iteration: "_Iteration") -> Batch:
+        if iteration.samples is None:
+            self._live = iteration.token
+            sampler = copy.copy(self._sampler)
+            sampler.load_state_dict(self._delivered)
+            iteration.samples = self._read_ahead(sampler) if self._config.num_workers else self._read_here(sampler)
+        elif self._live is not iteration.token or iteration.process != os.getpid():
+            raise InputError(
+                "this iteration of the loader has ended: a newer one has begun, a state was loaded, the loader was "
+                "closed, or this is another process; iterate anew, or build a loader for each use"
+            )
+        batch = self._collate(iteration.samples)
+        self._delivered["consumed"] += self.batch_size * self._sampler.num_replicas
+        self._note(batch)
+        return batch
 
     def close(self) -> None:
         """End the workers now, rather than when the loader is collected; iterating again starts new ones."""
+        self._live = None
         if self._readers is not None:
             self._readers.pool.close()
             self._readers = None
 
-    def _read_here(self) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
+    def _read_here(self, sampler: StatefulDistributedSampler) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
         pictures = np.empty(self.dataset.pictures_shape, np.uint8)
-        for key in self._sampler:
+        for key in sampler:
             yield self.dataset.read_some(key, pictures), pictures
 
-    def _read_ahead(self) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
+    def _read_ahead(self, sampler: StatefulDistributedSampler) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
         if self._readers is None:
             self._readers = self._start_readers()
-        (pool, pictures), keys = self._readers, iter(self._sampler)
+        (pool, pictures, process), keys = self._readers, iter(sampler)
+        if process != os.getpid():
+            raise InputError(
+                "the loader's workers belong to the process that this one was forked from: build a loader here"
+            )
         pool.forget()  # of an iteration that was left: its places are used again
         free = [*range(len(pictures))]
         pending: deque[tuple[_Read, list[str], _Reading]] = deque()
@@ -191,7 +245,7 @@ class StatefulLoader:
         pool = WorkerPool(
             reader, config.num_workers, limits, start=clean_start(preload="flashi2v_data.dataset"), depth=_DEPTH
         )
-        return _Readers(pool, memory.array)
+        return _Readers(pool, memory.array, os.getpid())
 
     def _collate(self, samples: Iterator[tuple[Sample, NDArray[np.uint8]]]) -> Batch:
         """Stack the next samples; pictures are taken from memory that is used again for the next ones."""
@@ -204,28 +258,14 @@ class StatefulLoader:
                 pictures[place].copy_(torch.from_numpy(memory))
             elif video is not None:
                 self.dataset.transform.finish(torch.from_numpy(memory), video[place])
-        batch: Batch = {
-            "caption": [sample["caption"] for sample in taken],
-            "prompt_ids": self._stack([sample["prompt_ids"] for sample in taken]),
-            "epoch": torch.tensor([sample["epoch"] for sample in taken]),
-            "index": torch.tensor([sample["index"] for sample in taken]),
-            "path": [sample["path"] for sample in taken],
-            "first_frame": [sample["first_frame"] for sample in taken],
-            "flipped": [sample["flipped"] for sample in taken],
-            "clip": [sample["clip"] for sample in taken],
-            "skipped": [message for sample in taken for message in sample["skipped"]],
-        }
+        batch = collate(taken)
+        if self._pins:
+            _pin(batch)
         if video is not None:
             if pictures is not None:
                 for source, target in zip(pictures.to(self._device, non_blocking=True), video):
                     self.dataset.transform.finish(source, target)
             batch["video"] = video
-        if "prompt_mask" in taken[0]:
-            batch["prompt_mask"] = self._stack([sample["prompt_mask"] for sample in taken])
-        for name in ("video_features", "text_features"):
-            if name in taken[0]:
-                first = taken[0][name]
-                batch[name] = {part: self._stack([sample[name][part] for sample in taken]) for part in first}
         return batch
 
     def _reserve(self) -> tuple[Tensor | None, Tensor | None]:
@@ -241,16 +281,20 @@ class StatefulLoader:
             return pictures, torch.empty(shape, device=self._device)
         return None, torch.empty(shape, pin_memory=True) if self._pins else empty_video(shape)
 
-    def _stack(self, tensors: list[Tensor]) -> Tensor:
-        stacked = torch.stack(tensors)
-        return stacked.pin_memory() if self._pins else stacked
-
-    def _note(self, skipped: list[str]) -> None:
+    def _note(self, batch: Batch) -> None:
         # Here rather than in the dataset: workers' own logs and counts would not reach the trainer.
-        for message in skipped:
+        for message in batch["skipped"]:
             if message not in self.skipped:
                 self.skipped.add(message)
                 logger.warning("%s; another clip stands in for it", message)
+        for path, loss in zip(batch["path"], batch["text_loss"]):
+            if loss is not None:
+                self.captions.add(loss, path)
+        for kind, line in self.captions.lines().items():
+            count = getattr(self.captions, kind)
+            if count >= 10 * self._told.get(kind, 0):  # at the first, and now and then
+                self._told[kind] = count
+                logger.warning("%s", line)
 
     def state_dict(self) -> SamplerState:
         """Return where the delivered batches end."""
@@ -262,8 +306,30 @@ class StatefulLoader:
         Raises:
             InputError: the state belongs to other data or another seed.
         """
-        self._sampler.load_state_dict(state)
+        copy.copy(self._sampler).load_state_dict(state)
         self._delivered = {**state}
+        self._live = None
+
+
+def _pin(batch: Batch) -> None:
+    batch["prompt_ids"] = batch["prompt_ids"].pin_memory()
+    if "prompt_mask" in batch:
+        batch["prompt_mask"] = batch["prompt_mask"].pin_memory()
+    for features in (batch.get("video_features", {}), batch.get("text_features", {})):
+        features |= {part: tensor.pin_memory() for part, tensor in features.items()}
+
+
+class _Iteration(Iterator[Batch]):
+    """One run through the samples, in the process that began it; the newest of a loader alone goes on."""
+
+    def __init__(self, loader: StatefulLoader) -> None:
+        self._loader = loader
+        self.token = object()
+        self.process = os.getpid()
+        self.samples: Iterator[tuple[Sample, NDArray[np.uint8]]] | None = None  # from the first batch on
+
+    def __next__(self) -> Batch:
+        return self._loader._next(self)
 
 
 class _Read(NamedTuple):
@@ -294,7 +360,8 @@ class _Reader:
 
 
 class _Readers(NamedTuple):
-    """The workers, and the memory in which they leave pictures: (places, T, 3, H, W)."""
+    """The workers, the memory in which they leave pictures, (places, T, 3, H, W), and the process that started them."""
 
     pool: WorkerPool[_Read, Sample | DecodeError]
     pictures: NDArray[np.uint8]
+    process: int
