@@ -1,7 +1,9 @@
 import json
 from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from flashi2v_data.filter import FileFilter, filter_records
 from flashi2v_data.frames import frame_indices, frame_interval
 from flashi2v_data.judge import Judge
 from flashi2v_data.limits import Drop, Length, Limits, Miss, num_frames_available
-from flashi2v_data.meta import read_entries
+from flashi2v_data.meta import BrokenMetaError, read_entries
 from flashi2v_data.probe import VideoInfo
 from flashi2v_data.prober import Prober
 from flashi2v_data.records import Annotation
@@ -125,6 +127,41 @@ def test_what_cannot_be_stored_is_counted(change):
     report = FilterReport()
     assert list(filter_records([{**GOOD, **change}], CONFIG, report)) == []
     assert report.dropped["invalid_entry"] == report.total == 1
+
+
+def test_rows_of_a_table_are_read_as_what_they_mean():
+    row = {
+        "path": Path("good.mp4"),
+        "cap": np.array(["a cap", "another"]),
+        "resolution": {"height": np.int32(1080), "width": np.uint64(1920)},
+        "fps": np.float32(24),
+        "num_frames": np.int64(120),
+        "cut": (np.int8(10), 130),
+        "crop": np.array([0, 100, 0, 100]),
+        "motion": Fraction(1, 2),
+        np.str_("id"): np.bool_(True),
+    }
+    report = FilterReport()
+    (record,) = filter_records([row], CONFIG, report)
+    expected = {**GOOD, "cap": ["a cap", "another"], "cut": [10, 130], "crop": [0, 100, 0, 100], "motion": 0.5}
+    assert record == expected | {"id": True, "start_frame_idx": 10}
+    assert ValueCodec().unpack(ValueCodec().pack(record)) == record
+    unusable = [{"fps": np.float64("nan")}, {"num_frames": np.float32(60.5)}, {"fps": Fraction(10**400)}, {"id": object()}]
+    assert list(filter_records([GOOD | change for change in unusable], CONFIG, report)) == []
+    assert {name: count for name, count in report.dropped.items() if count} == {
+        "no_fps": 2,
+        "no_num_frames": 1,
+        "invalid_entry": 1,
+    }
+
+
+def test_an_entry_that_can_be_read_but_not_sent_on_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("flashi2v_data.meta.PIECE_BYTES", 2000)
+    deep = "[" * 600 + "]" * 600
+    entry = f'{{"path": "a.mp4", "cap": "a", "id": {deep}}}'
+    (tmp_path / "meta.json").write_text(f"[{entry}, {entry}]")
+    with pytest.raises(BrokenMetaError, match=r"meta\.json: .*nested too deeply"):
+        _filter_files([Annotation("/videos", str(tmp_path / "meta.json"))], CONFIG, jobs=1)
 
 
 @pytest.mark.parametrize("key", ["resolution", "fps", "num_frames"])

@@ -133,6 +133,40 @@ def test_an_entry_without_an_end_is_not_read_to_the_end_of_the_file(tmp_path, mo
         list(read_entries(Annotation("", str(path))))
 
 
+@pytest.mark.parametrize("form", ["[%s]", "%s\n"], ids=["array", "lines"])
+def test_a_number_of_any_length_is_one_that_no_clip_can_have(tmp_path, form):
+    path = tmp_path / "meta.json"
+    path.write_text(form % '{"path": "/a.mp4", "num_frames": %s, "id": -%s}' % ("9" * 5000, "9" * 30))
+    (entry,) = read_entries(Annotation("", str(path)))
+    assert entry["num_frames"] > 10**100
+    assert entry["id"] == -int("9" * 30)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"a":' * 3_000_000, "[" * 17_000_000, "[" + "}" * 17_000_000, " " * 17_000_000, "[1" + ",1" * 9_000_000],
+    ids=["braces", "brackets", "closing braces", "spaces", "numbers"],
+)
+@pytest.mark.parametrize("compress", [bytes, zstandard.compress], ids=["plain", "zstd"])
+def test_what_is_no_list_of_entries_is_given_up_after_a_while(tmp_path, text, compress):
+    path = tmp_path / "meta.json"
+    path.write_bytes(compress(text.encode()))
+    with pytest.raises(InputError, match="holds an entry of more than 16 MiB|not valid JSON after entry 0"):
+        list(read_entries(Annotation("", str(path))))
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-3000], lambda data: b" " + data], ids=["shorter", "shifted"])
+def test_a_file_that_changes_while_it_is_read_says_so(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(meta, "PIECE_BYTES", 1000)
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps([{"path": f"{number}.mp4"} for number in range(500)]))
+    entries = read_entries(Annotation("", str(path)))
+    next(entries)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError, match="was changed while it was read|not valid JSON after entry"):
+        list(entries)
+
+
 def test_lists_of_objects_within_entries_are_read_to_their_end(tmp_path, monkeypatch):
     monkeypatch.setattr(meta, "PIECE_BYTES", 200)
     entries = [{"path": f"/{n}.mp4", "shots": [{"at": m} for m in range(20)]} for n in range(100)]

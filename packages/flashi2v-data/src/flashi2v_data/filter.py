@@ -1,22 +1,25 @@
 """From meta JSON to the clips that are fit for training."""
 
+import contextlib
 import gc
 import itertools
+import numbers
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flashi2v_data.config import FilterConfig
-from flashi2v_data.errors import DecodeError
+from flashi2v_data.errors import DecodeError, StorageError
 from flashi2v_data.judge import Judge
 from flashi2v_data.limits import Drop
-from flashi2v_data.meta import MetaParser, Piece, count_lines, parse_plain, parse_whole, read_pieces
+from flashi2v_data.meta import BrokenMetaError, MetaParser, Piece, count_lines, parse_plain, parse_whole, read_pieces
 from flashi2v_data.prober import Prober, Probing
 from flashi2v_data.records import Annotation, Record
 from flashi2v_data.report import FilterReport
 from flashi2v_data.values import ValueCodec
-from flashi2v_data.workers import Task, WorkerPool, quick_start
+from flashi2v_data.workers import Task, WorkerLost, WorkerPool, quick_start
 
 # Entries that `filter_records` takes in at once.
 _BATCH = 64
@@ -54,7 +57,8 @@ def filter_records(
     """Yield the clips that fit, in order, complete with what their entries left out.
 
     Args:
-        entries: of meta JSON, as `meta.read_entries` yields them; they are completed in place.
+        entries: of meta JSON, as `meta.read_entries` yields them, or rows of a table: NumPy's numbers, arrays and texts
+            become Python's, tuples lists, and paths text. They are completed in place.
         config: the limits.
         report: counts every entry as it passes.
         jobs: processes that read what entries leave out from the videos.
@@ -65,7 +69,7 @@ def filter_records(
     def storable(record: Record) -> Record | None:
         return None if codec.pack(record) is None else record
 
-    entries = iter(entries)
+    entries = map(_plain_entry, entries)
     batches = iter(lambda: list(itertools.islice(entries, _BATCH)), [])
     try:
         for outcome in _complete((_judge_all(batch, judge, storable) for batch in batches), judge, storable, prober):
@@ -73,6 +77,30 @@ def filter_records(
             yield from outcome.kept
     finally:
         prober.close()
+
+
+def _plain_entry(entry: Any) -> Any:
+    if isinstance(entry, dict):
+        with contextlib.suppress(OverflowError, RecursionError):  # left as it is, it cannot be stored, and is counted
+            for key, value in entry.items():
+                entry[key] = _plain(value)
+    return entry
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it, or as it is where JSON has nothing like it."""
+    if type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [*map(_plain, value)]
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, (str, os.PathLike)):
+        return str(value)
+    as_list = getattr(value, "tolist", None)  # NumPy's arrays and truth values
+    return as_list() if callable(as_list) else value
 
 
 class FileFilter:
@@ -117,7 +145,7 @@ class FileFilter:
                 place += 1
             for piece, task in self._submitted(pieces):
                 place += 1
-                outcome = self._pool.result(task)
+                outcome = self._result(task, annotation)
                 if outcome is not None and parser.is_between_entries:
                     parser.passed(outcome.num_parsed)
                 else:
@@ -126,6 +154,14 @@ class FileFilter:
                 outcome.num_bytes = bytes_before + piece.end
                 yield outcome
             bytes_before += piece.end
+
+    def _result(self, task: Task[Piece, Outcome | None], annotation: Annotation) -> Outcome | None:
+        try:
+            return self._pool.result(task)
+        except WorkerLost as lost:
+            raise StorageError(f"{annotation.meta}: a piece of it {lost}; is there enough memory?") from None
+        except RecursionError:  # an entry that could be parsed, but not sent
+            raise BrokenMetaError(f"{annotation.meta}: holds an entry that is nested too deeply") from None
 
     def _submitted(self, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Task[Piece, Outcome | None]]]:
         pending: deque[tuple[Piece, Task[Piece, Outcome | None]]] = deque()

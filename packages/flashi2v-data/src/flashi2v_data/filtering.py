@@ -15,7 +15,7 @@ from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.filter import FileFilter, Outcome
 from flashi2v_data.judge import Judge, is_complete
 from flashi2v_data.lmdb_files import storage
-from flashi2v_data.meta import PIECE_BYTES, read_entries
+from flashi2v_data.meta import PIECE_BYTES, BrokenMetaError, read_entries
 from flashi2v_data.prober import Prober
 from flashi2v_data.records import Annotation, printable, read_annotations
 from flashi2v_data.report import FilterReport, check_plots, write_report
@@ -56,8 +56,8 @@ def filter_files(
         try:
             for outcome in _outcomes(config, annotations, report, jobs, probe_timeout, begun["place"]):
                 writer.append(outcome.kept, functools.partial(_state, outcome.place, report))
-        except InputError:
-            writer.discard()  # once the input is mended, this part fits no more
+        except BrokenMetaError:
+            writer.discard()  # once the file is mended, this part fits no more
             raise
         except KeyboardInterrupt:
             raise KeyboardInterrupt("continue by --resume") from None

@@ -19,15 +19,33 @@ import zstandard
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.records import Annotation
+from flashi2v_data.textfile import open_regular
 
 # What is parsed of one piece should stay in the processor's cache, and be worth sending to another process.
 PIECE_BYTES = 512 << 10
-_COMPRESSED_BYTES = 16 << 10
+# What so little of zstd can become fits into memory (64 MiB), even where it was made to become as much as it can.
+_COMPRESSED_BYTES = 2 << 10
 # An unclosed bracket would otherwise swallow the file.
-MAX_ENTRY_BYTES = 64 << 20
+MAX_ENTRY_BYTES = 16 << 20
+# Where an array may be cut: between a closing brace and an opening one. So many spaces are enough for any indentation.
+_between = re.compile(rb"\}[ \t\r\n]{0,256},(?=[ \t\r\n]{0,256}\{)")
+_BETWEEN_BYTES = 2 * 256 + 3
 
-_lenient = json.JSONDecoder()  # reads what msgspec refuses: NaN, whole numbers beyond 64 bits, lone surrogates
+
+def _parse_int(digits: str) -> int:
+    """Return a whole number; one too long to be stored or to be read in bounded time stands for all such."""
+    return int(digits) if len(digits) <= 40 else _TOO_LARGE
+
+
+_TOO_LARGE = 1 << 1000
+
+# It reads what msgspec refuses: NaN, whole numbers beyond 64 bits, lone surrogates.
+_lenient = json.JSONDecoder(parse_int=_parse_int)
 _space = re.compile(r"[ \t\r\n]*")
+
+
+class BrokenMetaError(InputError):
+    """A meta JSON must be changed before it can be read: what an unfinished run made of it is worth nothing."""
 
 
 @dataclass
@@ -53,17 +71,22 @@ class Piece:
         return b"" if self.is_lines or self.is_last else b","
 
     def bracketed(self) -> bytearray:
-        """Return the text between brackets, which is JSON where the piece was cut well out of an array."""
+        """Return the text between brackets, which is JSON where the piece was cut well out of an array.
+
+        Raises:
+            BrokenMetaError: the file is not what it was when it was cut.
+        """
         if self.place is None:
             text = bytearray(b"[" + self.data + b"]")
         else:
             offset, length = self.place
             text = bytearray(length + 2)
-            with open(self.annotation.meta, "rb", buffering=0) as file:
-                os.preadv(file.fileno(), [memoryview(text)[1:-1]], offset)
+            with open(open_regular(self.annotation.meta), "rb", buffering=0) as file:
+                num_bytes = os.preadv(file.fileno(), [memoryview(text)[1:-1]], offset)
             text[0], text[-1] = b"[]"
+            if num_bytes != length or (self._comma and text[-2:] != b",]"):
+                raise BrokenMetaError(f"{self.annotation.meta}: was changed while it was read: begin anew")
         if self._comma:
-            assert text[-2:] == b",]", text[-2:]
             del text[-2]
         return text
 
@@ -75,7 +98,7 @@ def read_entries(annotation: Annotation) -> Iterator[Any]:
     checking them is the filter's job.
 
     Raises:
-        InputError: the file is not valid JSON.
+        InputError: the file is not valid JSON, or cannot be read.
     """
     parser = MetaParser(annotation)
     for piece in read_pieces(annotation):
@@ -86,20 +109,26 @@ def read_pieces(annotation: Annotation) -> Iterator[Piece]:
     """Cut a meta JSON into pieces.
 
     Raises:
-        InputError: the file is empty, or its compression is damaged.
+        InputError: the file is empty, or its compression is damaged, or it cannot be read.
     """
-    with open(annotation.meta, "rb") as file:
+    with open(open_regular(annotation.meta), "rb") as file:
         try:
             yield from _cut(annotation, file)
         except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise InputError(f"{annotation.meta}: cannot be decompressed, is it whole? {error}") from None
+            raise BrokenMetaError(f"{annotation.meta}: cannot be decompressed, is it whole? {error}") from None
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
     """Yield what a file holds, decompressed."""
     compression = _compression(file)
     if compression == "zstd":
-        yield from _zstd_blocks(file)
+        waiting = bytearray()
+        for block in _zstd_blocks(file):
+            waiting += block
+            if len(waiting) >= PIECE_BYTES:
+                yield bytes(waiting)
+                waiting.clear()
+        yield bytes(waiting)
     else:
         stream = gzip.GzipFile(fileobj=file) if compression == "gzip" else file
         while block := stream.read(PIECE_BYTES):
@@ -129,53 +158,57 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
 
 def _cut(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
     blocks = _blocks(file)
-    text = b""
+    text, num_spaces = b"", 0
     while not text:
         block = next(blocks, None)
         if block is None:
-            raise InputError(f"{annotation.meta}: is empty; write a JSON array of entries")
+            raise BrokenMetaError(f"{annotation.meta}: is empty; write a JSON array of entries")
         if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise InputError(f"{annotation.meta}: is UTF-16; save it as UTF-8")
+            raise BrokenMetaError(f"{annotation.meta}: is UTF-16; save it as UTF-8")
         text = block.removeprefix(b"\xef\xbb\xbf").lstrip()
+        num_spaces += len(block) - len(text)
+        _check_entry(annotation, num_spaces)
     is_lines = not text.startswith(b"[")
     if not is_lines:
         text = text[1:]
     if _compression(file) is None:
         yield from _cut_file(annotation, file, file.tell() - len(text), is_lines)
         return
+    num_searched = 0
     for block in blocks:
         text += block
-        end = text.rfind(b"\n") + 1 if is_lines else _end_of_entries(text)
+        end = _last_cut(text, num_searched, is_lines)
         if end:
             yield Piece(annotation, is_lines, False, file.tell(), data=text[:end])
             text = text[end:]
         else:
             _check_entry(annotation, len(text))
+        num_searched = len(text)
+    _check_entry(annotation, len(text))
     yield Piece(annotation, is_lines, True, file.tell(), data=text)
 
 
 def _cut_file(annotation: Annotation, file: BinaryIO, begin: int, is_lines: bool) -> Iterator[Piece]:
     """Cut a plain file, of which only the places where it may be cut are read."""
     size = os.fstat(file.fileno()).st_size
-    limit = begin + PIECE_BYTES
+    limit, searched = begin + PIECE_BYTES, begin
     while limit < size:
-        end = _last_end(file, begin, limit, is_lines)
+        end = _last_cut_of_file(file, max(begin, searched - _BETWEEN_BYTES), limit, is_lines)
         if end:
             yield Piece(annotation, is_lines, False, end, place=(begin, end - begin))
             begin = end
         else:
             _check_entry(annotation, limit - begin)
-        limit = max(limit, begin) + PIECE_BYTES
+        limit, searched = max(limit, begin) + PIECE_BYTES, limit
     yield Piece(annotation, is_lines, True, size, place=(begin, size - begin))
 
 
-def _last_end(file: BinaryIO, begin: int, limit: int, is_lines: bool) -> int:
+def _last_cut_of_file(file: BinaryIO, begin: int, limit: int, is_lines: bool) -> int:
     """Return the last place in begin ... limit where a plain file may be cut, or 0."""
     num_bytes = 4096
     while True:
         start = max(begin, limit - num_bytes)
-        text = os.pread(file.fileno(), limit - start, start)
-        end = text.rfind(b"\n") + 1 if is_lines else _end_of_entries(text)
+        end = _last_cut(os.pread(file.fileno(), limit - start, start), 0, is_lines)
         if end:
             return start + end
         if start == begin:
@@ -183,23 +216,25 @@ def _last_end(file: BinaryIO, begin: int, limit: int, is_lines: bool) -> int:
         num_bytes *= 8
 
 
+def _last_cut(text: bytes, num_searched: int, is_lines: bool) -> int:
+    """Return where text may be cut last, or 0; in its beginning, already searched, it may not."""
+    if is_lines:
+        return text.rfind(b"\n", num_searched) + 1
+    begin, num_bytes = len(text), 4096
+    while begin > num_searched:
+        begin = max(0, num_searched - _BETWEEN_BYTES, len(text) - num_bytes)
+        cuts = [match.end() for match in _between.finditer(text, begin)]
+        if cuts:
+            return cuts[-1]
+        num_bytes *= 8
+    return 0
+
+
 def _check_entry(annotation: Annotation, num_bytes: int) -> None:
     if num_bytes > MAX_ENTRY_BYTES:
-        raise InputError(
+        raise BrokenMetaError(
             f"{annotation.meta}: holds an entry of more than {MAX_ENTRY_BYTES >> 20} MiB, or is no meta JSON"
         )
-
-
-def _end_of_entries(text: bytes) -> int:
-    """Return where to cut: behind the last comma that has a closing brace before and an opening one after it."""
-    brace = text.rfind(b"{")
-    while brace > 0:
-        # Only spaces may stand around the comma; so many are enough for any indentation.
-        before = text[max(0, brace - 256) : brace].rstrip()
-        if before.endswith(b",") and before[:-1].rstrip().endswith(b"}"):
-            return text.rindex(b",", 0, brace) + 1
-        brace = text.rfind(b"{", 0, brace)
-    return 0
 
 
 class PlainResolution(msgspec.Struct, forbid_unknown_fields=True):
@@ -289,7 +324,7 @@ class MetaParser:
         """Return the entries that end in this piece.
 
         Raises:
-            InputError: the file is not valid JSON.
+            BrokenMetaError: the file is not valid JSON.
         """
         entries = parse_whole(piece) if self.is_between_entries else None
         if entries is not None:
@@ -308,7 +343,9 @@ class MetaParser:
                 try:
                     entries.append(_lenient.decode(text))
                 except (json.JSONDecodeError, RecursionError) as error:
-                    raise InputError(f"{self._meta}, line {self._number}: not valid JSON: {_reason(error)}") from None
+                    raise BrokenMetaError(
+                        f"{self._meta}, line {self._number}: not valid JSON: {_reason(error)}"
+                    ) from None
         return entries
 
     def _parse_array(self, piece: Piece) -> list[Any]:
@@ -331,7 +368,7 @@ class MetaParser:
                 raise json.JSONDecodeError("Expecting ']'", text, len(text))
         except (json.JSONDecodeError, RecursionError) as error:
             if piece.is_last or not _is_cut_off(error, text) or len(text) - begin > MAX_ENTRY_BYTES:
-                raise InputError(
+                raise BrokenMetaError(
                     f"{self._meta}: not valid JSON after entry {self._number} (comments are not allowed): "
                     f"{_reason(error)}"
                 ) from None

@@ -46,6 +46,8 @@ _STARTUP_SECONDS = 300.0
 # Before every message, its length. More than a connection holds need not be asked of it at once.
 _LENGTH = struct.Struct("!Q")
 _CHUNK_BYTES = 256 << 10
+# A worker's messages begin with one of these; an answer follows the last two.
+_READY, _STAYS, _RETIRES = b"r", b"+", b"-"
 
 
 class Limits(NamedTuple):
@@ -126,7 +128,7 @@ class _Worker:
         except OSError:  # it has ended, as `receive` will tell
             self._unsent.clear()
 
-    def receive(self) -> Iterator[bytes]:
+    def receive(self) -> Iterator[memoryview]:
         """Yield the messages that end in what has arrived.
 
         Raises:
@@ -143,7 +145,7 @@ class _Worker:
             end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
             if len(self._received) < end:
                 break
-            message = bytes(memoryview(self._received)[_LENGTH.size : end])
+            message = memoryview(self._received[_LENGTH.size : end])
             del self._received[:end]
             yield message
 
@@ -293,25 +295,26 @@ class WorkerPool(Generic[A, R]):
 
     def _receive(self, worker: _Worker) -> None:
         try:
-            for answer in worker.receive():
-                self._take(worker, pickle.loads(answer))
+            for message in worker.receive():
+                self._take(worker, message)
         except EOFError:
             worker.process.join(1)  # it may be about to say why
             self._lose(worker, is_late=False)
 
-    def _take(self, worker: _Worker, answer: Any) -> None:
-        if answer is None:
+    def _take(self, worker: _Worker, message: memoryview) -> None:
+        kind = bytes(message[:1])
+        if kind == _READY:
             worker.is_ready = True
             worker.deadline = float("inf")
             self._num_stillborn = 0
             return
         task = worker.tasks.popleft()
-        task.result, failure, retires = answer
+        task.result, failure = pickle.loads(message[1:])
         if failure is not None:
             task.error, text = failure
             task.error.__cause__ = WorkerError(text)
         task.done = True
-        if retires:
+        if kind == _RETIRES:
             logger.info("a worker has reached a limit and is replaced")
             worker.stop()
             self._replace(worker)
@@ -390,15 +393,15 @@ def _serve(connection: socket.socket, function: Callable[[Any], Any], limits: Li
     threading.Thread(target=_end_with_parent, daemon=True).start()
     num_tasks, retires = 0, False
     with contextlib.suppress(EOFError, OSError), connection.makefile("rb") as stream:  # the parent has closed the pool
-        _send(connection, pickle.dumps(None))  # ready
+        _send(connection, _READY)
         while not retires:
             # Plain pickle: multiprocessing's own would pass tensors as open files, which die with their sender.
-            result, failure = _attempt(function, pickle.loads(_next(stream)))
+            answer = _attempt(function, pickle.loads(_next(stream)))
             num_tasks += 1
             retires = num_tasks == limits.max_tasks or (
                 limits.memory_bytes is not None and _own_bytes() > limits.memory_bytes
             )
-            _send(connection, pickle.dumps((result, failure, retires)))
+            _send(connection, (_RETIRES if retires else _STAYS) + answer)
 
 
 def _send(connection: socket.socket, message: bytes) -> None:
@@ -421,17 +424,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _attempt(function: Callable[[Any], Any], argument: Any) -> tuple[Any, tuple[Exception, str] | None]:
-    """Return what the function returns, or its error with the traceback."""
+def _attempt(function: Callable[[Any], Any], argument: Any) -> bytes:
+    """Return what the function returns, or its error with the traceback, for `_take`."""
     try:
-        return function(argument), None
+        return pickle.dumps((function(argument), None))
     except Exception as error:
         text = traceback.format_exc()
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
             error = RuntimeError(f"{type(error).__name__}: {error}")
-        return None, (error, text)
+        return pickle.dumps((None, (error, text)))
 
 
 def _own_bytes() -> int:
