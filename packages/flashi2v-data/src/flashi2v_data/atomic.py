@@ -1,6 +1,6 @@
 """Files and directories that appear under their name only when whole.
 
-What a killed process was writing stays behind, hidden beside the name. The next one that writes to the same name
+What a killed process was writing stays behind, hidden beside the name. The next one that writes into the same directory
 removes it: a temporary directory is locked as long as its process lives, so one that can be locked is nobody's.
 """
 
@@ -18,6 +18,8 @@ try:
     import fcntl
 except ImportError:  # Windows, where nothing can be proved dead, and what is left behind stays
     fcntl = None  # type: ignore[assignment]
+
+_SUFFIX = ".partial"
 
 
 @contextmanager
@@ -49,10 +51,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 def _directory_beside(path: Path) -> Iterator[Path]:
     """Yield a hidden directory beside `path`, locked and then removed by this process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}."
-    remove_leftovers(path.parent, prefix)
+    remove_leftovers(path.parent)
     while True:
-        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+        directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent))
         lock = _lock(directory)
         if lock is not None:
             break
@@ -65,13 +66,13 @@ def _directory_beside(path: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def remove_leftovers(parent: Path, prefix: str) -> None:
-    """Remove the directories in `parent` whose names begin with `prefix` and that no living process has locked."""
+def remove_leftovers(parent: Path) -> None:
+    """Remove the temporary directories in `parent` that no living process has locked, whatever was written in them."""
     if fcntl is None:
         return
     for name in os.listdir(parent):
         directory = parent / name
-        if name.startswith(prefix) and directory.is_dir() and not directory.is_symlink():
+        if name.startswith(".") and name.endswith(_SUFFIX) and directory.is_dir() and not directory.is_symlink():
             lock = _lock(directory)
             if lock is not None and lock >= 0:
                 shutil.rmtree(directory, ignore_errors=True)

@@ -66,6 +66,8 @@ _MACHINE_FAULTS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the disk is read-only",
     errno.EIO: "the disk fails",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
     errno.ENFILE: "too many open files on this machine",
     errno.ESTALE: "the network disk lost the file",
