@@ -119,6 +119,26 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def faults(session: nox.Session) -> None:
+    """Strike commands at single file operations: started again, they must end as if nothing had been."""
+    session.run(tests_python(session), "tests/faults/run.py", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def fuzz(session: nox.Session) -> None:
+    """Read nearly valid inputs of every kind: only declared errors may come of them."""
+    session.run(tests_python(session), "tests/fuzz/run.py", *session.posargs, external=True)
+
+
+def tests_python(session: nox.Session) -> str:
+    """Return the interpreter of the session `tests`, whose environment is made where it is missing."""
+    python = ROOT / ".nox" / "tests" / "bin" / "python"
+    if not python.exists():
+        session.run(sys.executable, "-m", "nox", "-s", "tests", "--install-only", external=True)
+    return str(python)
+
+
+@nox.session(venv_backend="none")
 def npu(session: nox.Session) -> None:
     """The operators on a real NPU, in the environment that is active: run this first on an Ascend machine."""
     on_accelerator(session, "npu")
