@@ -14,9 +14,7 @@ from flashi2v_data.console import configure_logging
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_train.layout import Layout
 from flashi2v_train.options import LaunchOptions
-from flashi2v_train.parallel import join_world
 from flashi2v_train.processes import StopSignal, adopt_slurm, start
-from flashi2v_train.watchdog import Watchdog
 
 
 def steps_until_stopped(directory: Path) -> None:
@@ -57,6 +55,9 @@ def fails_once(directory: Path) -> None:
 
 
 def hangs(directory: Path, how: str) -> None:
+    from flashi2v_train.parallel import join_world  # imports the model, which takes seconds
+    from flashi2v_train.watchdog import Watchdog
+
     configure_logging()
     (directory / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
     size = int(os.environ["WORLD_SIZE"])

@@ -1,6 +1,7 @@
 """The command line's options as the reference's script passes them, and processes: started, stopped, failing."""
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -124,6 +125,28 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_starts(workspace,
     assert main(monkeypatch, *workspace.arguments(), *arguments) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not trained
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # an import fails
+from flashi2v_train.launcher import main
+for arguments in (["--help"], sys.argv[1:], [*sys.argv[1:], "--sav", "run"]):
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except SystemExit as stop:
+        print("code", stop.code)
+"""
+
+
+def test_help_and_mistakes_are_told_before_torch_is_imported(workspace):
+    arguments = workspace.arguments({"model.predictor.hiden_size": 3})
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True)
+    assert re.findall("code .*", done.stdout) == ["code 0", "code 2", "code 2"], done.stderr
+    wrong_key, wrong_option = done.stderr.splitlines()
+    assert "'hidden_size'" in wrong_key
+    assert "Unknown option: --sav" in wrong_option
 
 
 def test_launch_options_reach_torchs_launcher(tmp_path):

@@ -1,6 +1,7 @@
 """Processes of a run: how many there are, who starts them, what they inherit, how they are stopped.
 
 Three may have started this process: torchrun (RANK is set), Slurm's srun, or the user; then `start` makes the others.
+torch is imported only to start them, so that a wrong option is told at once.
 """
 
 import json
@@ -18,21 +19,20 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-from flashi2v_data.errors import DecodeError, InputError, StorageError
-from flashi2v_model import InputError as ModelInputError
-from flashi2v_npu_ops import UnsupportedError
+from flashi2v_data.errors import InputError, StorageError
 from flashi2v_train.options import LaunchOptions
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
 
 logger = logging.getLogger(__name__)
 
-# A run meets a DecodeError where no clip of many can be read: a wrong root, or a disk that is not there.
-USER_ERRORS = (InputError, ModelInputError, UnsupportedError, DecodeError)
+# What a process reports by name and the user can mend. A run meets a DecodeError where no clip of many can be read: a
+# wrong root, or a disk that is not there.
+_USER_ERRORS = ("InputError", "UnsupportedError", "DecodeError")
 
 # Slurm sends SIGUSR1 (`--signal=USR1@600`) before time is up, and SIGTERM with every end.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -242,7 +242,7 @@ def needs_launch(options: LaunchOptions) -> bool:
     return not is_started() and (several or options.max_restarts > 0 or options.rdzv_endpoint != "")
 
 
-def launch_config(options: LaunchOptions, log_dir: Path) -> LaunchConfig:
+def launch_config(options: LaunchOptions, log_dir: Path) -> "LaunchConfig":
     """Return what torch's elastic launch is to do.
 
     Args:
@@ -252,6 +252,9 @@ def launch_config(options: LaunchOptions, log_dir: Path) -> LaunchConfig:
     Raises:
         InputError: options that do not go together.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
     least, most = _machines(options)
     backend = options.rdzv_backend or ("c10d" if options.rdzv_endpoint else "static")
     endpoint, rdzv_configs, run_id = options.rdzv_endpoint, {}, options.rdzv_id or uuid.uuid4().hex
@@ -306,6 +309,9 @@ def start(function: Callable[..., Any], arguments: tuple[Any, ...], options: Lau
         StorageError: such an error in a process.
         RunError: a process ended in another way; its traceback has been logged.
     """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
     if not options.max_restarts:  # else the only account of what was restarted
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -331,7 +337,7 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
         os.kill(process.pid, number)
 
 
-def _raise_failure(error: ChildFailedError, log_dir: Path) -> NoReturn:
+def _raise_failure(error: "ChildFailedError", log_dir: Path) -> NoReturn:
     """Raise what ended the run: of all processes' last words those that explain the others'."""
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:  # killed; what the others say is of lost connections
@@ -346,7 +352,7 @@ def _raise_failure(error: ChildFailedError, log_dir: Path) -> NoReturn:
     }
     for speaker, word in words.items():
         kind, _, message = word["message"].partition(": ")
-        if kind in [cls.__name__ for cls in USER_ERRORS]:
+        if kind in _USER_ERRORS:
             raise InputError(f"{message} ({_name(speaker)})") from None
         if kind == StorageError.__name__:
             raise StorageError(f"{message} ({_name(speaker)})") from None
