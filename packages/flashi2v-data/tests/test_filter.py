@@ -146,7 +146,12 @@ def test_rows_of_a_table_are_read_as_what_they_mean():
     expected = {**GOOD, "cap": ["a cap", "another"], "cut": [10, 130], "crop": [0, 100, 0, 100], "motion": 0.5}
     assert record == expected | {"id": True, "start_frame_idx": 10}
     assert ValueCodec().unpack(ValueCodec().pack(record)) == record
-    unusable = [{"fps": np.float64("nan")}, {"num_frames": np.float32(60.5)}, {"fps": Fraction(10**400)}, {"id": object()}]
+    unusable = [
+        {"fps": np.float64("nan")},
+        {"num_frames": np.float32(60.5)},
+        {"fps": Fraction(10**400)},
+        {"id": object()},
+    ]
     assert list(filter_records([GOOD | change for change in unusable], CONFIG, report)) == []
     assert {name: count for name, count in report.dropped.items() if count} == {
         "no_fps": 2,

@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Command
 from PIL import Image
 
 from flashi2v_data import read_frames
@@ -25,7 +23,6 @@ from flashi2v_infer.load import load_from_config
 from flashi2v_infer.measured import Meter
 from flashi2v_infer.processes import Processes
 
-SCRIPT = Path(sys.executable).with_name("flashi2v-infer")
 SAMPLES, WHOLE = Path("samples"), Path("whole")
 
 AS_IT_SAYS = Execution()
@@ -132,11 +129,11 @@ def test_what_is_not_whole_is_sampled_again_and_nothing_else(config, assert_whol
 
 def test_a_killed_batch_is_resumed_to_the_same_videos(config, whole, assert_whole):
     shutil.rmtree(whole)
-    command = [SCRIPT, "--mm-model", "inference_model.json"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        while not Path("samples/video_0.mp4").exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    process = Command("flashi2v-infer", "--mm-model", "inference_model.json")
+    while not Path("samples/video_0.mp4").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
     assert Path("samples/video_0.mp4").exists()
     sample_batch(config(), AS_IT_SAYS, resume=True)
     assert_whole()

@@ -3,11 +3,12 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,12 +16,8 @@ from PIL import Image
 from flashi2v_data import read_frames
 from flashi2v_infer import cli, read_record
 
-SCRIPT = Path(sys.executable).with_name("flashi2v-infer")
 TINY = ["--num-frames", "5", "--height", "32", "--width", "48", "--num-inference-steps", "2", "--fps", "8"]
-
-
-def run_script(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+run_script = partial(forked.run, "flashi2v-infer")
 
 
 def frames(path: str) -> np.ndarray:
@@ -217,14 +214,12 @@ def test_the_strips_of_a_batch_go_into_a_directory(rejected, job):
 def test_an_interrupted_batch_says_how_to_go_on(job):
     Path("prompts.txt").write_text(f"{'long ' * 200}\nshort\n")
     path = job(diffusion={"num_inference_steps": 100_000})
-    command = [SCRIPT, "--mm-model", path]
-    # Background jobs of a shell, as a CI may be, ignore interrupts and hand that down.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1, preexec_fn=heed) as process:
-        assert process.stderr is not None
-        process.stderr.readline()  # of the prompt, which is cut: sampling begins
-        process.send_signal(signal.SIGINT)
-        assert process.stderr.read().endswith("interrupted: the same command with --resume goes on from here\n")
+    process = forked.Command("flashi2v-infer", "--mm-model", path)
+    while not process.errors() and process.poll() is None:  # of the prompt, which is cut: sampling begins
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert errors.endswith("interrupted: the same command with --resume goes on from here\n")
     assert process.returncode == 130
     assert list(Path("samples").iterdir() if Path("samples").exists() else []) == []
 

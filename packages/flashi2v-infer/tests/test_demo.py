@@ -1,11 +1,11 @@
 """The model that comes with the package: what it samples must move as the prompt says."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,13 +17,9 @@ from flashi2v_data.tracking import look, track
 from flashi2v_infer import FlashI2VPipeline, demo
 from flashi2v_infer.sample import psnr
 
-SCRIPT = Path(sys.executable).with_name("flashi2v-infer")
 # The bundled image; a pair of shape and colour that training did not show.
 STAR = Scene("star", "pink", "large", "dark blue", "upper right", "quickly", 0.45 * 16 / 17, (0.0, 1.0))
-
-
-def run_demo(*options: object) -> subprocess.CompletedProcess:
-    return subprocess.run([SCRIPT, "--model", "demo", *map(str, options)], capture_output=True, text=True)
+run_demo = partial(forked.run, "flashi2v-infer", "--model", "demo")
 
 
 @pytest.fixture(scope="module")

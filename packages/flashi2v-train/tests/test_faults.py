@@ -4,23 +4,21 @@ import json
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from forked import Command
 
-COMMAND = str(Path(sys.executable).with_name("flashi2v-train"))
 PLAN = {"train_iters": 12, "save_interval": 1, "micro_batch_size": 1, "lr": 1e-3, "ema_decay": 0.9}
 
 pytestmark = pytest.mark.slow
 
 
-def start(arguments: list[str], **options) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options
-    )
+def start(arguments: list[str], **options) -> Command:
+    return Command("flashi2v-train", *arguments, **options)
 
 
 def lines(run: Path) -> list[dict[str, float]]:
@@ -31,9 +29,14 @@ def lines(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
-def wait_for_steps(run: Path, number: int, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(run: Path, number: int, process: Command) -> None:
     while len(lines(run)) < number and process.poll() is None:
         time.sleep(0.005)
+
+
+def largest_file(size: int) -> Callable[[], object]:
+    """What makes writing fail in a process as on a full disk; Python itself ignores the signal that goes with it."""
+    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
 
 
 def losses(run: Path) -> list[float]:
@@ -91,11 +94,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_costs_no_checkpoint(workspac
     assert process.wait() == 0
     before = sorted(path.name for path in (run / "iter_0000002").iterdir())
 
-    def shrink() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    process = start(workspace.arguments(save=run, **{**plan, "train_iters": 4}), preexec_fn=shrink)
+    process = start(workspace.arguments(save=run, **{**plan, "train_iters": 4}), prepare=largest_file(100_000))
     _, errors = process.communicate()
     assert process.returncode == 1, errors
     last = errors.strip().splitlines()[-1]
@@ -110,11 +109,8 @@ def test_a_full_disk_ends_the_run_with_one_line_and_costs_no_checkpoint(workspac
 def test_a_disk_that_fills_up_between_saves_is_one_line_too(workspace):
     run = workspace.directory / "run"
 
-    def shrink() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))  # a few lines of metrics, no config.json
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    process = start(workspace.arguments(save=run, **{**PLAN, "save_interval": 100}), preexec_fn=shrink)
+    shrink = largest_file(2_000)  # a few lines of metrics, no config.json
+    process = start(workspace.arguments(save=run, **{**PLAN, "save_interval": 100}), prepare=shrink)
     _, errors = process.communicate()
     assert process.returncode == 1, errors
     assert errors.strip().splitlines()[-1].startswith(f"flashi2v-train: {run} cannot be written: File too large")

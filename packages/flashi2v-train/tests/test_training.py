@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -15,8 +15,6 @@ from flashi2v_model import FlashI2VTransformer3DModel, convert_state_dict
 from flashi2v_model.weights import read_state_dict
 from flashi2v_train.config import TrainModelConfig, TrainOptions, read_run_config
 from flashi2v_train.trainer import train
-
-COMMAND = Path(sys.executable).with_name("flashi2v-train")
 
 
 def options(workspace, name="run", changes=None, **values) -> TrainOptions:
@@ -29,7 +27,7 @@ def run(workspace, name="run", changes=None, **values) -> Path:
 
 
 def launch(arguments, code=0) -> str:
-    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True)
+    done = forked.run("flashi2v-train", *arguments)
     assert done.returncode == code, done.stderr
     return done.stderr
 
