@@ -1,12 +1,9 @@
-import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from flashi2v_infer.inputs import as_pixels, clean_prompt, read_image, read_lines, read_pairs, tidy
+from flashi2v_infer.inputs import clean_prompt, read_lines, read_pairs, tidy
 from flashi2v_infer.settings import InputError
 
 
@@ -50,52 +47,6 @@ def test_lists_of_different_length_are_named_with_their_counts(job):
     Path("images.txt").write_text("first.png\n")
     with pytest.raises(InputError, match=r"prompts.txt holds 2 prompts, images.txt holds 1 images"):
         read_pairs("prompts.txt", "images.txt")
-
-
-def test_a_photograph_is_turned_upright(job, photograph):
-    turned = read_image("second.jpg", "image")
-    assert turned.shape == photograph.shape
-    # JPEG changes every pixel a little; lying on its side the picture would be another one.
-    assert np.abs(turned.astype(float) - photograph).mean() < 5
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
-def test_pictures_of_every_mode_become_rgb(tmp_path, photograph, mode):
-    path = tmp_path / "picture.tiff"
-    Image.fromarray(photograph).convert(mode).save(path)
-    assert read_image(path, "image").shape == photograph.shape
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda path: None, "images.txt line 3: {path}: no such file"),
-        (lambda path: path.write_bytes(b"GIF? no"), "images.txt line 3: {path}: not an image of a known format"),
-        (lambda path: path.mkdir(), "images.txt line 3: {path}: cannot be read"),
-        (lambda path: os.mkfifo(path), "images.txt line 3: {path}: cannot be read: not a regular file"),
-        (lambda path: path.write_bytes(_png()[:900]), "images.txt line 3: {path}: cannot be read"),
-        (lambda path: Image.fromarray(np.ones((9, 9), np.uint16)).save(path), "more than 8 bits per channel"),
-    ],
-)
-def test_a_picture_that_cannot_be_used_is_named_with_its_line(tmp_path, write, message):
-    path = tmp_path / "picture.png"
-    write(path)
-    with pytest.raises(InputError, match=re.escape(message.format(path=path))):
-        read_image(path, "images.txt line 3")
-
-
-def _png() -> bytes:
-    from io import BytesIO
-
-    file = BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(file, "png")
-    return file.getvalue()
-
-
-def test_pixels_do_not_share_memory_with_what_was_given(photograph):
-    before = photograph.copy()
-    as_pixels(photograph)[:] = 0
-    assert np.array_equal(photograph, before)
 
 
 def test_prompts_are_cleaned_like_captions_only_when_asked():

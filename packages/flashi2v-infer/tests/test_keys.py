@@ -16,8 +16,8 @@ from flashi2v_data.transforms import center_crop_resize
 from flashi2v_infer import InputError
 from flashi2v_infer.batch import Batch, read_batch
 from flashi2v_infer.config import InferenceConfig
-from flashi2v_infer.inputs import read_image
 from flashi2v_infer.load import load_from_config
+from flashi2v_infer.pictures import read_image
 
 
 class Run:

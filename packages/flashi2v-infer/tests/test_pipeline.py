@@ -3,7 +3,13 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, WanTransformer3DModel
+from diffusers import (
+    FlowMatchHeunDiscreteScheduler,
+    PyramidAttentionBroadcastConfig,
+    WanTransformer3DModel,
+    apply_pyramid_attention_broadcast,
+)
+from diffusers.models.attention_dispatch import attention_backend
 from PIL import Image
 from torch.testing import assert_close
 
@@ -71,7 +77,8 @@ def test_latents_take_the_place_of_drawn_noise(sampled, photograph):
 
 
 def test_encoded_prompts_take_the_place_of_prompts(pipe, sampled, photograph):
-    text, negative = pipe.encode_prompt(["a red circle"], 24), pipe.encode_prompt(["blurry"], 24)
+    text, negative = pipe.encode_prompt("a red circle", 24), pipe.encode_prompt(["blurry"], 24)
+    assert text.shape == (1, 24, 64)  # a string is one prompt
     plain = sampled(image=photograph, negative_prompt="blurry")
     encoded = sampled(image=photograph, prompt=None, prompt_embeds=text, negative_prompt_embeds=negative)
     assert torch.equal(encoded, plain)
@@ -108,7 +115,7 @@ def test_a_callback_sees_changes_and_ends_the_run(pipe, sampled, photograph):
 
     def watch(pipeline, step, timestep, values):
         seen.append((pipeline is pipe, step, float(timestep), values["latents"].shape))
-        return {}
+        return None
 
     def zero(pipeline, step, timestep, values):
         return {"latents": torch.zeros_like(values["latents"])} if step == 2 else {}
@@ -257,6 +264,9 @@ def test_a_prompt_that_is_cut_is_reported(pipe, caplog):
         ({"output_type": "mp4"}, "output_type must be 'pil', 'np', 'pt' or 'latent', got 'mp4'"),
         ({"prompt": ["a", "b"]}, "got 1 images and 2 prompts"),
         ({"prompt": None}, "give one of prompt and prompt_embeds"),
+        ({"prompt": b"a cat"}, "prompt must be a string or a list of them, got bytes"),
+        ({"prompt": [7]}, "prompt must be a string or a list of them, got int"),
+        ({"negative_prompt": [None]}, "negative_prompt must be a string or a list of them, got NoneType"),
         ({"prompt_embeds": torch.zeros(1, 24, 64)}, "give one of prompt and prompt_embeds"),
         ({"prompt": None, "prompt_embeds": torch.zeros(2, 24, 64)}, "got 1 images and 2 prompts"),
         (
@@ -286,6 +296,30 @@ def test_a_prompt_that_is_cut_is_reported(pipe, caplog):
 def test_what_cannot_be_used_is_named_with_what_can(sampled, photograph, changes, message):
     with pytest.raises(InputError, match=message):
         sampled(**{"image": photograph, **changes})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.transformer.set_attention_backend("native"),
+        lambda pipe: pipe.enable_xformers_memory_efficient_attention(),
+        lambda pipe: pipe.transformer.enable_npu_flash_attention(),
+        lambda pipe: pipe.transformer.enable_xla_flash_attention(),
+        lambda pipe: apply_pyramid_attention_broadcast(
+            pipe.transformer,
+            PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=int),
+        ),
+    ],
+)
+def test_what_would_have_no_effect_on_attention_is_refused(pipe, change):
+    with pytest.raises(NotImplementedError, match=r"flashi2v_npu_ops.set_backend\('attention', |sample without them"):
+        change(pipe)
+
+
+def test_an_attention_backend_for_all_models_is_warned_of(sampled, photograph, caplog):
+    with attention_backend("_native_math"):
+        sampled(image=photograph)
+    assert "diffusers' attention backend _native_math has no effect here" in caplog.text
 
 
 def test_a_text_to_video_transformer_is_refused(pipe):

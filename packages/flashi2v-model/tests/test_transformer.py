@@ -6,11 +6,13 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from golden import SMALL, number, small_model, tensor, weight
+from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashi2v_model import FlashI2VTransformer3DModel
+from flashi2v_model import FlashI2VTransformer3DModel, InputError
 from flashi2v_model.caching import SamplingCache
-from flashi2v_model.layers import timestep_embedding
+from flashi2v_model.layers import rope_tables, timestep_embedding
 
 TIMESTEP = torch.tensor([737.25, 41.5])
 CLOSE = {"atol": 5e-5, "rtol": 0.0}
@@ -117,6 +119,41 @@ def test_peft_lora_finds_the_trunk_by_diffusers_names():
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     adapted = [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
     assert len(adapted) == 3 * 2 * 4
+
+
+def test_an_adapter_is_loaded_whole_or_refused(tmp_path):
+    pytest.importorskip("peft")
+    model, batch = small_model().eval(), inputs()
+    width = model.blocks[0].attn1.to_q.in_features
+    q = {"lora_A.weight": torch.randn(2, width), "lora_B.weight": torch.randn(width, 2)}
+    adapter = {f"transformer.blocks.0.attn1.to_q.{part}": tensor for part, tensor in q.items()}
+    before = model(*batch).sample
+    for odd in (
+        "transformer.blocks.99.attn1.to_q.lora_A.weight",
+        "blocks.0.attn1.to_q.lora_A.weight",
+        "transformer.blocks.0.norm2.diff_b",
+        "unet.lora_A.weight",
+    ):
+        with pytest.raises(InputError, match=rf"no adapter of this transformer .*unexpected {odd}"):
+            model.load_lora_adapter({**adapter, odd: torch.zeros(2, width)})
+        assert torch.equal(model(*batch).sample, before)  # nothing of it stays
+    with pytest.raises(InputError, match="it is empty"):
+        model.load_lora_adapter({})
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    model.load_lora_adapter(tmp_path / "adapter.safetensors")
+    assert not torch.allclose(model(*batch).sample, before)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_runs_after_it_was_exported(strict):
+    rope_tables.__wrapped__.cache_clear()
+    model, batch = small_model().eval(), inputs()
+    program = torch.export.export(model, batch, strict=strict)
+    exported, eager = program.module()(*batch).sample, model(*batch).sample
+    torch.testing.assert_close(exported, eager, **CLOSE)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rope_tables((2, 3, 4), 32, torch.device("cpu"))
+    assert type(rope_tables((2, 3, 4), 32, torch.device("cpu"))[0]) is Tensor
 
 
 def test_every_parameter_learns():

@@ -18,8 +18,9 @@ from flashi2v_data.strips import film_strip
 from flashi2v_data.transforms import center_crop_resize
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.export import Frames, read_record, record_path, write_mp4, write_picture
-from flashi2v_infer.inputs import Pixels, clean_prompt, hash_file, read_image, read_pairs
+from flashi2v_infer.inputs import clean_prompt, hash_file, read_pairs
 from flashi2v_infer.layout import video_grid
+from flashi2v_infer.pictures import Pixels, read_image
 from flashi2v_infer.records import Source, differences, origin
 from flashi2v_infer.settings import Request
 from flashi2v_model.fingerprint import fingerprint

@@ -146,6 +146,11 @@ def infer(
     if is_demo:
         model = str(demo.DIRECTORY)
         image, output = image or demo.IMAGE, output or demo.OUTPUT
+        if image != demo.IMAGE and prompt is None:
+            raise InputError(
+                f"--image also needs --prompt, in the words that the demo model knows: {demo.PROMPT!r}, or "
+                f"{demo.OTHER_PROMPT!r}"
+            )
         prompt = demo.PROMPT if prompt is None else prompt
     if image is None or prompt is None or output is None:
         if not (plan and dry_run):

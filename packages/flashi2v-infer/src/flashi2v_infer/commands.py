@@ -19,7 +19,7 @@ from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.export import check_output, check_picture, check_spared, save_video, write_picture
-from flashi2v_infer.inputs import hash_file, read_image
+from flashi2v_infer.inputs import hash_file
 from flashi2v_infer.load import (
     check_model,
     check_parts,
@@ -30,6 +30,7 @@ from flashi2v_infer.load import (
 )
 from flashi2v_infer.measured import Meter, comparison
 from flashi2v_infer.parts import Parts, parts_of_config, parts_of_model
+from flashi2v_infer.pictures import read_image
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import encode_prompts, put_away_text_encoder
 from flashi2v_infer.plan import Plan, make_plan, target_device

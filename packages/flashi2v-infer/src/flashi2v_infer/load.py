@@ -12,14 +12,16 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from flashi2v_data.errors import InputError
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
+from flashi2v_infer.model_index import check_model_index
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import home, place
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
 from flashi2v_model.config import PredictorConfig, check_pretrained
 from flashi2v_model.encoders import DTYPES, load_pretrained, load_text_encoder, load_vae
+from flashi2v_model.errors import named
 from flashi2v_model.layers import use_fused_rms_norm
 from flashi2v_model.parallel import check_degree
-from flashi2v_model.reading import weight_files
+from flashi2v_model.reading import check_directory, weight_files
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_npu_ops import UnsupportedError
 from flashi2v_npu_ops.device import claim_device, resolve_device
@@ -142,7 +144,12 @@ def load_from_pretrained(
         InputError: there is no such directory, it holds no whole pipeline, or there is no such device.
         flashi2v_model.InputError: a part's weights are not those of the part.
     """
-    check_model(model)
+    directory = check_model(model)
+    if directory is not None:
+        with named("--model"):
+            check_model_index(directory)
+            for part in ("tokenizer", "scheduler"):
+                check_directory(directory / part)
     device = settled_device(execution)
     where = home(execution, device)
     dtype = DTYPES[execution.settled_dtype(device.type)]
@@ -158,7 +165,7 @@ def load_from_pretrained(
     }
     try:
         pipeline = FlashI2VPipeline.from_pretrained(model, **parts)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever the libraries raise on what they cannot read
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise InputError(f"--model: cannot load {model}: {reason}") from error
     place(pipeline, execution, device, context)
@@ -205,8 +212,10 @@ def _check_tokenizer(path: str) -> None:
 
 def _load_tokenizer(path: str) -> Any:
     _check_tokenizer(path)
+    with named("tokenizer.from_pretrained"):
+        check_directory(Path(path))
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries raise on what they cannot read
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"tokenizer.from_pretrained: {path} holds no tokenizer: {reason}") from error

@@ -1,6 +1,5 @@
 """A pipeline's modules without numbers: built on the meta device from their config.json alone."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,15 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from flashi2v_data.errors import InputError
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import cast, check_model, settled_config
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.config import DType
 from flashi2v_model.encoders import DTYPES, configure_tiling
+from flashi2v_model.errors import named
 from flashi2v_model.presets import TRANSFORMERS
+from flashi2v_model.reading import check_directory, read_json
 
 # Of the encoders that every release uses, for where their config.json is not at hand.
 _UMT5_XXL = {
@@ -86,12 +86,11 @@ def parts_of_model(model: str, execution: Execution, device_type: str) -> Parts:
 
 def _read_config(directory: Path, key: str) -> dict[str, Any] | None:
     path = directory / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{key}: {path} is damaged: {error}") from error
+    with named(key):
+        check_directory(directory)
+        return read_json(path)
 
 
 def build_parts(

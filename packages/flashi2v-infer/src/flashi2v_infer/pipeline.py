@@ -4,13 +4,16 @@ B videos, C latent channels, T video frames, F latent frames, H W latent grid, L
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -24,7 +27,9 @@ from flashi2v_data.transforms import center_crop_resize, normalise, to_tensor
 from flashi2v_infer.decoding import decode_within_memory
 from flashi2v_infer.denoising import Generators, denoise, set_timesteps
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.inputs import AnyImage, as_pixels, tidy
+from flashi2v_infer.inputs import tidy
+from flashi2v_infer.model_index import check_model_index
+from flashi2v_infer.pictures import AnyImage, as_pixels
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model import FlashI2VTransformer3DModel, guide
 from flashi2v_model.config import SPATIAL_STRIDE
@@ -34,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 OutputType: TypeAlias = Literal["pil", "np", "pt", "latent"]
 AnyFrames: TypeAlias = list[list[Image.Image]] | NDArray[np.float32] | Tensor
-StepCallback: TypeAlias = Callable[["FlashI2VPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
+StepCallback: TypeAlias = Callable[["FlashI2VPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
 @dataclass
@@ -92,6 +97,23 @@ class FlashI2VPipeline(DiffusionPipeline):
         self.decoding = ""  # in words: in which way the VAE decoded last
         self._interrupt = False
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a directory in diffusers' layout or a model of the hub; no code of it is run, nor found by its names.
+
+        Args:
+            pretrained_model_name_or_path: the directory or hub id.
+            kwargs: as of `diffusers.DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            InputError: the directory names other classes than those of this pipeline.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        if not os.path.isdir(path):
+            path = cls.download(path, **kwargs)
+        check_model_index(Path(path), cls.__name__)
+        return super().from_pretrained(path, **kwargs)
+
     @property
     def interrupt(self) -> bool:
         """Whether sampling stops after this step: a callback may set `pipe._interrupt`."""
@@ -144,7 +166,8 @@ class FlashI2VPipeline(DiffusionPipeline):
                 `execution` says.
             return_dict: return a `FlashI2VPipelineOutput` instead of a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": y})` after every step; the
-                "latents" of the dict that it returns take the place of y. It ends the run by `pipe._interrupt = True`.
+                "latents" of the dict that it returns take the place of y; None leaves y as it is. It ends the run by
+                `pipe._interrupt = True`.
             callback_on_step_end_tensor_inputs: what the callback is given; there is nothing but "latents".
 
         Raises:
@@ -170,6 +193,7 @@ class FlashI2VPipeline(DiffusionPipeline):
         device = self._execution_device
         noise = self._noise(len(images), settings, generator, latents)
         self._interrupt = False
+        _tell_of_attention_backend()
 
         text = self._embedded(prompts, max_sequence_length)
         negative_text = self._embedded(negatives, max_sequence_length) if settings.uses_negative_prompt else None
@@ -179,7 +203,7 @@ class FlashI2VPipeline(DiffusionPipeline):
 
         def on_step(step: int, timestep: Tensor, y: Tensor) -> Tensor | None:
             if callback_on_step_end is not None:
-                y = callback_on_step_end(self, step, timestep, {"latents": y}).get("latents", y)
+                y = (callback_on_step_end(self, step, timestep, {"latents": y}) or {}).get("latents", y)
             return None if self._interrupt else y
 
         set_timesteps(self.scheduler, num_inference_steps, device)
@@ -204,15 +228,19 @@ class FlashI2VPipeline(DiffusionPipeline):
         return FlashI2VPipelineOutput(frames=frames) if return_dict else (frames,)
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str], max_sequence_length: int | None = None) -> Tensor:
+    def encode_prompt(self, prompts: str | Sequence[str], max_sequence_length: int | None = None) -> Tensor:
         """Return the text encoder's states, padding zeroed: (B, L, text_dim). Cuts long prompts, with a warning.
 
+        Args:
+            prompts: one for each of the B videos; a string is one prompt.
+            max_sequence_length: L; None: the transformer config's `text_len`.
+
         Raises:
-            InputError: there is no text encoder.
+            InputError: there is no text encoder, or a prompt is no string.
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise InputError("there is no text encoder: give prompt_embeds and negative_prompt_embeds")
-        prompts = [tidy(prompt) for prompt in prompts]
+        prompts = [tidy(prompt) for prompt in _as_texts(prompts, "prompt")]
         distinct = list(dict.fromkeys(prompts))
         max_sequence_length = max_sequence_length or self.transformer.config.text_len
         tokens = self.tokenizer(
@@ -257,6 +285,25 @@ def _as_list(image: AnyImage | Sequence[AnyImage]) -> list[AnyImage]:
     return [image]  # type: ignore[list-item]  # no other sequence is an image
 
 
+def _tell_of_attention_backend() -> None:
+    """Warn where `diffusers.attention_backend` asks for other kernels: it may be meant for another model."""
+    backend, _ = _AttentionBackendRegistry.get_active_backend()
+    if backend is not AttentionBackendName.NATIVE:
+        logger.warning(
+            "diffusers' attention backend %s has no effect here: flashi2v_npu_ops.set_backend('attention', ...) "
+            "chooses the kernel of this transformer",
+            AttentionBackendName(backend).value,
+        )
+
+
+def _as_texts(texts: str | Sequence[str], name: str) -> list[str]:
+    """Return prompts as a list: a string is one of them, not a sequence of letters."""
+    found = [texts] if isinstance(texts, (str, bytes)) else list(texts)
+    if odd := [type(text).__name__ for text in found if not isinstance(text, str)]:
+        raise InputError(f"{name} must be a string or a list of them, got {odd[0]}")
+    return found
+
+
 def prepare_image(image: AnyImage, height: int, width: int) -> Tensor:
     """Resize and crop a picture as training does: (3, 1, height, width) in [-1, 1]."""
     return normalise(to_tensor(center_crop_resize(as_pixels(image)[None], height, width)))
@@ -266,7 +313,7 @@ def _prompts(prompt: str | list[str] | None, embeds: Tensor | None, num_images: 
     """Return what was given, one for every image."""
     if (prompt is None) == (embeds is None):
         raise InputError("give one of prompt and prompt_embeds")
-    prompts = embeds if embeds is not None else [prompt] if isinstance(prompt, str) else list(prompt or ())
+    prompts = embeds if embeds is not None else _as_texts(() if prompt is None else prompt, "prompt")
     if len(prompts) != num_images or not num_images:
         raise InputError(f"give one image for every prompt, got {num_images} images and {len(prompts)} prompts")
     return prompts
@@ -277,7 +324,8 @@ def _negative_prompts(
 ) -> list[str] | Tensor:
     """Return what was given, one for every video."""
     if embeds is None:
-        negatives = [prompt or ""] * num_videos if prompt is None or isinstance(prompt, str) else list(prompt)
+        texts = _as_texts("" if prompt is None else prompt, "negative_prompt")
+        negatives = texts * num_videos if prompt is None or isinstance(prompt, str) else texts
         for negative in negatives:
             check_negative_prompt(negative, settings)
     elif prompt is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashi2v_data.randomness import generator
 from flashi2v_infer.decoding import decode_within_memory
-from flashi2v_infer.inputs import Pixels
+from flashi2v_infer.pictures import Pixels
 from flashi2v_infer.pipeline import FlashI2VPipeline, StepCallback, prepare_image
 from flashi2v_infer.settings import Request
 from flashi2v_model.encoders import encode_video

@@ -1,5 +1,6 @@
 """`flashi2v-model inspect | convert | init`."""
 
+import io
 import os
 import re
 import sys
@@ -12,7 +13,7 @@ from typing import Literal, NoReturn
 from cyclopts import App, CycloptsError
 
 import flashi2v_model
-from flashi2v_model.errors import InputError
+from flashi2v_model.errors import InputError, StorageError
 
 _TRUNK = " (text-to-video trunk, without the layers of FlashI2V)"
 _OF_NEW_LAYERS = ("conv3x3x3_proj", "low_freq_proj", "fft_return_abs")
@@ -213,29 +214,40 @@ def _appearing_whole(path: Path) -> Iterator[Path]:
                     file.chmod(usual.stat().st_mode)
             temporary.rename(path)
     except (OSError, SafetensorError) as error:
-        raise _WriteError(f"cannot write {path}: {error}") from error
-
-
-class _WriteError(Exception):
-    """The output could not be written; the message says why."""
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise StorageError(f"cannot write ({reason}): {path}") from error
 
 
 def main() -> None:
-    """Run the command line: exit code 2 and one line for what the user gave, 1 for what could not be written."""
+    """Run the command line: 0, or one line on stderr and the error's `exit_code` (2: what was given, 1: a failure)."""
     app.suppress_keyboard_interrupt = False  # cyclopts would exit without a word
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
         sys.stdout.flush()
-    except (CycloptsError, InputError) as error:
+    except CycloptsError as error:
         _fail(error, 2)
-    except _WriteError as error:
-        _fail(error, 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:  # the reader, head say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+    except OSError as error:  # of the machine: a full disk behind standard output, too many open files
+        _drop_output()
+        _fail(error, 1)
+    except Exception as error:
+        if not isinstance(code := getattr(error, "exit_code", None), int):
+            raise
+        _fail(error, code)
+
+
+def _drop_output() -> None:
+    """Let what could not be written not be tried again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: object, code: int) -> NoReturn:
-    print(f"{app.name[0]}: {' '.join(str(message).split())}", file=sys.stderr)
+    line = " ".join(f"{app.name[0]}: {message}".split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(line if len(line) <= 500 else f"{line[:497]}...", file=sys.stderr)
     sys.exit(code)

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, AEConfig, TextEncoderConfig, check_pretrained
-from flashi2v_model.errors import InputError
+from flashi2v_model.errors import UNREADABLE, InputError, named
+from flashi2v_model.reading import check_directory
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,6 +69,9 @@ def load_pretrained(
         InputError: naming `key`, the configuration key or option that gave `path`.
     """
     check_pretrained(path, key)
+    if (directory := Path(path, subfolder)).is_dir():
+        with named(key):
+            check_directory(directory)
     # The libraries would fill missing weights with random numbers, so a report is asked for.
     load = partial(cls.from_pretrained, path, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True)
     try:
@@ -77,7 +81,7 @@ def load_pretrained(
             model, report = load()
     except InputError as error:  # of our transformer, which lists all that does not fit
         raise InputError(f"{key}: {error}") from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except (SafetensorError, *UNREADABLE) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         hub = "" if Path(path).is_dir() else " (there is no such directory here, so it was looked up on the hub)"
         raise InputError(f"{key}: cannot load {cls.__name__} from {path!r}: {reason}{hub}") from error

@@ -2,12 +2,29 @@
 
 import pickle
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
     """A file, key or value given by the user is wrong; the message is one line that says which and what to change."""
 
     exit_code = 2
+
+
+class StorageError(RuntimeError):
+    """Something could not be written (a full disk, say); the message is one line that says what and why."""
+
+    exit_code = 1
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Put the setting that gave a path before what is wrong with it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
 
 
 # All that unpicklers were seen to raise on damaged bytes.

@@ -6,6 +6,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from flashi2v_model.reading import LARGEST_HEADER
+
 _FIRST_BYTES, _BLOCK = 4096, 2**24
 
 
@@ -48,15 +50,16 @@ def _pieces(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
         # Eight bytes with the length of the header, which says where each tensor starts; then the tensors.
         start = stream.read(8)
-        header = stream.read(min(int.from_bytes(start, "little"), file.stat().st_size))
+        header = stream.read(min(int.from_bytes(start, "little"), LARGEST_HEADER))
         yield start + header
         try:
-            tensors = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
-        except (ValueError, AttributeError, KeyError, TypeError):
+            for name, entry in json.loads(header).items():
+                if name != "__metadata__":
+                    first, last = entry["data_offsets"]
+                    stream.seek(8 + len(header) + first)
+                    yield stream.read(max(0, min(_FIRST_BYTES, last - first)))
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError, OverflowError):
             return  # damaged; loading it says so
-        for first, last in tensors:
-            stream.seek(8 + len(header) + first)
-            yield stream.read(min(_FIRST_BYTES, last - first))
 
 
 def _blocks(file: Path) -> Iterator[bytes]:

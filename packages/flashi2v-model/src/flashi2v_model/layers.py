@@ -6,14 +6,16 @@ in bf16, norms, modulation, gated residual adds, time embedding and head still c
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from flashi2v_model.caching import Store, remembered
 from flashi2v_npu_ops import apply_rope, attention, gated_residual, gelu_tanh, layer_norm_modulate, rms_norm
+from flashi2v_npu_ops.tables import computed_once
 
 
 class FP32Linear(nn.Linear):
@@ -58,12 +60,14 @@ def use_fused_rms_norm(model: nn.Module, fused: bool) -> None:
             module.backend = "auto" if fused else "reference"
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head attention; self attention turns queries and keys by `rope`, cross attention reads `context`.
 
     Attributes:
         attend: takes query, key, value, (B, N, K, d) each; see `flashi2v_model.parallel`.
     """
+
+    _supports_qkv_fusion = False
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float) -> None:
         super().__init__()
@@ -75,6 +79,18 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+
+    @property
+    def _diffusers_hook(self) -> Any:
+        raise AttributeError("there is none")
+
+    @_diffusers_hook.setter
+    def _diffusers_hook(self, registry: object) -> None:
+        # diffusers would find no attention of its own, hook nothing, and say nothing.
+        raise NotImplementedError(
+            "attention broadcast and other caches of diffusers that hook into attention do not know the two branches "
+            "of guidance here, whose states they would mix up: sample without them"
+        )
 
     def forward(
         self,
@@ -200,7 +216,7 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
-@lru_cache(maxsize=16)
+@computed_once(maxsize=16)
 def rope_tables(
     grid: tuple[int, int, int], head_dim: int, device: torch.device, theta: float = 10000.0
 ) -> tuple[Tensor, Tensor]:

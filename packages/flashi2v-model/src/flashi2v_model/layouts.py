@@ -43,6 +43,14 @@ _NAMES = (
     ("learnable_proj.proj.0", "learnable_proj.proj.0", "learnable_proj.0"),
     ("learnable_proj.proj.2", "learnable_proj.proj.2", "learnable_proj.2"),
 )
+# What else people have files of, by a part of its names.
+_ADAPTER = re.compile(r"\.(lora_|lora\.|lokr_|loha_|hada_|alpha$)")
+_OTHERS = (
+    ("decoder.middle.", "a VAE (Wan2.1's own layout)"),
+    ("decoder.mid_block.", "a VAE (diffusers' layout)"),
+    (".SelfAttention.", "a T5 text encoder (transformers' layout)"),
+    ("token_embedding.weight", "a text encoder (Wan2.1's own layout)"),
+)
 _COLUMN = {"wan": 0, "main": 0, "diffusers": 1, "npu": 2}
 _NAME = re.compile(r"(?P<block>blocks\.\d+\.)?(?P<module>.*?)(?P<parameter>\.weight|\.bias)?")
 
@@ -54,12 +62,19 @@ def detect_layout(names: Iterable[str]) -> str:
         InputError: no known layout has such names.
     """
     names = list(names)
+    if 2 * sum(_ADAPTER.search(name) is not None for name in names) > len(names):
+        raise InputError(
+            f"these are the weights of a LoRA adapter, which changes a model and is none (first key: {names[0]}): "
+            "name the whole model"
+        )
     if any(name.startswith("condition_embedder.") for name in names):
         return "diffusers"
     if any(".proj_q." in name for name in names):
         return "npu"
     if any(".self_attn.q." in name for name in names):
         return "wan" if is_trunk(names) else "main"
+    if what := next((what for mark, what in _OTHERS if any(mark in name for name in names)), None):
+        raise InputError(f"these are the weights of {what}, not of a transformer (first keys: {', '.join(names[:3])})")
     raise InputError(
         f"these are not weights of a Wan2.1 or FlashI2V transformer (first keys: {', '.join(names[:3])}): "
         f"known layouts are {', '.join(LAYOUTS)}"

@@ -1,11 +1,15 @@
 """Weights as they lie on disk: files, directories and checkpoints, memory-mapped where the format allows it.
 
-Nothing is unpickled but tensors.
+Nothing is unpickled but tensors. What a file claims is held against its size before memory is taken for it.
 """
 
 import json
+import logging
+import os
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,8 @@ from torch import Tensor
 from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint, load_stored, stored_weights, weight_name
 from flashi2v_model.errors import UNREADABLE, InputError, reason_of
 
+logger = logging.getLogger(__name__)
+
 _STANDARD = "diffusion_pytorch_model"
 _SAFETENSORS = ".safetensors"
 _SUFFIXES = (_SAFETENSORS, ".pt", ".pth", ".bin")
@@ -25,6 +31,12 @@ _SUFFIXES = (_SAFETENSORS, ".pt", ".pth", ".bin")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool}
 _DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+# Bytes. The configuration of a large model takes some kB, the list of its tensors some hundred.
+_LARGEST_JSON, LARGEST_HEADER, _LARGEST_PICKLE = 2**23, 2**24, 2**26
+_LARGEST_VOCABULARY, _MOST_LAYERS = 2**27, 1000
+# Compressed archives: weights hardly shrink, and small ones may be all zeros.
+_MOST_SHRUNK, _ALWAYS_UNPACKED = 4, 2**28
 
 
 def read_state_dict(
@@ -60,7 +72,7 @@ def read_state_dict(
         state_dict.update(tensors)
     if device == "meta":
         state_dict = {key: tensor.to("meta") for key, tensor in state_dict.items()}
-    return _without_prefix(state_dict)
+    return _without_prefix(path, state_dict)
 
 
 def weight_files(path: Path, variant: str | None = None) -> list[Path]:
@@ -103,13 +115,18 @@ def weight_files(path: Path, variant: str | None = None) -> list[Path]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    check_file(path)
     try:
         if path.suffix == _SAFETENSORS:
+            check_header(path)
             return load_file(path)
+        can_be_mapped = _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of how torch reads quantised tensors, which are refused below
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
-    except (SafetensorError, *UNREADABLE) as error:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
+    except InputError:
+        raise
+    except (SafetensorError, zipfile.BadZipFile, zlib.error, *UNREADABLE) as error:
         if "Cannot allocate memory" in str(error):
             gigabytes = path.stat().st_size / 1e9
             raise InputError(f"{path} ({gigabytes:.1f} GB) is larger than this machine's memory can map") from error
@@ -134,11 +151,15 @@ def _plain(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{path} is not loaded: {name} is sparse, quantised, without numbers (meta) or of a class of its own: "
                 "save plain tensors"
             )
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number, said to stand for many
+            raise InputError(f"{path} is not loaded: {name} claims {tensor.numel():,} numbers, which it does not hold")
     return dict(tensors)
 
 
 def _read_header(path: Path) -> dict[str, Tensor]:
     """Read names, shapes and dtypes of a safetensors file, whatever its size."""
+    check_file(path)
+    check_header(path)
     try:
         with safe_open(path, framework="numpy") as file:  # which maps nothing, unlike "pt"
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -154,13 +175,87 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is damaged or holds more than tensors, and is not loaded: {reason_of(error)}")
 
 
-def _can_be_mapped(path: Path) -> bool:
-    """Tell whether the tensors of a `torch.save` file lie in it as they are: not before torch 1.6, nor compressed."""
+def check_file(path: Path, largest: int | None = None) -> None:
+    """Refuse what is no regular file, as a pipe would be waited for and a device has no end; or one that is too large.
+
+    Raises:
+        InputError: it is one of these, or not there.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is {'no regular file' if path.exists() else 'not there'}")
+    if largest is not None and (size := path.stat().st_size) > largest:
+        raise InputError(f"{path} is not read: it has {size:,} bytes, where such a file has at most {largest:,}")
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse a directory that libraries shall load a model from if a file there claims more than such models have.
+
+    Raises:
+        InputError: a file is no regular one, too large for what it is, damaged, or asks for code from elsewhere.
+    """
+    for file in sorted(directory.iterdir()):
+        if file.suffix == ".json":
+            check_file(file, _LARGEST_VOCABULARY)
+        elif file.suffix in _SUFFIXES:
+            check_file(file)
+            check_header(file) if file.suffix == _SAFETENSORS else _check_archive(file)
+    if (config := directory / "config.json").exists():
+        for key, value in read_json(config).items():
+            if isinstance(value, int) and ("num_" in key or "layers" in key) and value > _MOST_LAYERS:
+                raise InputError(f"{config}: {key} is {value:,}: a model of that size is not built")
+            if "attn_implementation" in key and "/" in str(value):  # a kernel of the hub: code
+                raise InputError(f"{config}: {key} names code to download, which is never run: remove it")
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header would take more memory than a list of tensors can need.
+
+    Raises:
+        InputError: it does, or cannot be read.
+    """
     try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if size > LARGEST_HEADER:
+        raise InputError(f"{path} is damaged: its header claims {size:,} bytes")
+
+
+def _check_archive(path: Path) -> bool:
+    """Refuse a `torch.save` file that would unpack to far more than it is.
+
+    Returns:
+        whether its tensors lie in it as they are: not before torch 1.6, nor compressed.
+    """
+    is_archive = zipfile.is_zipfile(path)
+    if is_archive:
         with zipfile.ZipFile(path) as archive:
-            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-    except zipfile.BadZipFile:
-        return False
+            entries = archive.infolist()
+            pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+            unpacked = sum(entry.file_size for entry in entries if entry.compress_type != zipfile.ZIP_STORED)
+            allowed = max(_ALWAYS_UNPACKED, _MOST_SHRUNK * path.stat().st_size)
+            if unpacked > allowed or sum(entry.file_size for entry in pickles) > _LARGEST_PICKLE:
+                raise InputError(f"{path} is not loaded: it would unpack to far more than the weights of a model")
+            starts = [_contents(path, archive, entry) for entry in pickles]
+            is_mapped = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    else:
+        with path.open("rb") as file:
+            starts, is_mapped = [file.read(_LARGEST_PICKLE)], False
+    if any(b"bytearray" in start for start in starts):  # of any size, by a few bytes of pickle
+        raise InputError(f"{path} is not loaded: it holds more than tensors")
+    return is_mapped
+
+
+def _contents(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """Return what an archive holds; zipfile would insist on check sums, which torch may leave out."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return archive.read(entry)
+    with path.open("rb") as file:
+        file.seek(entry.header_offset + 26)  # of a local header of 30 bytes, the last four are lengths of what follows
+        name, extra = struct.unpack("<HH", file.read(4))
+        file.seek(name + extra, os.SEEK_CUR)
+        return file.read(entry.file_size)
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -171,24 +266,37 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off the prefix that wrappers put before every name ("module.", "model.diffusion_model.")."""
+def _without_prefix(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off the prefix before the transformer's names ("module."), and leave the other parts of a whole checkpoint.
+
+    Raises:
+        InputError: several prefixes lead to a transformer.
+    """
     root = "patch_embedding.weight"  # in every layout
-    prefix = next((key.removesuffix(root) for key in state_dict if key.endswith(root)), "")
-    if not all(key.startswith(prefix) for key in state_dict):
-        return dict(state_dict)
-    return {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
+    prefixes = [key.removesuffix(root) for key in state_dict if f".{key}".endswith(f".{root}")]
+    if len(prefixes) > 1:
+        found = ", ".join(repr(prefix) for prefix in prefixes)
+        raise InputError(f"{path} holds several transformers, under the prefixes {found}: save one of them alone")
+    prefix = prefixes[0] if prefixes else ""
+    own = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+    if others := sorted({key.partition(".")[0] for key in state_dict if not key.startswith(prefix)}):
+        logger.warning(
+            "%s is a whole checkpoint: the transformer under %s is read, %d tensors of other parts are not (%s)",
+            *(path, prefix, len(state_dict) - len(own), ", ".join(others[:8])),
+        )
+    return own
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object of the size of a configuration.
 
     Raises:
         InputError: the file holds none.
     """
+    check_file(path, _LARGEST_JSON)
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} cannot be read: it must hold a JSON object")

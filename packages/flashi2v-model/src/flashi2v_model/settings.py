@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from flashi2v_model.checkpoint import checkpoint_directory
 from flashi2v_model.errors import InputError
-from flashi2v_model.reading import read_json
+from flashi2v_model.reading import check_header, read_json
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
 
 HEADER = "flashi2v_config"  # key of a safetensors header
@@ -82,13 +82,14 @@ def _from_config(file: Path) -> dict[str, Any]:
 def _from_header(file: Path) -> dict[str, Any]:
     if file.suffix != ".safetensors":
         return {}
+    check_header(file)
     try:
         with safe_open(file, framework="numpy") as opened:
             written = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
         return _checked(file, {key: written[key] for key in DEFAULTS if key in written})
     except InputError:
         raise
-    except (SafetensorError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{file} is damaged: its header cannot be read: {error}") from error
 
 

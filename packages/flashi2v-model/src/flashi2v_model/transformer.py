@@ -4,13 +4,14 @@ B batch, C latent channels, F frames, H W latent grid, N tokens, L text tokens, 
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders import PeftAdapterMixin, WanLoraLoaderMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
@@ -22,6 +23,13 @@ from flashi2v_model.faults import FLOATS, fault_phrases
 from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, rope_tables
 from flashi2v_model.reading import read_state_dict
 from flashi2v_npu_ops import layer_norm_modulate
+
+# Where the name of an adapter's part begins, behind that of its layer.
+_OF_ADAPTER = re.compile(r"\.(?:lora(?:_A|_B|_down|_up|_embedding|_magnitude|\.down|\.up)|lokr_|alpha$)")
+_FETCHING = (
+    *("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder"),
+    *("weight_name", "use_safetensors"),
+)
 
 
 class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -161,6 +169,61 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if faults:
             raise InputError(f"{path} does not fit the transformer: {'; '.join(faults)}")
         return (model, report) if wants_report else model
+
+    def load_lora_adapter(
+        self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer", **kwargs: Any
+    ) -> None:
+        """Load a LoRA adapter, exactly or not at all.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: file, directory, hub id or state dict; a file may be in ComfyUI's
+                spelling or another that diffusers knows for Wan.
+            prefix: that the keys of a state dict begin with; None for none.
+            kwargs: as of `diffusers.loaders.PeftAdapterMixin.load_lora_adapter`.
+
+        Raises:
+            InputError: listing every key that this model has no place for.
+        """
+        adapter = pretrained_model_name_or_path_or_dict
+        if not isinstance(adapter, dict):
+            fetching = {key: kwargs.pop(key) for key in _FETCHING if key in kwargs}
+            adapter = WanLoraLoaderMixin.lora_state_dict(adapter, **fetching)
+        start = f"{prefix}." if prefix else ""
+        modules = dict(self.named_modules())
+        unread = [
+            key
+            for key in adapter
+            if not key.startswith(start)
+            or (part := _OF_ADAPTER.split(key.removeprefix(start), maxsplit=1))[0] not in modules
+            or len(part) == 1
+        ]
+        if unread or not adapter:
+            faults = "; ".join(fault_phrases(unexpected=unread)) or "it is empty"
+            raise InputError(f"this is no adapter of this transformer (prefix {prefix!r}): {faults}")
+        super().load_lora_adapter(adapter, prefix=prefix, **kwargs)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Refuse one of diffusers' attention backends: attention here is an operator of `flashi2v_npu_ops`."""
+        raise NotImplementedError(
+            f"diffusers' attention backend {backend!r} has no effect on this transformer, whose attention is an "
+            "operator of flashi2v_npu_ops: choose its kernel by flashi2v_npu_ops.set_backend('attention', ...) or by "
+            "FLASHI2V_OPS_BACKEND=attention=...; flashi2v-npu-ops doctor lists them"
+        )
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """Refuse xformers, as `set_attention_backend` does; to do without it changes nothing."""
+        if valid:
+            self.set_attention_backend("xformers")
+
+    def set_use_npu_flash_attention(self, valid: bool) -> None:
+        """Refuse diffusers' way to the NPU's attention, which is taken here by itself."""
+        if valid:
+            self.set_attention_backend("_native_npu")
+
+    def set_use_xla_flash_attention(self, use_xla_flash_attention: bool, *args: Any, **kwargs: Any) -> None:
+        """Refuse XLA's attention, as `set_attention_backend` does."""
+        if use_xla_flash_attention:
+            self.set_attention_backend("_native_xla")
 
     def forward(
         self,

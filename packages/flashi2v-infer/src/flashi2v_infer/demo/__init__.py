@@ -16,6 +16,7 @@ _HERE = Path(__file__).parent
 DIRECTORY = _HERE / "model"  # a pipeline in diffusers' layout
 IMAGE = _HERE / "image.png"
 PROMPT = "a large pink star moves quickly to the upper right on a dark blue background"
+OTHER_PROMPT = "a small yellow circle moves slowly down on a grey background"
 OUTPUT = "demo.mp4"
 SETTINGS = SamplingSettings(num_frames=17, height=64, width=64, num_inference_steps=25, guidance_scale=1.0)
 

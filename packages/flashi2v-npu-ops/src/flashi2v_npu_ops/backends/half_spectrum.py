@@ -10,13 +10,13 @@ cut-off the low-pass is linear and self-adjoint, so it is applied once more.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashi2v_npu_ops.operators.fourier import MAGNITUDE_EPS, bin_radius
+from flashi2v_npu_ops.tables import computed_once
 
 _NUM_TABLES = 32  # sizes and devices whose tables are kept
 
@@ -116,7 +116,7 @@ class _OrderTable:
     multiplicity: Tensor  # (H*R,), in that order: how many bins of the whole spectrum a bin stands for
 
 
-@lru_cache(maxsize=_NUM_TABLES)
+@computed_once(maxsize=_NUM_TABLES)
 def _order_table(height: int, width: int, device: torch.device, dtype: torch.dtype) -> _OrderTable:
     with torch.inference_mode(False):  # tables made while sampling must serve a training step, too
         y = (torch.arange(height) + height // 2) % height - height // 2
@@ -155,7 +155,7 @@ class _DftTable:
     back_sin: Tensor  # (R, W)
 
 
-@lru_cache(maxsize=_NUM_TABLES)
+@computed_once(maxsize=_NUM_TABLES)
 def _dft_table(height: int, width: int, device: torch.device, dtype: torch.dtype) -> _DftTable:
     with torch.inference_mode(False):
         rows = _angles(height, height)
