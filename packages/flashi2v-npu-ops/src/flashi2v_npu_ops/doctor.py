@@ -15,17 +15,8 @@ from pathlib import Path
 import torch
 
 import flashi2v_npu_ops
-from flashi2v_npu_ops import device
-from flashi2v_npu_ops.registry import (
-    ENVIRONMENT,
-    Case,
-    UnsupportedError,
-    all_backends,
-    backends,
-    explain,
-    faults,
-    operators,
-)
+from flashi2v_npu_ops import device, registry
+from flashi2v_npu_ops.registry import ENVIRONMENT, Case, UnsupportedError, explain
 
 # CANN that each torch_npu was released with, and the range in which Ascend's release notes call any pair compatible.
 # Source: README of the Ascend extension for PyTorch, and its release notes 7.1.0 to 26.2.0.
@@ -44,33 +35,19 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found; None where it was not.
+    """What was found on the machine; None where it was not."""
 
-    Attributes:
-        torch: version.
-        torch_npu: version, whether or not it loads.
-        torch_npu_fault: why it does not load, or sees no NPU.
-        cann: version.
-        cann_home: its directory.
-        cann_sourced: the environment of CANN's set_env.sh is there.
-        driver: version of the Ascend driver.
-        npu_nodes: device nodes of NPUs.
-        nvidia_driver: what the NVIDIA driver that is loaded says of itself.
-        cuda_fault: why PyTorch cannot use a CUDA device.
-        autoload: torch loads extensions such as torch_npu by itself when it is imported.
-    """
-
-    torch: str
-    torch_npu: str | None
-    torch_npu_fault: str | None
+    torch: str  # version, as are the others that are not said to be something else
+    torch_npu: str | None  # whether or not it loads
+    torch_npu_fault: str | None  # why it does not load, or sees no NPU
     cann: str | None
-    cann_home: Path | None
-    cann_sourced: bool
-    driver: str | None
-    npu_nodes: int
-    nvidia_driver: str | None
-    cuda_fault: str | None
-    autoload: bool
+    cann_home: Path | None  # its directory
+    cann_sourced: bool  # the environment of CANN's set_env.sh is there
+    driver: str | None  # of Ascend
+    npu_nodes: int  # device nodes of NPUs
+    nvidia_driver: str | None  # what the NVIDIA driver that is loaded says of itself
+    cuda_fault: str | None  # why PyTorch cannot use a CUDA device
+    autoload: bool  # torch loads extensions such as torch_npu by itself when it is imported
 
 
 @dataclass(frozen=True)
@@ -84,55 +61,31 @@ class Finding:
 
 @dataclass(frozen=True)
 class Served:
-    """The backends of one operator on one device, by dtype ("fp32", "bf16", "fp16").
+    """What serves an operator on a device, by dtype: "fp32", "bf16", "fp16"."""
 
-    Attributes:
-        backends: all that implement it, in the order in which "auto" tries them.
-        by: the one that serves it; a dtype that none serves is left out.
-        passed_over: faster ones made for the device, and why they do not serve it.
-    """
-
-    backends: tuple[str, ...]
-    by: dict[str, str]
-    passed_over: dict[str, dict[str, str]]
+    backends: tuple[str, ...]  # all that implement it, in the order in which "auto" tries them
+    by: dict[str, str]  # a dtype that FLASHI2V_OPS_BACKEND leaves without one is not in it
+    passed_over: dict[str, dict[str, str]]  # faster ones that are made for the device, and why they do not serve
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that the doctor says; `dataclasses.asdict` of it is what `doctor --json` prints.
+    """All that the doctor says, as `doctor --json` prints it."""
 
-    Attributes:
-        version: of this package.
-        python: version.
-        platform: operating system and processor.
-        survey: what was found on the machine.
-        cuda: version that torch was built with.
-        cudnn: version that torch has.
-        flash_attn: version.
-        missing: per type of device, why it cannot be used, or None.
-        devices: per type that can be used, what it calls itself.
-        asked: the device that was wanted.
-        chosen: the device that this is; None: it cannot work.
-        collectives: the backend of torch.distributed for it.
-        backends: all, in the order in which "auto" tries them, and the type of device that each is made for.
-        operators: what serves each on the chosen device.
-        findings: what is wrong or worth knowing.
-    """
-
-    version: str
+    version: str  # of this package
     python: str
     platform: str
     survey: Survey
-    cuda: str | None
+    cuda: str | None  # version that torch was built with
     cudnn: int | None
     flash_attn: str | None
-    missing: dict[str, str | None]
-    devices: dict[str, str]
-    asked: str
-    chosen: str | None
-    collectives: str | None
-    backends: dict[str, str | None]
-    operators: dict[str, Served]
+    missing: dict[str, str | None]  # per type of device, why it cannot be used
+    devices: dict[str, str]  # per type that can be used, what it calls itself
+    asked: str  # the device that is wanted
+    chosen: str | None  # the device that this is; None: it cannot work
+    collectives: str | None  # the backend of torch.distributed for it
+    backends: dict[str, str | None]  # all, in the order in which "auto" tries them, and what each is made for
+    operators: dict[str, Served]  # on the chosen device
     findings: list[Finding]
 
     @property
@@ -284,21 +237,21 @@ def serve(operator: str, device_type: str) -> tuple[Served, list[Finding]]:
             findings.append(Finding(str(error), f"unset or correct {ENVIRONMENT}"))
             continue
         by[label], passed_over[label] = choice.backend, choice.passed_over
-    return Served(backends(operator), by, passed_over), findings
+    return Served(registry.backends(operator), by, passed_over), findings
 
 
 def examine(asked: str = "auto", environment: Mapping[str, str] = os.environ) -> Report:
     """Look at everything; `asked` is the device that is wanted."""
     found = survey(environment=environment)
     findings = diagnose(found, asked)
-    for name, reason in faults().items():
+    for name, reason in registry.faults().items():
         findings.append(Finding(f"backend {name!r} does not load: {reason}", "correct or uninstall what offers it"))
     chosen = collectives = None
     serving: dict[str, Served] = {}
     with contextlib.suppress(UnsupportedError):  # which is among the findings
         device_found = device.resolve_device(asked)
         chosen, collectives = str(device_found), device.collective_backend(device_found)
-        for operator in operators():
+        for operator in registry.operators():
             serving[operator], at_fault = serve(operator, device_found.type)
             findings += at_fault
     missing = {kind: device.missing(kind) for kind in ("npu", "cuda", "cpu")}
@@ -315,7 +268,7 @@ def examine(asked: str = "auto", environment: Mapping[str, str] = os.environ) ->
         asked=asked,
         chosen=chosen,
         collectives=collectives,
-        backends={name: backend.device for name, backend in all_backends().items()},
+        backends={name: backend.device for name, backend in registry.all_backends().items()},
         operators=serving,
         findings=list(dict.fromkeys(findings)),
     )

@@ -38,21 +38,13 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """What the choice of a backend may depend on: facts of a call that hardly change within a program.
+    """What the choice of a backend may depend on: facts of a call that hardly change within a program."""
 
-    Attributes:
-        device: type of the tensors' device: "cpu", "cuda", "npu", "meta", ...
-        dtype: of the operator's main argument.
-        num_heads: where there are heads.
-        head_size: likewise.
-        masked: attention is given a mask.
-    """
-
-    device: str
-    dtype: torch.dtype
+    device: str  # type of the tensors' device: "cpu", "cuda", "npu", "meta", ...
+    dtype: torch.dtype  # of the operator's main argument
     num_heads: int = 1
     head_size: int = 128
-    masked: bool = False
+    masked: bool = False  # attention is given a mask
 
 
 @dataclass(frozen=True)
@@ -250,14 +242,8 @@ def dispatch(
 ) -> Any:
     """Run `operator` on `backend`, or on the first one that can serve the case.
 
-    Args:
-        operator: its name.
-        backend: a backend's name, or "auto".
-        x: the main argument, by whose device and dtype is chosen.
-        args: all others, in the order in which implementations take them.
-        num_heads: of the `Case`, as are the two below.
-        head_size: likewise.
-        masked: likewise.
+    `x` is the main argument, whose device and dtype count; `args` are all others, as implementations take them. What
+    has a name belongs to the `Case`.
 
     Raises:
         UnsupportedError: the named backend is unknown or cannot serve the case.
