@@ -54,6 +54,10 @@ def test_dir_shows_all_public_names_and_they_are_there():
             package.nonsense  # noqa: B018
 
 
+def test_the_source_of_the_stubs_is_installed():
+    assert Path(testing.__file__).with_name("stub_cann.c").is_file()
+
+
 IMPORTS = """
 import os, sys
 before = dict(os.environ)
