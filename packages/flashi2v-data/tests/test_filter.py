@@ -169,6 +169,44 @@ def test_an_entry_that_can_be_read_but_not_sent_on_says_so(tmp_path, monkeypatch
         _filter_files([Annotation("/videos", str(tmp_path / "meta.json"))], CONFIG, jobs=1)
 
 
+CAPTIONS = ["a cap", "@handle", ["", "a dog"], ["...", "https://a.com/x"], "一只猫", "   "]
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_empty", "num_dropped"),
+    [
+        ({}, 5, 0),
+        ({"clean_captions": "reference"}, 6, 0),
+        ({"clean_captions": False}, 3, 0),
+        ({"drop_empty_captions": True}, 1, 3),
+        ({"drop_empty_captions": True, "clean_captions": False}, 2, 1),
+    ],
+)
+@pytest.mark.parametrize("kind", ["plain", "further keys"])
+def test_captions_that_are_or_become_empty_are_counted_and_dropped_if_asked_for(
+    tmp_path, changes, num_empty, num_dropped, kind
+):
+    entries = [{**GOOD, "path": f"{n}.mp4", "cap": caption} for n, caption in enumerate(CAPTIONS)]
+    if kind == "further keys":
+        entries = [{**entry, "id": 1} for entry in entries]
+    (tmp_path / "meta.json").write_text("\n".join(map(json.dumps, entries)))
+    config, report = CONFIG.model_copy(update=changes), FilterReport()
+    for outcome in _filter_files([Annotation("/v", str(tmp_path / "meta.json"))], config, jobs=1):
+        report.add(outcome.report, config)
+    alone = FilterReport()
+    kept = list(filter_records(entries, config, alone))
+    assert (report.captions.empty, report.dropped["empty_cap"], report.kept) == (num_empty, num_dropped, len(kept))
+    assert (alone.captions.empty, alone.captions.total) == (report.captions.empty, report.captions.total)
+    assert report.kept + num_dropped == len(CAPTIONS)
+    assert f"{num_empty} of {report.captions.total} captions are empty, or become so" in report.describe(config)
+    assert "the first is of /v/" in report.describe(config)
+    assert FilterReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    lines = Judge(config).explain(dict(GOOD, cap=["..."]), None, None)
+    assert (sum("empty_cap" in line for line in lines), lines[-1].startswith("FAILS")) == (
+        (1, True) if "drop_empty_captions" in changes else (0, False)
+    )
+
+
 @pytest.mark.parametrize("key", ["resolution", "fps", "num_frames"])
 def test_what_an_entry_leaves_out_is_read_from_the_video(key):
     entry = {name: value for name, value in GOOD.items() if name != key}

@@ -17,10 +17,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from flashi2v_data.captions import CaptionCount
 from flashi2v_data.dataset import FlashI2VDataset
 from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.features import FeatureWriter, text_key, video_key
+from flashi2v_data.filter import filter_records
 from flashi2v_data.loader import StatefulLoader, build_dataloader, collate
+from flashi2v_data.report import FilterReport
 from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
 from flashi2v_data.store import open_store, write_store
 from flashi2v_data.tokenizer import TextTokens
@@ -547,3 +550,23 @@ def test_a_store_may_hold_fewer_records_than_there_are_ranks(data_config):
     assert next(iter(loader))["epoch"].tolist() == [1]
     with pytest.raises(InputError, match="fewer than the 13 of one batch"):
         build_dataloader(data_config(), seed=3, batch_size=1, num_required=13)
+
+
+def test_the_filter_counts_what_the_tokenizer_cuts_and_does_not_know(filter_config, tokenizer_path):
+    config = filter_config(text_tokenizer_path=str(tokenizer_path), tokenizer_max_length=8)
+    size = {"height": 32, "width": 48}
+    captions = ["a small red circle moves", "A zebra moves to a zebra", "a " * 9, ["@gone", "a yeti"]]
+    entries = [
+        {"path": f"/{n}.mp4", "cap": caption, "resolution": size, "fps": 16, "num_frames": 9}
+        for n, caption in enumerate(captions)
+    ]
+    report = FilterReport(captions=CaptionCount(8))
+    assert len(list(filter_records(entries, config, report))) == 4
+    count = report.captions
+    assert (count.total, count.empty, count.cut, count.longest, count.unknown) == (5, 1, 1, 9, 2)
+    assert count.words == {"zebra": 1, "yeti": 1}
+    assert count.first == {"empty": "/3.mp4", "cut": "/2.mp4", "unknown": "/1.mp4"}
+    assert "1 of 5 captions have more than the 8 tokens that are read" in report.describe(config)
+    assert FilterReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    with pytest.raises(InputError, match="text_tokenizer_path: no such directory"):
+        list(filter_records(entries, filter_config(text_tokenizer_path="nowhere", tokenizer_max_length=8)))

@@ -151,7 +151,7 @@ def test_a_number_of_any_length_is_one_that_no_clip_can_have(tmp_path, form):
 def test_what_is_no_list_of_entries_is_given_up_after_a_while(tmp_path, text, compress):
     path = tmp_path / "meta.json"
     path.write_bytes(compress(text.encode()))
-    with pytest.raises(InputError, match="holds an entry of more than 16 MiB|not valid JSON after entry 0"):
+    with pytest.raises(InputError, match=r"holds an entry of more than 16 MiB|not valid JSON after entry 0"):
         list(read_entries(Annotation("", str(path))))
 
 
@@ -163,7 +163,7 @@ def test_a_file_that_changes_while_it_is_read_says_so(tmp_path, monkeypatch, cha
     entries = read_entries(Annotation("", str(path)))
     next(entries)
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(InputError, match="was changed while it was read|not valid JSON after entry"):
+    with pytest.raises(InputError, match=r"was changed while it was read|not valid JSON after entry"):
         list(entries)
 
 

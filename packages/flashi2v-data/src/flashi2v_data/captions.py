@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 from urllib.parse import unquote_plus
 
-import ftfy
-
 # Clean; leave as it is; or clean as the reference does, to the letter.
 Cleaning = bool | Literal["reference"]
 
@@ -87,6 +85,8 @@ _SAFE_WORD = re.compile(
     "[a-zA-Z\u03b1-\u03c9\u0410-\u044f\u05d0-\u05ea\u0621-\u063a\u0641-\u064a\u0904-\u0939\uac00-\ud7a3]{2,}"
 )
 _UNSAFE_WORDS = {"png", "jpg", "jpeg", "bmp", "webp", "eps", "pdf", "apk", "mp4", "image", "images", "page"}
+# A caption that begins so is kept at least so far. Nearly all do, and this is the quickest way to see it.
+plain_start = re.compile(rf"\s*(?:[a-zA-Z] )?(?!(?i:{'|'.join(sorted(_UNSAFE_WORDS))}) )[a-zA-Z]{{2,}} ").match
 # Of unspaced letters: kana, Chinese characters and Thai, but no mark or sign.
 _SAFE_LETTER = re.compile("[\u0e01-\u0e30\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff]")
 
@@ -95,6 +95,8 @@ def clean_caption(caption: str, how: Cleaning = True) -> str:
     """Return the caption as the text encoder is trained on it; may be empty."""
     if how is False:
         return caption
+    import ftfy  # takes a while, and commands that clean no caption should not wait for it
+
     text = unquote_plus(caption).strip().lower().replace("<person>", "person")
     text = _substitute(_unescape(re.sub(_TAG, "", text)), _DEBRIS, how)
     # More than three separators: a file name or slug, this-is-my-cute-cat.
@@ -118,6 +120,8 @@ def becomes_empty(caption: str, how: Cleaning = True) -> bool:
 
 
 def _is_surely_kept(caption: str, how: Cleaning) -> bool:
+    if plain_start(caption) is not None:
+        return True
     if "<" in caption or "&" in caption or "%" in caption:  # tags, and what unescaping may turn into one
         return False
     for word in caption.split(None, 8)[:8]:

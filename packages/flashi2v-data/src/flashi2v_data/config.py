@@ -226,6 +226,14 @@ class FilterConfig(Settings):
     too_long_factor: PositiveFloat = 5.0
     max_motion_value: float = 1.0
     min_motion_value: float = 0.0
+    clean_captions: bool | Literal["reference"] = Field(True, description="As training will clean them: see data.json.")
+    drop_empty_captions: bool = Field(
+        False, description="Drop clips whose captions are empty, or become so by cleaning."
+    )
+    text_tokenizer_path: str | None = Field(
+        None, description="Count captions that this tokenizer cuts, or does not know."
+    )
+    tokenizer_max_length: PositiveInt | None = Field(None, description="Tokens that training reads of a caption.")
     compression: Literal["zstd"] | None = Field(None, description="Compress every value of the LMDB.")
     probe_cache_path: str | None = Field(
         None, description="Directory that keeps what videos said, for further filters; default <save_path>/probe_cache."
@@ -238,6 +246,8 @@ class FilterConfig(Settings):
             raise ValueError("min_h_div_w_ratio exceeds max_h_div_w_ratio: swap them")
         if self.min_motion_value > self.max_motion_value:
             raise ValueError("min_motion_value exceeds max_motion_value: swap them")
+        if (self.text_tokenizer_path is None) != (self.tokenizer_max_length is None):
+            raise ValueError("text_tokenizer_path goes with tokenizer_max_length: set both or neither")
         return self
 
 

@@ -183,8 +183,10 @@ class _JudgePiece:
         plain = parse_plain(piece)
         if plain is not None:
             kept, drops = self._judge.plain(plain, piece.annotation.root)
-            outcome = Outcome([self._pack(entry) for entry in kept])
+            report = FilterReport(captions=self._judge.audit.new_count())
+            outcome = Outcome([self._pack(entry) for entry in kept], report=report)
             outcome.report.count(len(kept), drops)
+            self._judge.audit.count_plain(outcome.report.captions, kept)
         else:
             entries = parse_whole(piece)
             if entries is None:
@@ -195,24 +197,28 @@ class _JudgePiece:
 
 
 def _judge_all(entries: list[Any], judge: Judge, pack: Pack) -> Outcome:
-    outcome = Outcome()
+    outcome = Outcome(report=FilterReport(captions=judge.audit.new_count()))
     for entry in entries:
         judged = judge(entry)
         if judged is None:
             outcome.bare.append((len(outcome.kept), entry))
             outcome.kept.append(None)
-        elif (value := _settle(judged, pack, outcome.report)) is not None:
+        elif (value := _settle(judged, judge, pack, outcome.report)) is not None:
             outcome.kept.append(value)
     return outcome
 
 
-def _settle(judged: Record | Drop, pack: Pack, report: FilterReport) -> Any:
+def _settle(judged: Record | Drop, judge: Judge, pack: Pack, report: FilterReport) -> Any:
     """Count a clip; return what is passed on of it, or None."""
     if isinstance(judged, Drop):
         report.count(0, [judged])
         return None
     value = pack(judged)
-    report.count(0, [Drop("invalid_entry")]) if value is None else report.count(1, [])
+    if value is None:
+        report.count(0, [Drop("invalid_entry")])
+    else:
+        report.count(1, [])
+        judge.audit.count(report.captions, judged["cap"], judged["path"])
     return value
 
 
@@ -235,7 +241,7 @@ def _settled(outcome: Outcome, probings: list[Probing], judge: Judge, pack: Pack
         except DecodeError:
             judged = Drop("unreadable")
         assert judged is not None  # nothing is left out any more
-        outcome.kept[position] = _settle(judged, pack, outcome.report)
+        outcome.kept[position] = _settle(judged, judge, pack, outcome.report)
     if probings:
         outcome.kept = [value for value in outcome.kept if value is not None]
         outcome.bare = []

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flashi2v_data.atomic import check_directory
+from flashi2v_data.captions import CaptionCount
 from flashi2v_data.config import FilterConfig
 from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.filter import FileFilter, Outcome
@@ -51,7 +52,8 @@ def filter_files(
     if plots:
         check_plots()
     with StoreWriter(directory / "unfinished", _purpose(config, annotations), resume=resume) as writer:
-        begun = writer.state or {"place": 0, "report": FilterReport().to_json()}
+        captions = CaptionCount(config.tokenizer_max_length or 0)
+        begun = writer.state or {"place": 0, "report": FilterReport(captions=captions).to_json()}
         report = FilterReport.from_json(begun["report"])
         try:
             for outcome in _outcomes(config, annotations, report, jobs, probe_timeout, begun["place"]):
@@ -78,7 +80,7 @@ def count_files(config: FilterConfig, *, jobs: int, probe_timeout: float) -> Fil
     Raises:
         InputError: the meta JSON or the annotation file is broken.
     """
-    report = FilterReport()
+    report = FilterReport(captions=CaptionCount(config.tokenizer_max_length or 0))
     annotations = read_annotations(config.ann_txt_path)
     for _ in _outcomes(config, annotations, report, jobs, probe_timeout, place=0, readonly=True):
         pass

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from msgspec import UNSET, UnsetType
 
+from flashi2v_data.caption_audit import CaptionAudit
 from flashi2v_data.config import FilterConfig
 from flashi2v_data.limits import (
     LENGTH_RULES,
@@ -103,6 +104,8 @@ class Judge:
 
     def __init__(self, config: FilterConfig) -> None:
         self._config = config
+        self._drops_empty = config.drop_empty_captions
+        self.audit = CaptionAudit(config)
         self.limits = Limits(*(getattr(config, name) for name in Limits._fields))
         remember = functools.lru_cache(_REMEMBERED)
         self._size = remember(functools.partial(judge_size, self.limits))
@@ -121,6 +124,8 @@ class Judge:
         """
         if (reason := form_fault(entry)) is not None:
             return Drop(reason)
+        if self._drops_empty and self.audit.nothing_left(entry["cap"]):
+            return Drop("empty_cap")
         if info is not None:
             if (drop := complete(entry, info)) is not None:
                 return drop
@@ -144,6 +149,9 @@ class Judge:
             resolution, motion, cut = entry.resolution, entry.motion, entry.cut
             if cut is not UNSET and len(cut) > 1 and cut[1] <= cut[0]:  # `_is_empty`, without a call for every entry
                 drops.append(Drop("invalid_cut"))
+                continue
+            if self._drops_empty and self.audit.nothing_left(entry.cap):
+                drops.append(Drop("empty_cap"))
                 continue
             size = judge_size(resolution.height, resolution.width)
             length = judge_length(entry.fps, entry.num_frames)
@@ -182,6 +190,11 @@ class Judge:
         lines = [_line(reason != wrong, reason) for reason in reached]
         if wrong is not None:
             return lines
+        if self._drops_empty:
+            is_empty = self.audit.nothing_left(entry["cap"])
+            lines.append(_line(not is_empty, "empty_cap"))
+            if is_empty:
+                return lines
         if not is_complete(entry):
             if info is None:
                 return [*lines, _line(False, "unreadable", str(fault))]

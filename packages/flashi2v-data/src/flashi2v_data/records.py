@@ -72,5 +72,11 @@ def _unquoted(name: str) -> str:
 
 
 def printable(path: str) -> str:
-    """Return a path as any terminal or file can show it: bytes that are not UTF-8 as \\xff."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """Return a path as any terminal or file can show it: control characters and what is not UTF-8 escaped."""
+    return path if path.isprintable() else "".join(map(_shown, path))
+
+
+def _shown(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # a byte
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()

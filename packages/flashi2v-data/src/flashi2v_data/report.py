@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashi2v_data.atomic import atomic_file
+from flashi2v_data.captions import CaptionCount
 from flashi2v_data.config import FilterConfig
 from flashi2v_data.errors import InputError
 from flashi2v_data.limits import REASONS, Drop, Miss, Reason
@@ -25,12 +26,14 @@ class FilterReport:
 
     Attributes:
         misses: clips that a single changed setting would keep; of too many groups the nearest (see MAX_GROUPS).
+        captions: of the clips that are kept; of too many unknown words the most frequent.
     """
 
     total: int = 0
     kept: int = 0
     dropped: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     misses: Counter[Miss] = field(default_factory=Counter)
+    captions: CaptionCount = field(default_factory=lambda: CaptionCount(0))
 
     def count(self, num_kept: int, drops: Iterable[Drop] = ()) -> None:
         """Count clips that are kept, and others that are dropped."""
@@ -48,6 +51,9 @@ class FilterReport:
         self.kept += other.kept
         for reason, count in other.dropped.items():
             self.dropped[reason] += count
+        self.captions.merge(other.captions)
+        if len(self.captions.words) > 2 * MAX_GROUPS:
+            self.captions.words = Counter(dict(self.captions.words.most_common(MAX_GROUPS)))
         self.misses.update(other.misses)
         if len(self.misses) > 2 * MAX_GROUPS:
             ranked = sorted(self.misses.items(), key=lambda item: (_shortfall(item[0], config), item[0]))
@@ -59,6 +65,7 @@ class FilterReport:
             "total": self.total,
             "kept": self.kept,
             "dropped": dict(self.dropped),
+            "captions": {**vars(self.captions), "words": dict(self.captions.words), "first": dict(self.captions.first)},
             "near_misses": [{**miss._asdict(), "count": count} for miss, count in sorted(self.misses.items())],
         }
 
@@ -66,14 +73,15 @@ class FilterReport:
     def from_json(cls, values: Mapping[str, Any]) -> "FilterReport":
         """Return the report that `to_json` was called on."""
         misses = {Miss(miss["setting"], miss["value"], miss["clips"]): miss["count"] for miss in values["near_misses"]}
-        return cls(values["total"], values["kept"], dict(values["dropped"]), Counter(misses))
+        captions = CaptionCount(**{**values["captions"], "words": Counter(values["captions"]["words"])})
+        return cls(values["total"], values["kept"], dict(values["dropped"]), Counter(misses), captions)
 
     def describe(self, config: FilterConfig) -> str:
         """Lay out the counts as a table, and the near misses as sentences."""
         rows = [("total", self.total, ""), ("kept", self.kept, "")]
         rows += [(reason, self.dropped[reason], text) for reason, text in REASONS.items()]
         lines = [f"{name:16}{count:>12,}  {text}".rstrip() for name, count, text in rows]
-        return "\n".join([*lines, *_sentences(self.misses, config)])
+        return "\n".join([*lines, *_sentences(self.misses, config), *self.captions.lines().values()])
 
 
 def _shortfall(miss: Miss, config: FilterConfig) -> float:
