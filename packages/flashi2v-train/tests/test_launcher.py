@@ -14,6 +14,7 @@ import pytest
 from cyclopts import App
 
 from flashi2v_data.errors import InputError
+from flashi2v_npu_ops import registry
 from flashi2v_train import launcher, processes
 from flashi2v_train.options import ForeignOptions, LaunchOptions, TrainOptions
 
@@ -70,6 +71,14 @@ def main(monkeypatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:
         launcher.main()
     return stop.value.code
+
+
+def test_a_backend_of_operators_that_does_not_exist_is_refused_before_a_model_is_built(workspace, monkeypatch, capsys):
+    monkeypatch.setenv("FLASHI2V_OPS_BACKEND", "attention=nonsense")
+    registry._environment.cache_clear()  # what an earlier test read
+    files = [part for name, path in workspace.files().items() for part in (f"--{name}", str(path))]
+    assert main(monkeypatch, *files, "--device", "cpu", "--save", str(workspace.directory / "save")) == 2
+    assert "flashi2v-train: attention has no backend 'nonsense': choose one of" in capsys.readouterr().err
 
 
 def test_the_references_whole_script_starts_and_each_foreign_option_is_answered_once(
