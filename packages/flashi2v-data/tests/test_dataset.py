@@ -285,6 +285,30 @@ def test_another_size_that_is_large_enough_is_used(dataset, store_path, tmp_path
     assert dataset([record])[0]["skipped"] == []
 
 
+def test_another_clip_stands_in_for_a_record_that_is_no_clip(store_path, data_config, tmp_path):
+    good = open_store(store_path)[0]
+    changes = [{"fps": 0}, {"fps": 1e-6}, {"num_frames": 10**12}, {"cap": []}, {"resolution": [64, 96]}, {"path": 3}]
+    records = [{**good, **change} for change in changes]
+    records += [{key: value for key, value in good.items() if key != "start_frame_idx"}, good]
+    path = write_store(tmp_path / "a.lmdb", records, {})
+    data = FlashI2VDataset(open_store(path), data_config().dataset_param, seed=0, tokenizer=_tokenize)
+    for index in range(7):
+        sample = data[index]
+        assert sample["path"] == good["path"]
+        assert all(message.startswith("record at fault, ") for message in sample["skipped"])
+        with pytest.raises(DecodeError, match=r"^record at fault, "):
+            data.clip_key(index)
+    assert "a.lmdb: record 0 is no clip that can be trained on" in data[0]["skipped"][0]
+    assert "frames at fps 1e-06 are no clip" in data[1]["skipped"][0]
+    assert data.captions(7) == [good["cap"]]
+    assert not data.quarantine.path.exists()
+    bad = FlashI2VDataset(
+        open_store(write_store(tmp_path / "b.lmdb", records[:1] * 3, {})), data.config, seed=0, tokenizer=_tokenize
+    )
+    with pytest.raises(DecodeError, match=r"^record at fault, .*b\.lmdb: like 2 others; see `flashi2v-data inspect"):
+        bad[0]
+
+
 def test_clips_are_mirrored_at_the_stated_rate_and_by_seed_and_key_alone(dataset, raw_data_config):
     pipeline = raw_data_config["dataset_param"]["transform_pipeline"]["video"]
     flip = {"trans_type": "RandomHorizontalFlipVideo", "param": {"p": 0.3}}

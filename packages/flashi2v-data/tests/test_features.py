@@ -3,12 +3,15 @@ import os
 import pickle
 
 import lmdb
+import msgspec
 import pytest
+import safetensors.torch
 import torch
 
+from flashi2v_data import lmdb_files
 from flashi2v_data.errors import InputError
 from flashi2v_data.features import FeatureStore, FeatureWriter, text_key, video_key
-from flashi2v_data.store import write_store
+from flashi2v_data.store import open_store, write_store
 
 MADE_BY = {"vae": "wan2.1", "size": (5, 32, 48), "dtype": "bf16"}
 TENSORS = {
@@ -123,9 +126,48 @@ def test_a_pickle_in_a_store_is_not_executed(tmp_path):
         pass
     with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
         transaction.put(text_key("evil"), pickle.dumps(_Evil(tmp_path / "executed")))
-    with pytest.raises(InputError, match="holds damaged features"):
+    with pytest.raises(InputError, match=r"evil\.lmdb: the features [0-9a-f]{32} are damaged"):
         FeatureStore(path).get(text_key("evil"))
     assert not (tmp_path / "executed").exists()
+
+
+def test_every_flipped_bit_of_features_is_noticed(store):
+    key = text_key("")
+    with lmdb.open(str(store)) as environment, environment.begin() as transaction:
+        good = transaction.get(key)
+    for place in range(len(good)):
+        with lmdb.open(str(store)) as environment, environment.begin(write=True) as transaction:
+            transaction.put(key, good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        with pytest.raises(
+            InputError, match=rf"features\.lmdb: the features {key.hex()} are damaged .*checksum.*: copy"
+        ):
+            FeatureStore(store).get(key)
+        lmdb_files._environments.clear()
+
+
+def test_features_without_checksums_are_read_with_one_warning_and_not_added_to(tmp_path, caplog):
+    value = safetensors.torch.save({"x": torch.ones(1)})
+    with lmdb.open(str(tmp_path / "old.lmdb")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"header", msgspec.msgpack.encode({"schema": 1, "made_by": {}}))
+        transaction.put(text_key(""), value)
+    for _ in range(2):
+        assert FeatureStore(tmp_path / "old.lmdb", {}).get(text_key(""))["x"].item() == 1
+    (message,) = caplog.messages
+    assert "old.lmdb: no checksums, so damage to a value may go unnoticed; encode again" in message
+    lmdb_files._environments.clear()
+    with pytest.raises(InputError, match="has no checksums, so nothing is added to it"):
+        FeatureWriter(tmp_path / "old.lmdb", {})
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"\xc1", b"\x91" * 100_000, b"\x01", msgspec.msgpack.encode({"schema": 1, "made_by": 3})]
+)
+def test_a_damaged_header_is_refused(tmp_path, header):
+    with lmdb.open(str(tmp_path / "bad.lmdb")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"header", header)
+    for open_it in (lambda path: FeatureStore(path, {}), open_store):
+        with pytest.raises(InputError, match=r"its header is damaged|no features of schema 1|is no store of clips"):
+            open_it(tmp_path / "bad.lmdb")
 
 
 class _Evil:

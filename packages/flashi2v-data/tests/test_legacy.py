@@ -92,6 +92,10 @@ def test_pickles_that_would_run_code_are_refused_and_run_nothing(tmp_path):
 @pytest.mark.parametrize(
     "data",
     [
+        b"\x80\x04" + b"]" * 8_000_000 + b".",
+        b"\x80\x04" + b"]" * 9_000_000 + b".",
+        b"\x80\x04})" + b"\x85" * 90_000 + b"Ns.",  # a key of tuples in tuples, which hashing follows
+        zstandard.compress(b"\x80\x04" + b"]" * (60 << 20)),  # two kilobytes
         b"\x80\x04K\x01r\xff\xff\xff\x7f.",  # memo number 2**31 - 1, for which pickle makes a table
         b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b".",  # a terabyte of bytes
         b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little") + b".",

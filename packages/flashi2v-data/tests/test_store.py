@@ -2,16 +2,22 @@ import multiprocessing
 import operator
 import os
 import pickle
+import re
+import resource
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import lmdb
+import msgspec
 import pytest
+import zstandard
 
-from flashi2v_data.errors import InputError
+from flashi2v_data import lmdb_files
+from flashi2v_data.errors import InputError, RecordError
 from flashi2v_data.features import FeatureWriter
+from flashi2v_data.lmdb_files import check_file
 from flashi2v_data.store import open_store, write_store
 from flashi2v_data.store_writer import StoreWriter
 from flashi2v_data.values import ValueCodec
@@ -196,8 +202,154 @@ def test_a_damaged_value_names_its_record(tmp_path):
     with StoreWriter(tmp_path / "part") as writer:
         writer.append([b"\xc1"])
         writer.finish(tmp_path / "a.lmdb", None, {})
-    with pytest.raises(InputError, match=r"a\.lmdb: record 0 "):
+    with pytest.raises(RecordError, match=r"a\.lmdb: record 0 is damaged"):
         open_store(tmp_path / "a.lmdb")[0]
+
+
+def _put(path, key: bytes, value: bytes) -> None:
+    with lmdb.open(str(path), map_size=1 << 30) as environment, environment.begin(write=True) as transaction:
+        transaction.put(key, value)
+
+
+def _get(path, key: bytes) -> bytes:
+    with lmdb.open(str(path)) as environment, environment.begin() as transaction:
+        return transaction.get(key)
+
+
+def test_every_flipped_bit_of_a_record_and_of_the_header_is_noticed(tmp_path):
+    path = write_store(tmp_path / "a.lmdb", _records(2), {"train_fps": 16})
+    for key, expected in (
+        (b"%012d" % 1, r"record 1 is damaged, its checksum differs: copy the store"),
+        (b"header", ""),
+    ):
+        good = _get(path, key)
+        for place in range(len(good)):
+            _put(path, key, good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+            with pytest.raises(InputError, match=expected or r"a\.lmdb: its header is damaged: copy the store again"):
+                list(open_store(path))
+            lmdb_files._environments.clear()
+        _put(path, key, good)
+    assert list(open_store(path)) == _records(2)
+
+
+def test_a_record_under_the_key_of_another_is_noticed(tmp_path):
+    path = write_store(tmp_path / "a.lmdb", _records(2), {})
+    _put(path, b"%012d" % 1, _get(path, b"%012d" % 0))
+    with pytest.raises(RecordError, match="record 1 is damaged"):
+        open_store(path)[1]
+
+
+def test_a_store_without_checksums_is_read_with_one_warning(tmp_path, caplog):
+    header = {"schema": 1, "count": 2, "compression": None, "config": {}}
+    with lmdb.open(str(tmp_path / "old.lmdb")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"header", msgspec.msgpack.encode(header))
+        for number, record in enumerate(_records(2)):
+            transaction.put(b"%012d" % number, ValueCodec().pack(record))
+    for _ in range(2):
+        assert list(open_store(tmp_path / "old.lmdb")) == _records(2)
+    (message,) = caplog.messages
+    assert message.endswith("old.lmdb: no checksums, so damage to a value may go unnoticed; filter again to have them")
+
+
+def test_a_file_is_refused_before_it_is_mapped(tmp_path):
+    path = write_store(tmp_path / "a.lmdb", _records(2500), {})
+    data = (path / "data.mdb").read_bytes()
+    bad = {"page size": data[:40] + bytes(4) + data[44:], "root": bytearray(data)}
+    for page in (0, 4096):
+        bad["root"][page + 128 : page + 136] = (1 << 40).to_bytes(8, "little")
+    for number, cut in enumerate((1, 50, 4096, 4200, 8191, 8192, len(data) - 1)):
+        bad[f"cut {number}"] = data[:cut]
+    for what, content in bad.items():
+        (tmp_path / f"{what}.lmdb").write_bytes(content)
+        for open_it in (open_store, check_file):
+            with pytest.raises(InputError, match=r"copy it again|cannot be opened as LMDB"):
+                open_it(tmp_path / f"{what}.lmdb")
+    os.mkfifo(tmp_path / "pipe.lmdb")
+    with pytest.raises(InputError, match="no regular file"):
+        check_file(tmp_path / "pipe.lmdb")
+    for directory in ("part", "features.lmdb"):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "data.mdb").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="copy it again, or make it anew"):
+        StoreWriter(tmp_path / "part", resume=True)
+    with pytest.raises(InputError, match="copy it again, or make it anew"):
+        FeatureWriter(tmp_path / "features.lmdb", {})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"fps": None}, "`float`, got `null`"),
+        ({"fps": 0}, ">= 1e-06"),
+        ({"fps": True}, "got `bool`"),
+        ({"fps": float("nan")}, ">= 1e-06"),
+        ({"num_frames": "16"}, "got `str`"),
+        ({"num_frames": 16.5}, "got `float`"),
+        ({"num_frames": -1}, ">= 0"),
+        ({"start_frame_idx": 1 << 50}, "<= 1000000000000"),
+        ({"cap": None}, "got `null`"),
+        ({"cap": []}, "length >= 1"),
+        ({"cap": ["a", 1]}, "got `int`"),
+        ({"path": ""}, "length >= 1"),
+        ({"resolution": [64, 96]}, "got `array`"),
+        ({"resolution": {"height": 64}}, "missing required field `width`"),
+        ({"resolution": {"height": 0, "width": 1}}, ">= 1e-06"),
+        ({"crop": [0, 1, 0]}, "length >= 4"),
+        ({"crop": "all"}, "got `str`"),
+    ],
+)
+def test_a_record_that_is_no_clip_is_named(tmp_path, change, reason):
+    store = open_store(write_store(tmp_path / "a.lmdb", [_records(1)[0], _records(1)[0] | change], {}))
+    assert store[0] == _records(1)[0]
+    with pytest.raises(
+        RecordError, match=rf"a\.lmdb: record 1 is no clip that can be trained on: .*{re.escape(reason)}"
+    ):
+        store[1]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        "clip",
+        None,
+        7,
+        *(
+            {k: v for k, v in _records(1)[0].items() if k != left}
+            for left in ("path", "cap", "fps", "num_frames", "start_frame_idx")
+        ),
+    ],
+)
+def test_what_lacks_something_is_no_clip(tmp_path, record):
+    with pytest.raises(RecordError, match=r"record 0 is no clip"):
+        open_store(write_store(tmp_path / "a.lmdb", [record], {}))[0]
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    record = _records(1)[0] | {"num_frames": 16.0, "start_frame_idx": 2.0, "crop": [0.0, 8.0, 0, 8]}
+    found = open_store(write_store(tmp_path / "a.lmdb", [record], {}))[0]
+    assert found == record
+    assert [type(found[key]) for key in ("num_frames", "start_frame_idx")] == [int, int]
+    assert [type(side) for side in found["crop"]] == [int] * 4
+
+
+@pytest.mark.parametrize(
+    "value", [b"\x91" * 100_000, b"\xa1\xff", b"\x81\x80\x01", b"\xd4\xff\x00", b"\x90" * 9_000_000, b""]
+)
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_hostile_values_are_refused_in_bounded_time_and_memory(tmp_path, value, compression):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with StoreWriter(tmp_path / "part") as writer:
+        writer.append([zstandard.compress(value) if compression else value])
+        writer.finish(tmp_path / "a.lmdb", compression, {})
+    with pytest.raises(RecordError, match="record 0 is damaged"):
+        open_store(tmp_path / "a.lmdb")[0]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+
+
+def test_a_record_too_large_to_be_read_is_not_stored(tmp_path):
+    with pytest.raises(InputError, match="record 0 holds a value that cannot be stored"):
+        write_store(tmp_path / "a.lmdb", [_records(1)[0] | {"cap": "x" * 9_000_000}], {})
 
 
 def test_a_store_of_another_schema_asks_for_an_update(tmp_path):
@@ -209,9 +361,11 @@ def test_a_store_of_another_schema_asks_for_an_update(tmp_path):
 
 
 def test_an_unfinished_part_is_continued_for_the_same_purpose_alone(tmp_path):
+    records = _records(2)
+    values = [ValueCodec().pack(record) for record in records]
     with StoreWriter(tmp_path / "part", {"limit": 1}) as writer:
-        writer.append([b"\x01", b"\x02"] * 5000, lambda: "after 10,000")
-        writer.append([b"\x09"], lambda: "lost")
+        writer.append(values * 5000, lambda: "after 10,000")
+        writer.append(values[:1], lambda: "lost")
         with pytest.raises(InputError, match="is being written by another process"):
             StoreWriter(tmp_path / "part", {"limit": 1}, resume=True)
     with pytest.raises(InputError, match="continue it by --resume, or remove it"):
@@ -220,9 +374,9 @@ def test_an_unfinished_part_is_continued_for_the_same_purpose_alone(tmp_path):
         StoreWriter(tmp_path / "part", {"limit": 2}, resume=True)
     with StoreWriter(tmp_path / "part", {"limit": 1}, resume=True) as writer:
         assert (writer.state, writer.count) == ("after 10,000", 10_000)
-        writer.append([b"\x03"])
+        writer.append(values[1:])
         writer.finish(tmp_path / "a.lmdb", None, {})
-    assert list(open_store(tmp_path / "a.lmdb")) == [1, 2] * 5000 + [3]
+    assert list(open_store(tmp_path / "a.lmdb")) == [*records * 5000, records[1]]
 
 
 @pytest.mark.parametrize("stage", ["storage", "os.rename"])

@@ -1,7 +1,8 @@
 """Features encoded ahead of training: latents of clips, states of captions.
 
-A store is an LMDB. Its `header` is msgpack: schema version and `made_by`, a dict of everything that the features
-depend on (VAE, text encoder, sample size, token count, ...). Its other values are safetensors (raw numbers behind a
+A store is an LMDB. Its `header` is msgpack: schema version, `checksum` ("xxh3_64") and `made_by`, a dict of everything
+that the features depend on (VAE, text encoder, sample size, token count, ...). Behind every value stand 8 bytes of
+checksum. Its other values are safetensors (raw numbers behind a
 JSON head; nothing is ever executed), its keys hashes of what was encoded: a clip is its file and the very frames, as
 another crop in time has other latents; a caption is its text as the tokenizer got it, "" included.
 """
@@ -20,7 +21,18 @@ import safetensors.torch
 from torch import Tensor
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.lmdb_files import FIRST_MAP_SIZE, open_shared, write
+from flashi2v_data.lmdb_files import (
+    CHECKSUM,
+    DAMAGED,
+    FIRST_MAP_SIZE,
+    check_file,
+    open_shared,
+    seal,
+    unseal,
+    unseal_header,
+    warn_unsealed,
+    write,
+)
 
 SCHEMA = 1
 _HEADER = b"header"
@@ -57,17 +69,20 @@ class FeatureWriter:
     def __init__(self, path: str | os.PathLike[str], made_by: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_file(self.path)
         try:
             self._environment = lmdb.open(str(self.path), map_size=FIRST_MAP_SIZE)
         except lmdb.Error as error:
             raise InputError(f"{self.path}: cannot be opened as LMDB: {error}") from None
-        header = msgspec.msgpack.encode({"schema": SCHEMA, "made_by": dict(made_by)})
+        header = msgspec.msgpack.encode({"schema": SCHEMA, "made_by": dict(made_by), "checksum": CHECKSUM})
         with self._environment.begin(write=True) as transaction:
             old = transaction.get(_HEADER)
             if old is None:
-                transaction.put(_HEADER, header)
-        if old is not None:
-            _check_header(self.path, old, made_by, exact=True)
+                transaction.put(_HEADER, seal(_HEADER, header))
+        if old is not None and not _check_header(self.path, old, made_by, exact=True)[1]:
+            raise InputError(
+                f"{self.path}: has no checksums, so nothing is added to it: remove it, or encode elsewhere"
+            )
 
     def __contains__(self, key: bytes) -> bool:
         """Tell whether features are there already, so that they need not be encoded again."""
@@ -80,10 +95,7 @@ class FeatureWriter:
         Raises:
             StorageError: the disk is full.
         """
-        values = {
-            key: safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-            for key, tensors in features.items()
-        }
+        values = {key: seal(key, safetensors.torch.save(_plain(tensors))) for key, tensors in features.items()}
 
         def put(transaction: lmdb.Transaction) -> None:
             for key, value in values.items():
@@ -106,6 +118,10 @@ class FeatureWriter:
         self.close()
 
 
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
 class FeatureStore:
     """Reads a store, or a folder of them as one; it may be sent or forked to other processes.
 
@@ -122,20 +138,19 @@ class FeatureStore:
         self.paths = [root] if (root / "data.mdb").is_file() else sorted(root.glob("*.lmdb"))
         if not self.paths:
             raise InputError(f"{root}: no store of features; write one with flashi2v-encode")
+        self._is_sealed = dict.fromkeys(self.paths, False)
         for store in self.paths:
-            with open_shared(store).begin() as transaction:
-                header = transaction.get(_HEADER)
-            found = _check_header(store, header, made_by)
+            header = _get(store, _HEADER)
+            found, self._is_sealed[store] = _check_header(store, header, made_by)
             made_by = found if made_by is None else made_by  # all stores of a folder are of one kind
         self.made_by = found
+        warn_unsealed(
+            [path for path, is_sealed in self._is_sealed.items() if not is_sealed], "encode again to have them"
+        )
 
     def __contains__(self, key: bytes) -> bool:
         """Tell whether there are features of a key."""
-        for path in self.paths:
-            with open_shared(path).begin() as transaction:
-                if transaction.get(key) is not None:
-                    return True
-        return False
+        return any(_get(path, key) is not None for path in self.paths)
 
     def get(self, key: bytes) -> dict[str, Tensor] | None:
         """Return the tensors of a key, or None where there are none.
@@ -144,23 +159,32 @@ class FeatureStore:
             InputError: they are damaged.
         """
         for path in self.paths:
-            with open_shared(path).begin() as transaction:
-                value = transaction.get(key)
+            value = _get(path, key)
             if value is not None:
                 try:
-                    return safetensors.torch.load(value)
-                except safetensors.SafetensorError as error:
-                    raise InputError(f"{path}: holds damaged features, encode again: {error}") from None
+                    return safetensors.torch.load(bytes(unseal(key, value)) if self._is_sealed[path] else value)
+                except (ValueError, safetensors.SafetensorError) as error:
+                    raise InputError(f"{path}: the features {key.hex()} are damaged ({error}): {DAMAGED}") from None
         return None
+
+
+def _get(path: Path, key: bytes) -> bytes | None:
+    try:
+        with open_shared(path).begin() as transaction:
+            value: bytes | None = transaction.get(key)
+            return value
+    except lmdb.Error as error:
+        raise InputError(f"{path}: is damaged ({error}): {DAMAGED}") from None
 
 
 def _check_header(
     path: Path, header: bytes | None, made_by: Mapping[str, Any] | None, *, exact: bool = False
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], bool]:
+    """Return what features were made by, and whether they have checksums."""
     if header is None:
         raise InputError(f"{path}: an LMDB without the header of a feature store; write one with flashi2v-encode")
-    found = msgspec.msgpack.decode(header)
-    if found.get("schema") != SCHEMA or "made_by" not in found:
+    found, is_sealed = unseal_header(path, _HEADER, header)
+    if found.get("schema") != SCHEMA or not isinstance(found.get("made_by"), dict):
         raise InputError(f"{path}: holds no features of schema {SCHEMA}: encode again, or update flashi2v-data")
     theirs: dict[str, Any] = found["made_by"]
     if made_by is not None:
@@ -173,4 +197,4 @@ def _check_header(
                     f"{path}: its features were made with {key} {theirs.get(key)!r}, this run has {ours.get(key)!r}: "
                     "encode again, or set the same"
                 )
-    return theirs
+    return theirs, is_sealed

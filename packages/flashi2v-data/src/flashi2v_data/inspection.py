@@ -5,16 +5,16 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 from tqdm import tqdm
 
 from flashi2v_data.atomic import atomic_file
-from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.errors import DecodeError, RecordError
 from flashi2v_data.frames import FPS_TOLERANCE
 from flashi2v_data.prober import Prober, Probing
-from flashi2v_data.records import printable
+from flashi2v_data.records import Clip, Size, printable
 from flashi2v_data.store import LmdbStore
 
 # Examples, and faults where not all are asked for.
@@ -26,25 +26,6 @@ _BAR_WIDTH = 40
 _AHEAD = 256
 # Bins of a plotted histogram, at most.
 _NUM_BINS = 40
-
-
-class _Size(msgspec.Struct):
-    height: float
-    width: float
-
-    def __str__(self) -> str:
-        return f"{self.height:g}x{self.width:g}"
-
-
-class Clip(msgspec.Struct):
-    """What is looked at in a record; stores of the public code may hold anything."""
-
-    path: str
-    cap: str | list[str]
-    fps: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
-    num_frames: Annotated[float, msgspec.Meta(ge=0, le=1e15)]
-    start_frame_idx: float
-    resolution: _Size | None = None
 
 
 @dataclass
@@ -68,8 +49,9 @@ class Faults:
 
 @dataclass
 class Inspection:
-    """Counts of the values that occur, and the videos that are missing or cannot be opened."""
+    """Counts of the values that occur, the records at fault, and the videos that are missing or cannot be opened."""
 
+    faulty: Faults
     missing: Faults
     unreadable: Faults
     contradicting: Faults
@@ -88,18 +70,19 @@ def inspect_store(store: LmdbStore, *, limit: int | None = None, prober: Prober 
         store: from `open_store`.
         limit: of records.
         prober: opens every video, which is compared with its record. All faults are listed then, else only the first.
-
-    Raises:
-        InputError: a record lacks something, or holds something else in its place.
     """
     num_listed = NUM_SHOWN if prober is None else None
-    found = Inspection(Faults(num_listed), Faults(num_listed), Faults(num_listed))
+    found = Inspection(Faults(num_listed), Faults(num_listed), Faults(num_listed), Faults(num_listed))
     opening: collections.deque[tuple[Clip, Probing]] = collections.deque()
     num_records = len(store) if limit is None else min(limit, len(store))
     for index in tqdm(range(num_records), desc="inspect", unit="clip", disable=None):
-        clip = _clip(store, index)
         found.num_seen += 1
-        if index < NUM_SHOWN:
+        try:
+            clip = msgspec.convert(store[index], Clip)
+        except RecordError as error:
+            found.faulty.add(str(error))
+            continue
+        if len(found.examples) < NUM_SHOWN:
             found.examples.append(clip)
         found.resolutions["not said" if clip.resolution is None else str(clip.resolution)] += 1
         found.fps[clip.fps] += 1
@@ -118,21 +101,13 @@ def inspect_store(store: LmdbStore, *, limit: int | None = None, prober: Prober 
     return found
 
 
-def _clip(store: LmdbStore, index: int) -> Clip:
-    try:
-        return msgspec.convert(store[index], Clip)
-    except msgspec.ValidationError as error:
-        place = store.paths[0] if len(store.paths) == 1 else store.paths[0].parent
-        raise InputError(f"{place}: record {index} is no clip that can be trained on: {error}") from None
-
-
 def _compare(clip: Clip, probing: Probing, prober: Prober, found: Inspection) -> None:
     try:
         info = prober.result(probing)
     except DecodeError as error:
         found.unreadable.add(f"{printable(error.path)}: {error.reason}")
         return
-    is_size = clip.resolution in (None, _Size(info.height, info.width))
+    is_size = clip.resolution in (None, Size(info.height, info.width))
     end = clip.start_frame_idx + clip.num_frames
     if not is_size or abs(clip.fps - info.fps) > FPS_TOLERANCE or end > info.num_frames:
         found.contradicting.add(f"{printable(clip.path)}: the video is {info}; the record says otherwise")
@@ -161,7 +136,12 @@ def _lines(store: LmdbStore, found: Inspection) -> Iterator[str]:
     yield from _histogram("words", _ranges(found.caption_words), found.caption_words.total())
     for clip in found.examples:
         yield f"example    {printable(clip.path)}: {clip.cap}"
-    kinds = (("missing", found.missing), ("unreadable", found.unreadable), ("wrong", found.contradicting))
+    kinds = (
+        ("at fault", found.faulty),
+        ("missing", found.missing),
+        ("unreadable", found.unreadable),
+        ("wrong", found.contradicting),
+    )
     for name, faults in kinds:
         if faults.count or name == "missing":
             yield f"{name:10} {faults.count:,} clip{'s' * (faults.count != 1)}"

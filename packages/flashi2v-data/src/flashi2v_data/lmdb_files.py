@@ -1,16 +1,30 @@
-"""Opening and writing LMDB: one open file per process, maps that grow, and one line where a disk refuses."""
+"""Opening and writing LMDB: one open file per process, maps that grow, and one line where a disk refuses.
 
+LMDB maps its file and believes it: reading beyond the end of one that was cut short kills the process. So a file is
+looked at before it is mapped. LMDB has no checksums either; `seal` appends one to a value, which `unseal` verifies.
+"""
+
+import logging
 import os
+import stat
+import struct
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lmdb
+import msgspec
+import xxhash
 
 from flashi2v_data.errors import InputError, StorageError
 
+logger = logging.getLogger(__name__)
+
 FIRST_MAP_SIZE = 64 << 20
+CHECKSUM = "xxh3_64"
+_CHECKSUM_BYTES = 8
 
 # LMDB forbids opening a file twice in a process, and a forked child counts as having opened what its parent had.
 _environments: "weakref.WeakValueDictionary[str, lmdb.Environment]" = weakref.WeakValueDictionary()
@@ -39,24 +53,118 @@ def open_shared(path: str | os.PathLike[str]) -> lmdb.Environment:
     name = os.path.realpath(path)
     environment = _environments.get(name)
     if environment is None:
+        check_file(name)
         # Without locks read-only media work, and no reader slots are left behind by workers that die. Read-ahead
         # would only evict other pages: samples are read in random order.
         try:
             environment = lmdb.open(name, subdir=os.path.isdir(name), readonly=True, lock=False, readahead=False)
         except lmdb.Error as error:
             raise InputError(f"{name}: cannot be opened as LMDB: {str(error).removeprefix(f'{name}: ')}") from None
-        _check_size(name, environment)
         _environments[name] = environment
     return environment
 
 
-def _check_size(path: str, environment: lmdb.Environment) -> None:
-    """Refuse a file that was not copied to its end: reading beyond would kill the process."""
-    file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
-    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if os.path.getsize(file) < needed:
-        environment.close()
-        raise InputError(f"{file}: has {os.path.getsize(file)} bytes of {needed}: copy it again")
+# The first two pages of a file each begin with this: where they are (8 bytes), unused (2), flags, two bounds of free
+# space; magic number, version, address, size of the map; for the free pages and for the values size of a page (of the
+# first of these two) and flags, depth, three counts of pages, entries, root page; last page, number of the transaction.
+_META = struct.Struct("=8x2xHHH IIQQ IHHQQQQQ IHHQQQQQ QQ")
+_MAGIC, _IS_META, _NO_ROOT = 0xBEEFC0DE, 0x08, 2**64 - 1
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Refuse an LMDB that must not be mapped, before it is; one that is not there, or still empty, passes.
+
+    Raises:
+        InputError: it is no regular file, no LMDB, or shorter than it says of itself.
+    """
+    file = os.path.join(path, "data.mdb") if os.path.isdir(path) else os.fspath(path)
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{file}: cannot be opened as LMDB: {error.strerror}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{file}: cannot be opened as LMDB: is no regular file")
+        if os.fstat(descriptor).st_size:
+            _check_pages(file, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_pages(file: str, descriptor: int) -> None:
+    first = _read_meta(file, descriptor, 0)
+    page_size = first[7]
+    if not 256 <= page_size <= 65536 or page_size & (page_size - 1):
+        raise InputError(f"{file}: cannot be opened as LMDB: its first page is damaged")
+    newest = max(first, _read_meta(file, descriptor, page_size), key=lambda meta: meta[-1])
+    roots, last = (newest[14], newest[22]), newest[-2]
+    needed = (last + 1) * page_size
+    size = os.fstat(descriptor).st_size  # last, as another process may be adding to it
+    if size < needed:
+        raise InputError(f"{file}: has {size} bytes of {needed}: copy it again, or make it anew")
+    if any(last < root < _NO_ROOT for root in roots):
+        raise InputError(f"{file}: cannot be opened as LMDB: its first pages are damaged")
+
+
+def _read_meta(file: str, descriptor: int, offset: int) -> tuple[int, ...]:
+    page = os.pread(descriptor, _META.size, offset)
+    if len(page) < _META.size:
+        raise InputError(f"{file}: cannot be opened as LMDB: it is cut short: copy it again, or make it anew")
+    meta = _META.unpack(page)
+    if not meta[0] & _IS_META or meta[3] != _MAGIC:
+        raise InputError(f"{file}: cannot be opened as LMDB: it is something else, or damaged")
+    return meta
+
+
+def seal(key: bytes, value: bytes | memoryview) -> bytes:
+    """Return what is stored of a value: with a checksum behind it, of the value and its key."""
+    return b"".join((value, xxhash.xxh3_64_digest(value, xxhash.xxh3_64_intdigest(key))))
+
+
+def unseal(key: bytes, stored: bytes | memoryview) -> memoryview:
+    """Return the value that was sealed.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    view = memoryview(stored)
+    value, checksum = view[:-_CHECKSUM_BYTES], view[-_CHECKSUM_BYTES:]
+    if xxhash.xxh3_64_digest(value, xxhash.xxh3_64_intdigest(key)) != checksum:
+        raise ValueError("is damaged, its checksum differs")
+    return value
+
+
+def unseal_header(path: str | os.PathLike[str], key: bytes, stored: bytes | memoryview) -> tuple[dict[str, Any], bool]:
+    """Return what the header of a store holds, and whether its values are sealed as it is.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        value, is_sealed = unseal(key, stored), True
+    except ValueError:
+        value, is_sealed = memoryview(stored), False
+    try:
+        header = msgspec.msgpack.decode(value, type=dict[str, Any])
+    except (ValueError, RecursionError):
+        header = {}
+    if not is_sealed and ("schema" not in header or "checksum" in header):
+        raise InputError(f"{path}: its header is damaged: {DAMAGED}")
+    return header, is_sealed
+
+
+DAMAGED = "copy the store again from where it is whole, or make it anew"
+_warned_of: set[str] = set()
+
+
+def warn_unsealed(paths: list[Path], advice: str) -> None:
+    """Say, once in a process, which stores have no checksums."""
+    if paths and (name := os.path.realpath(paths[0])) not in _warned_of:
+        _warned_of.add(name)
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        logger.warning("%s%s: no checksums, so damage to a value may go unnoticed; %s", paths[0], more, advice)
 
 
 def write(environment: lmdb.Environment, put: Callable[[lmdb.Transaction], object], advice: str) -> None:

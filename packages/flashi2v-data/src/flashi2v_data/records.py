@@ -2,7 +2,9 @@
 
 import os
 import re
-from typing import NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict, cast
+
+import msgspec
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.textfile import read_text
@@ -24,6 +26,62 @@ class Record(TypedDict):
     fps: float
     num_frames: int
     start_frame_idx: int
+
+
+# No honest number is larger, and products and quotients of these are finite; see `limits.is_number`.
+Index = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+Positive = Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)]
+
+
+class Size(msgspec.Struct):
+    """`resolution` of a clip, in pixels."""
+
+    height: Positive
+    width: Positive
+
+    def __str__(self) -> str:
+        """Return it as 720x1280."""
+        return f"{self.height:g}x{self.width:g}"
+
+
+class Clip(msgspec.Struct):
+    """What training needs of a record: the schema of every record that is read, whoever wrote it."""
+
+    path: Annotated[str, msgspec.Meta(min_length=1)]
+    cap: str | Annotated[list[str], msgspec.Meta(min_length=1)]
+    fps: Positive
+    num_frames: Index
+    start_frame_idx: Index
+    resolution: Size | None = None  # stores of the public code may not say it
+    crop: Annotated[list[int | None], msgspec.Meta(min_length=4, max_length=4)] | None = None
+
+
+def check_record(value: Any) -> Record:
+    """Return a record as the schema has it: whole numbers that were written as 12.0 become 12.
+
+    Raises:
+        ValueError: it is no clip; the message goes on behind "record 7".
+    """
+    try:
+        msgspec.convert(value, Clip)
+    except msgspec.ValidationError as error:
+        whole = _whole_numbers(value) if isinstance(value, dict) else {}
+        if not whole:
+            raise ValueError(f"is no clip that can be trained on: {error}") from None
+        return check_record({**value, **whole})
+    return cast(Record, value)
+
+
+def _whole_numbers(record: dict[Any, Any]) -> dict[str, Any]:
+    """Return what is to be changed."""
+    changed: dict[str, Any] = {}
+    for key in ("num_frames", "start_frame_idx", "crop"):
+        given = record.get(key)
+        numbers = given if isinstance(given, list) else [given]
+        if any(isinstance(number, float) and number.is_integer() for number in numbers):
+            whole = [int(number) if isinstance(number, float) and number.is_integer() else number for number in numbers]
+            changed[key] = whole if isinstance(given, list) else whole[0]
+    return changed
 
 
 class Annotation(NamedTuple):

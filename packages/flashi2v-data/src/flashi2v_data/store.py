@@ -1,9 +1,10 @@
 """Records in LMDB: read from disk one by one, so that neither a large set nor many workers fill the memory.
 
 A store of this package holds under the key `header` a msgpack map: `schema` (1), `count`, `compression` (null or
-"zstd"), `config` (what it was made with) and, where a filter wrote it, `report`. Records have keys of 12 digits, from
-000000000000 on; each is a msgpack map, compressed by itself. `!state` says how the writing went. Stores of the public
-code have such keys too, pickled values and no header.
+"zstd"), `config` (what it was made with), `checksum` ("xxh3_64") and, where a filter wrote it, `report`. Records have
+keys of 12 digits, from 000000000000 on; each is a msgpack map, compressed by itself. `!state` says how the writing
+went. Behind every value stand 8 bytes of checksum. Stores of the public code have such keys too, pickled values and no
+header.
 """
 
 import bisect
@@ -16,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
-import msgspec
 
 from flashi2v_data import lmdb_files
-from flashi2v_data.errors import InputError
+from flashi2v_data.errors import InputError, RecordError
 from flashi2v_data.legacy import load_value
-from flashi2v_data.lmdb_files import open_shared
-from flashi2v_data.records import Record
+from flashi2v_data.lmdb_files import DAMAGED, open_shared, unseal, unseal_header, warn_unsealed
+from flashi2v_data.records import Record, check_record
 from flashi2v_data.store_writer import HEADER, SCHEMA, StoreWriter, key_of
 from flashi2v_data.values import ValueCodec
 
@@ -73,7 +73,10 @@ class LmdbStore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.paths = _parts(Path(path))
         self._open = _OpenStores()
-        headers = [_read_header(path, opened) for path, opened in zip(self.paths, self._transactions())]
+        headers, sealed = zip(*map(_read_header, self.paths, self._transactions()))
+        warn_unsealed(
+            [path for path, is_sealed in zip(self.paths, sealed) if not is_sealed], "filter again to have them"
+        )
         self.config: dict[str, Any] = headers[0]["config"]
         self.reports: list[dict[str, Any]] = [header["report"] for header in headers if "report" in header]
         for path, header in zip(self.paths, headers):
@@ -81,10 +84,7 @@ class LmdbStore:
             if _limits(header) != _limits(headers[0]):
                 raise InputError(f"{path} was filtered with other settings than {self.paths[0]}: filter them alike")
         self._ends = list(itertools.accumulate(header["count"] for header in headers))
-        self._read = [
-            _legacy_record if header["schema"] is None else ValueCodec(header["compression"]).unpack
-            for header in headers
-        ]
+        self._readers = [_Reader(header, is_sealed) for header, is_sealed in zip(headers, sealed)]
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -95,21 +95,24 @@ class LmdbStore:
 
         Raises:
             IndexError: there is no such record.
-            InputError: its value is damaged, or a pickle that might run code.
+            RecordError: it is damaged, a pickle that might run code, or no clip.
+            InputError: the store has been removed.
         """
         ends = self._ends
         if not 0 <= index < ends[-1]:
             raise IndexError(f"record {index} of {len(self)}")
         part = bisect.bisect_right(ends, index)
         number = index - ends[part - 1] if part else index
-        value: Any = self._transactions()[part].get(key_of(number))
-        if value is None:
-            raise InputError(f"{self.paths[part]}: record {number} is missing")
+        key = key_of(number)
         try:
-            record: Record = self._read[part](value)
-        except ValueError as error:
-            raise InputError(f"{self.paths[part]}: record {number} {error}") from None
-        return record
+            value = self._transactions()[part].get(key)
+            if value is None:
+                raise ValueError(f"is missing: {DAMAGED}")
+            return self._readers[part](key, value)
+        except (ValueError, lmdb.Error) as error:
+            if isinstance(error, InputError):
+                raise
+            raise RecordError(str(self.paths[part]), f"record {number} {error}") from None
 
     def __iter__(self) -> Iterator[Record]:
         """Yield all records in order."""
@@ -160,21 +163,49 @@ def _parts(path: Path) -> list[Path]:
     return parts
 
 
-def _read_header(path: Path, transaction: lmdb.Transaction) -> dict[str, Any]:
-    value = transaction.get(HEADER)
-    if value is None:
-        return {"schema": None, "count": _count_records(path, transaction), "compression": None, "config": {}}
+class _Reader:
+    """Makes a record of a stored value."""
+
+    def __init__(self, header: dict[str, Any], is_sealed: bool) -> None:
+        self._is_sealed = is_sealed
+        self._unpack = _legacy_record if header["schema"] is None else ValueCodec(header["compression"]).unpack
+
+    def __call__(self, key: bytes, value: Any) -> Record:
+        if self._is_sealed:
+            try:
+                value = unseal(key, value)
+            except ValueError as error:
+                raise ValueError(f"{error}: {DAMAGED}") from None
+        return check_record(self._unpack(value))
+
+
+def _read_header(path: Path, transaction: lmdb.Transaction) -> tuple[dict[str, Any], bool]:
+    """Return the header of a store, and whether its values have checksums."""
     try:
-        header = msgspec.msgpack.decode(value, type=dict[str, Any])
-    except msgspec.DecodeError:
-        header = {}
-    if header.get("schema") == SCHEMA and not {"count", "compression", "config"} <= header.keys():
+        value = transaction.get(HEADER)
+        if value is None:
+            count = _count_records(path, transaction)
+            return {"schema": None, "count": count, "compression": None, "config": {}}, False
+    except lmdb.Error as error:
+        raise InputError(f"{path}: is damaged ({error}): {DAMAGED}") from None
+    header, is_sealed = unseal_header(path, HEADER, value)
+    if header.get("schema") == SCHEMA and not _is_ours(header):
         raise InputError(f"{path}: is no store of clips; `flashi2v-data filter` writes them")  # features, for example
     if header.get("schema") != SCHEMA:
         raise InputError(
             f"{path}: has schema {header.get('schema')}, this version reads {SCHEMA}: update flashi2v-data"
         )
-    return header
+    return header, is_sealed
+
+
+def _is_ours(header: dict[str, Any]) -> bool:
+    return (
+        type(header.get("count")) is int
+        and header["count"] >= 0
+        and header.get("compression") in (None, "zstd")
+        and "compression" in header
+        and isinstance(header.get("config"), dict)
+    )
 
 
 def _count_records(path: Path, transaction: lmdb.Transaction) -> int:

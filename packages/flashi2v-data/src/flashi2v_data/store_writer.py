@@ -12,7 +12,7 @@ import lmdb
 import msgspec
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.lmdb_files import FIRST_MAP_SIZE, storage, write
+from flashi2v_data.lmdb_files import CHECKSUM, FIRST_MAP_SIZE, check_file, seal, storage, unseal_header, write
 from flashi2v_data.values import Compression
 
 SCHEMA = 1
@@ -60,6 +60,7 @@ class StoreWriter:
         self._lock: int | None = _lock(part)
         # Without sync after every batch: nothing may be read before the rename, and a last sync precedes it. Never
         # with a writable map, through which a full disk would kill the process.
+        check_file(part)
         self._environment = lmdb.open(str(part), map_size=FIRST_MAP_SIZE, sync=False, lock=False)
         try:
             self._continue()
@@ -75,7 +76,9 @@ class StoreWriter:
                 raise InputError(f"{self._part} is not what an unfinished run left: remove it")
             self._commit()  # so that even an empty part says what it is for
             return
-        saved = msgspec.msgpack.decode(value)
+        saved, is_sealed = unseal_header(self._part, _STATE, value)
+        if not is_sealed or not {"purpose", "state", "count"} <= saved.keys():
+            raise InputError(f"{self._part} was begun by another version: remove it")
         if saved["purpose"] != self._purpose:
             changed = [key for key, value in self._purpose.items() if saved["purpose"].get(key) != value]
             raise InputError(
@@ -115,6 +118,7 @@ class StoreWriter:
         if final.exists():
             raise InputError(f"{final} exists: remove it, or choose another place")
         header = {"schema": SCHEMA, "count": self.count, "compression": compression, "config": dict(config), **more}
+        header["checksum"] = CHECKSUM
         self._commit(msgspec.msgpack.encode(header))
         with storage(self._part, _ADVICE):
             self._environment.sync(True)
@@ -128,13 +132,14 @@ class StoreWriter:
         state = msgspec.msgpack.encode({"purpose": self._purpose, "state": self.state, "count": self.count})
 
         def put(transaction: lmdb.Transaction) -> None:
-            transaction.put(_STATE, state)
+            transaction.put(_STATE, seal(_STATE, state))
             with transaction.cursor() as cursor:
-                items = zip(map(key_of, range(first, self.count)), self._waiting)
+                keys = [*map(key_of, range(first, self.count))]
+                items = zip(keys, map(seal, keys, self._waiting))
                 written = cursor.putmulti(items, append=True)
             assert written == (num_values, num_values), written
             if header is not None:
-                transaction.put(HEADER, header)
+                transaction.put(HEADER, seal(HEADER, header))
 
         write(self._environment, put, _ADVICE)
         self._waiting.clear()

@@ -9,8 +9,8 @@ import zstandard
 from flashi2v_data.records import Record
 
 Compression = Literal["zstd"]
-# A value that claims to be larger is not one of ours.
-MAX_VALUE_BYTES = 64 << 20
+# Read, a value may take 70 times its bytes (a list of empty lists); this is more than any clip needs, and harmless.
+MAX_VALUE_BYTES = 8 << 20
 
 
 class ValueCodec:
@@ -30,12 +30,14 @@ class ValueCodec:
         return ValueCodec, (self._compression,)
 
     def pack(self, record: Record) -> bytes | None:
-        """Return the value, or None where the record holds what msgpack cannot: huge numbers, broken Unicode."""
+        """Return the value, or None where the record is too large or holds what msgpack cannot: huge numbers, say."""
         try:
             value = self._encode(record)
         except UnicodeEncodeError:
             return self._pack_bytes_path(record)
         except (OverflowError, TypeError, ValueError, RecursionError):
+            return None
+        if len(value) > MAX_VALUE_BYTES:
             return None
         return self._compressor.compress(value) if self._compressor else value
 
@@ -55,8 +57,11 @@ class ValueCodec:
             ValueError: the value is damaged.
         """
         try:
-            record = self._decode(decompress(value) if self._compression else value)
-        except (msgspec.DecodeError, zstandard.ZstdError) as error:
+            data = decompress(value) if self._compression else value
+            if len(data) > MAX_VALUE_BYTES:
+                raise ValueError(f"more than {MAX_VALUE_BYTES >> 20} MiB")
+            record = self._decode(data)
+        except (ValueError, zstandard.ZstdError, RecursionError) as error:
             raise ValueError(f"is damaged: {error}") from None
         if type(record) is dict and type(record.get("path")) is bytes:
             record["path"] = os.fsdecode(record["path"])

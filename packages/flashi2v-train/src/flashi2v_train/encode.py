@@ -1,5 +1,6 @@
 """`flashi2v-encode`: latents of clips and states of captions, written to a store ahead of training."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,6 @@ from tqdm import tqdm
 
 import flashi2v_train
 from flashi2v_data.atomic import atomic_file, check_directory
-from flashi2v_data.captions import clean_caption
 from flashi2v_data.console import configure_logging, run
 from flashi2v_data.dataset import FlashI2VDataset
 from flashi2v_data.errors import DecodeError, InputError
@@ -269,9 +269,9 @@ def _captions(dataset: FlashI2VDataset, indices: range) -> set[str]:
     """Return all captions that training may see of some records, and the empty one, as they are tokenised."""
     captions = {""}
     for index in indices:
-        caption = dataset.store[index]["cap"]
-        captions.update(caption if isinstance(caption, list) else [caption])
-    return {clean_caption(caption) if dataset.config.clean_captions else caption for caption in captions}
+        with contextlib.suppress(DecodeError):  # a record at fault, for which another stands in
+            captions.update(dataset.captions(index))
+    return captions
 
 
 def main() -> None:
