@@ -12,11 +12,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lmdb
 import msgspec
-import xxhash
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from flashi2v_data.errors import InputError, StorageError
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_MAP_SIZE = 64 << 20
 CHECKSUM = "xxh3_64"
+AnyBytes = TypeVar("AnyBytes", bytes, memoryview)
 _CHECKSUM_BYTES = 8
 
 # LMDB forbids opening a file twice in a process, and a forked child counts as having opened what its parent had.
@@ -118,25 +119,24 @@ def _read_meta(file: str, descriptor: int, offset: int) -> tuple[int, ...]:
     return meta
 
 
-def seal(key: bytes, value: bytes | memoryview) -> bytes:
+def seal(key: bytes, value: bytes) -> bytes:
     """Return what is stored of a value: with a checksum behind it, of the value and its key."""
-    return b"".join((value, xxhash.xxh3_64_digest(value, xxhash.xxh3_64_intdigest(key))))
+    return value + xxh3_64_digest(value, xxh3_64_intdigest(key))
 
 
-def unseal(key: bytes, stored: bytes | memoryview) -> memoryview:
+def unseal(key: bytes, stored: AnyBytes) -> AnyBytes:
     """Return the value that was sealed.
 
     Raises:
         ValueError: it is not as it was written.
     """
-    view = memoryview(stored)
-    value, checksum = view[:-_CHECKSUM_BYTES], view[-_CHECKSUM_BYTES:]
-    if xxhash.xxh3_64_digest(value, xxhash.xxh3_64_intdigest(key)) != checksum:
+    value = stored[:-_CHECKSUM_BYTES]
+    if xxh3_64_digest(value, xxh3_64_intdigest(key)) != stored[-_CHECKSUM_BYTES:]:
         raise ValueError("is damaged, its checksum differs")
     return value
 
 
-def unseal_header(path: str | os.PathLike[str], key: bytes, stored: bytes | memoryview) -> tuple[dict[str, Any], bool]:
+def unseal_header(path: str | os.PathLike[str], key: bytes, stored: bytes) -> tuple[dict[str, Any], bool]:
     """Return what the header of a store holds, and whether its values are sealed as it is.
 
     Raises:
@@ -145,7 +145,7 @@ def unseal_header(path: str | os.PathLike[str], key: bytes, stored: bytes | memo
     try:
         value, is_sealed = unseal(key, stored), True
     except ValueError:
-        value, is_sealed = memoryview(stored), False
+        value, is_sealed = stored, False
     try:
         header = msgspec.msgpack.decode(value, type=dict[str, Any])
     except (ValueError, RecursionError):

@@ -182,7 +182,7 @@ class _Reader:
 def _read_header(path: Path, transaction: lmdb.Transaction) -> tuple[dict[str, Any], bool]:
     """Return the header of a store, and whether its values have checksums."""
     try:
-        value = transaction.get(HEADER)
+        value: Any = transaction.get(HEADER)
         if value is None:
             count = _count_records(path, transaction)
             return {"schema": None, "count": count, "compression": None, "config": {}}, False

@@ -49,7 +49,7 @@ class StoreWriter:
     def __init__(self, part: Path, purpose: Mapping[str, Any] | None = None, *, resume: bool = False) -> None:
         self._part = part
         self._purpose = dict(purpose or {})
-        self._waiting: list[bytes | memoryview] = []
+        self._waiting: list[bytes] = []
         self._state_of: Callable[[], Any] = lambda: None
         self._num_appended = 0
         self.state: Any = None
@@ -93,7 +93,7 @@ class StoreWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def append(self, values: Sequence[bytes | memoryview], state: Callable[[], Any] = lambda: None) -> None:
+    def append(self, values: Sequence[bytes], state: Callable[[], Any] = lambda: None) -> None:
         """Add values; `state` gives what to go on from behind these. It is called when they are written.
 
         Raises:
