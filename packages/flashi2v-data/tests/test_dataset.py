@@ -61,6 +61,7 @@ def test_a_sample_depends_on_seed_and_key_alone(dataset):
     assert torch.equal(one["video"], other["video"])
     assert one["caption"] == other["caption"]
     assert torch.equal(second[4]["video"], second[SampleKey(0, 4)]["video"])
+    assert torch.equal(second[(1, 4)]["video"], one["video"])
 
 
 def test_the_video_is_a_run_of_consecutive_frames_that_varies_with_epoch_and_seed(dataset, store_path):

@@ -85,7 +85,7 @@ def test_a_resumed_loader_continues_where_batches_were_delivered(batches, data_c
 
 def test_an_accelerator_is_sent_pictures_and_gets_the_video(data_config):
     # A stand-in for hardware that runs the same operations on shapes alone.
-    loader = build_dataloader(data_config(), seed=3, batch_size=4, device=torch.device("meta"))
+    loader = build_dataloader(data_config(), seed=3, batch_size=4, device="meta")
     video = next(iter(loader))["video"]
     assert (video.shape, video.dtype, video.device.type) == ((4, 3, 5, 32, 48), torch.float32, "meta")
 
@@ -543,6 +543,20 @@ def test_a_caption_without_features_is_an_error(data_config, encoded):
     loader = build_dataloader(data_config(features_path=path, load_text_features=True), seed=3, batch_size=4)
     with pytest.raises(InputError, match=r"holds no features of caption .*: run flashi2v-encode again"):
         list(islice(loader, 6))
+
+
+def test_features_that_do_not_fit_into_one_batch_are_an_error(data_config, encoded):
+    path, plain = encoded
+    with FeatureWriter(path, {"vae": "mean"}) as writer:
+        writer.put({plain.clip_key(5): {"mean": torch.zeros(3, 4)}})
+    loader = build_dataloader(data_config(features_path=path, load_video_features=True), seed=3, batch_size=12)
+    with pytest.raises(InputError, match=r"features_path: .*'mean': \(3, 4\)} do not fit into one batch"):
+        next(iter(loader))
+
+
+def test_a_batch_of_none_is_refused(data_config):
+    with pytest.raises(InputError, match="batch_size must be 1 or more, got 0"):
+        build_dataloader(data_config(), seed=3, batch_size=0)
 
 
 def test_a_store_may_hold_fewer_records_than_there_are_ranks(data_config):

@@ -117,8 +117,7 @@ class FlashI2VDataset(Dataset[Sample]):
             IndexError: there is no such record.
             InputError: features of a caption are to be loaded, and are missing.
         """
-        if not isinstance(key, tuple):
-            key = SampleKey(0, key)
+        key = SampleKey(*key) if isinstance(key, tuple) else SampleKey(0, key)
         pictures = np.empty(self.pictures_shape, np.uint8)
         sample = self.read_some(key, pictures)
         if len(pictures):

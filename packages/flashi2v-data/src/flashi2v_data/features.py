@@ -165,7 +165,7 @@ class FeatureStore:
                     return safetensors.torch.load(
                         bytes(unseal(key, memoryview(value))) if self._is_sealed[path] else value
                     )
-                except (ValueError, safetensors.SafetensorError) as error:
+                except (ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
                     raise InputError(f"{path}: the features {key.hex()} are damaged ({error}): {DAMAGED}") from None
         return None
 

@@ -6,7 +6,6 @@ looked at before it is mapped. LMDB has no checksums either; `seal` appends one 
 
 import logging
 import os
-import stat
 import struct
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import msgspec
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from flashi2v_data.errors import InputError, StorageError
+from flashi2v_data.textfile import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +79,10 @@ def check_file(path: str | os.PathLike[str]) -> None:
         InputError: it is no regular file, no LMDB, or shorter than it says of itself.
     """
     file = os.path.join(path, "data.mdb") if os.path.isdir(path) else os.fspath(path)
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return
-    except OSError as error:
-        raise InputError(f"{file}: cannot be opened as LMDB: {error.strerror}") from None
+    descriptor = open_regular(file)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise InputError(f"{file}: cannot be opened as LMDB: is no regular file")
         if os.fstat(descriptor).st_size:
             _check_pages(file, descriptor)
     finally:

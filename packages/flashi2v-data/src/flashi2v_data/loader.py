@@ -62,7 +62,7 @@ def build_dataloader(
     rank: int = 0,
     num_replicas: int = 1,
     consumed: int = 0,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     made_by: Mapping[str, Any] | None = None,
     num_required: int | None = None,
 ) -> "StatefulLoader":
@@ -127,6 +127,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def _stack_features(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    shapes = [{part: tuple(tensor.shape) for part, tensor in tensors.items()} for tensors in features]
+    if other := next((found for found in shapes if found != shapes[0]), None):
+        raise InputError(f"features_path: {shapes[0]} and {other} do not fit into one batch: encode again, all alike")
     return {part: torch.stack([tensors[part] for tensors in features]) for part in features[0]}
 
 
@@ -150,8 +153,10 @@ class StatefulLoader:
         sampler: StatefulDistributedSampler,
         batch_size: int,
         config: DataloaderParam,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size must be 1 or more, got {batch_size}")
         self.dataset = dataset
         self.batch_size = batch_size
         self.skipped: set[str] = set()
@@ -161,7 +166,7 @@ class StatefulLoader:
         self._delivered = sampler.state_dict()
         self._config = config
         self._pins = config.pin_memory and torch.accelerator.is_available()
-        self._device = device or torch.device("cpu")
+        self._device = torch.device(device or "cpu")
         self._readers: _Readers | None = None
         self._live: object = None  # the token of the iteration that may go on
 

@@ -18,7 +18,7 @@ import msgspec
 import zstandard
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.records import Annotation
+from flashi2v_data.records import Annotation, Index
 from flashi2v_data.textfile import open_regular
 
 # What is parsed of one piece should stay in the processor's cache, and be worth sending to another process.
@@ -244,9 +244,6 @@ class PlainResolution(msgspec.Struct, forbid_unknown_fields=True):
     width: int | float
 
 
-_Index = Annotated[int, msgspec.Meta(ge=0, le=10**12)]  # see limits.is_number
-
-
 class PlainEntry(msgspec.Struct, forbid_unknown_fields=True):
     """A complete entry of the documented keys alone, all of the right type: it is read and judged fastest."""
 
@@ -255,7 +252,7 @@ class PlainEntry(msgspec.Struct, forbid_unknown_fields=True):
     resolution: PlainResolution
     fps: int | float
     num_frames: int
-    cut: Annotated[list[_Index], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
+    cut: Annotated[list[Index], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
     motion: int | float | msgspec.UnsetType = msgspec.UNSET
     start_frame_idx: int = 0
 

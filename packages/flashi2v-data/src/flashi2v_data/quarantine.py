@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.textfile import read_text
 
 logger = logging.getLogger(__name__)
+
+# Of a list; a million clips take less.
+_MAX_BYTES = 256 << 20
 
 
 class Quarantine:
@@ -33,10 +37,10 @@ class Quarantine:
         self._reasons: dict[tuple[str, int | None], str | None] = {}  # None for a clip that is to be tried again
         self._writable = True
         try:
-            text = self.path.read_text(encoding="ascii") if self.path.exists() else ""
+            text = read_text(self.path, _MAX_BYTES) if os.path.lexists(self.path) else ""
             for line in text.split("\n")[:-1]:  # what another process is just writing has no end yet
                 self._take(json.loads(line))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise InputError(f"{self.path}: is no list of unreadable clips, remove it: {error}") from None
 
     def __len__(self) -> int:

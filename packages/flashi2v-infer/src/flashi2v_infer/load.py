@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from flashi2v_data.errors import InputError
+from flashi2v_data.tokenizer import load_model
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.model_index import check_model_index
@@ -214,8 +215,4 @@ def _load_tokenizer(path: str) -> Any:
     _check_tokenizer(path)
     with named("tokenizer.from_pretrained"):
         check_directory(Path(path))
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever the libraries raise on what they cannot read
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"tokenizer.from_pretrained: {path} holds no tokenizer: {reason}") from error
+    return load_model(path, "tokenizer.from_pretrained")
