@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from hypothesis import settings
 
@@ -52,13 +53,15 @@ def tokenizer_path(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def write_hanging_video():
-    """Write a file, regular to look at, whose end a decoder never sees: it leads to a pipe, which is returned."""
+    """Write a file whose end a decoder takes hours to see: a transport stream with a terabyte of nothing."""
 
-    def write(path: Path) -> Path:
-        pipe = path.with_suffix(".pipe")
-        os.mkfifo(pipe)
-        path.write_text(f"ffconcat version 1.0\nfile {pipe.name}\n")
-        return pipe
+    def write(path: Path) -> None:
+        with av.open(str(path), "w", format="mpegts") as container:
+            stream = container.add_stream("mpeg2video", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+            for packet in [*stream.encode(av.VideoFrame(48, 32, "yuv420p")), *stream.encode(None)]:
+                container.mux(packet)
+        os.truncate(path, 1 << 40)
 
     return write
 

@@ -15,7 +15,7 @@ import pytest
 from flashi2v_data import decode, pyav
 from flashi2v_data.decode import read_frames, resolve_backend
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.probe import probe
+from flashi2v_data.probe import VideoInfo, probe
 from flashi2v_data.video import write_video
 
 NUM_FRAMES = 300
@@ -113,7 +113,7 @@ def test_probe_counts_frames_where_the_header_does_not(tmp_path, clip):
             if packet.dts is not None:
                 packet.stream = stream
                 target.mux(packet)
-    assert probe(path) == probe(clip) == (36, 72, 24.0, NUM_FRAMES)
+    assert probe(path) == probe(clip) == VideoInfo(36, 72, 24.0, NUM_FRAMES)
 
 
 # ---- kinds of video ------------------------------------------------------------------------------------------------
@@ -248,8 +248,8 @@ def test_the_kinds_of_video_are_what_their_names_say(kinds):
             return [packet for packet in container.demux(video=0) if packet.size]
 
     for name in ("open groups.mp4", "hevc with open groups.mp4"):
-        assert decode._has_open_groups(packets(name)), name
-    assert not decode._has_open_groups(packets("hevc.mp4"))
+        assert decode._has_open_groups(pyav.Video(str(kinds / name))), name
+    assert not decode._has_open_groups(pyav.Video(str(kinds / "hevc.mp4")))
     assert any(packet.is_discard for packet in packets("edit list.mp4"))
     assert len(_played(kinds / "edit list.mp4")) == 50
     assert sum(packet.is_keyframe for packet in packets("long group.mp4")) == 1
@@ -273,14 +273,14 @@ def test_the_kinds_of_video_are_what_their_names_say(kinds):
 )
 def test_no_more_is_decoded_than_the_key_frames_ask_for(kinds, monkeypatch, name, places, most):
     decoded = []
-    original = pyav._Video._decode
+    original = pyav.Video._decode
 
-    def counting(self, first):
-        for found in original(self, first):
-            decoded.append(found[0])
-            yield found
+    def counting(self, packets):
+        for frame in original(self, packets):
+            decoded.append(frame)
+            yield frame
 
-    monkeypatch.setattr(pyav._Video, "_decode", counting)
+    monkeypatch.setattr(pyav.Video, "_decode", counting)
     read_frames(kinds / name, list(places), "pyav")
     assert len(decoded) <= most
 

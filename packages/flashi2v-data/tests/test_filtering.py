@@ -112,7 +112,7 @@ def test_an_interrupted_filter_goes_on_where_it_stopped_and_opens_no_video_twice
         "flashi2v-data: lmdb/unfinished is what an unfinished run left: continue it by --resume, or remove it\n"
     )
     for path in (place / "videos").iterdir():
-        if path.is_file():
+        if path.name != "hangs.mp4":
             status = path.stat()
             path.write_bytes(b"x" * status.st_size)
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

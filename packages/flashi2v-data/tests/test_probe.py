@@ -126,16 +126,25 @@ def test_a_file_that_never_answers_costs_its_time_alone(tmp_path, video, write_h
         assert prober.result(prober.submit(str(video.with_name("000002.mp4")))) == INFO
 
 
+def _has_open(process: int, path) -> bool:
+    try:
+        return any(os.readlink(entry.path) == str(path) for entry in os.scandir(f"/proc/{process}/fd"))
+    except FileNotFoundError:  # closed meanwhile
+        return False
+
+
 def test_a_file_that_ends_its_processes_costs_itself_alone(tmp_path, video, write_hanging_video):
-    pipe = write_hanging_video(tmp_path / "crashes.mp4")
+    write_hanging_video(tmp_path / "crashes.mp4")
 
     def crash():
         for _ in range(2):
-            with open(pipe, "wb"):  # waits until a process reads from it
-                (worker,) = prober._pool._workers
-                os.kill(worker.process.pid, signal.SIGSEGV)
-                while worker in prober._pool._workers:
-                    time.sleep(0.01)
+            workers = []
+            while not workers:
+                time.sleep(0.01)
+                workers = [w for w in prober._pool._workers if _has_open(w.process.pid, tmp_path / "crashes.mp4")]
+            os.kill(workers[0].process.pid, signal.SIGSEGV)
+            while workers[0] in prober._pool._workers:
+                time.sleep(0.01)
 
     with closing(Prober(1)) as prober:
         crashing = prober.submit(str(tmp_path / "crashes.mp4"))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.probe import probe
+from flashi2v_data.probe import VideoInfo, probe
 from flashi2v_data.video import write_video
 
 FRAMES = np.full((5, 32, 48, 3), (200, 60, 30), dtype=np.uint8)
@@ -22,7 +22,7 @@ def test_a_video_is_written_with_its_rate_size_and_colours(tmp_path):
         decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert decoded.shape == FRAMES.shape
     assert np.abs(decoded.astype(int) - FRAMES).max() <= 4
-    assert probe(path) == (32, 48, 30000 / 1001, 5)
+    assert probe(path) == VideoInfo(32, 48, 30000 / 1001, 5)
 
 
 def test_metadata_of_any_name_is_kept(tmp_path):

@@ -235,6 +235,11 @@ class FilterConfig(Settings):
     )
     tokenizer_max_length: PositiveInt | None = Field(None, description="Tokens that training reads of a caption.")
     compression: Literal["zstd"] | None = Field(None, description="Compress every value of the LMDB.")
+    geometry: Literal["upright", "reference"] = Field(
+        "upright",
+        description="Whether pictures are upright and of square pixels, or as the reference's decoder gives them.",
+    )
+    tone_map: bool = Field(False, description="Keep HDR videos, which training then shows as on other screens.")
     probe_cache_path: str | None = Field(
         None, description="Directory that keeps what videos said, for further filters; default <save_path>/probe_cache."
     )
@@ -445,6 +450,11 @@ class DatasetParam(Settings):
     )
     drop_empty_captions: bool = Field(False, description="Let other clips stand in for those whose caption is empty.")
     decoder: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"
+    geometry: Literal["upright", "reference"] = Field(
+        "upright",
+        description="Whether pictures are upright and of square pixels, or as the reference's decoder gives them.",
+    )
+    tone_map: bool = Field(False, description="Show HDR videos (PQ, HLG) as on other screens.")
     quarantine_path: str | None = Field(None, description="List of unreadable clips; the default lies beside the LMDB.")
     load_video_features: bool = False
     load_text_features: bool = False

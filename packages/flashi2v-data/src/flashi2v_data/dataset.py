@@ -16,7 +16,7 @@ from flashi2v_data.config import DatasetParam
 from flashi2v_data.decode import read_frames, resolve_backend
 from flashi2v_data.errors import DecodeError, InputError, RecordError
 from flashi2v_data.features import FeatureStore, text_key, video_key
-from flashi2v_data.frames import frame_indices, frame_interval
+from flashi2v_data.frames import Moments, frame_indices, frame_interval
 from flashi2v_data.quarantine import Quarantine
 from flashi2v_data.randomness import generator
 from flashi2v_data.records import Record
@@ -39,7 +39,7 @@ class _Sample(TypedDict):
     epoch: int
     index: int
     path: str
-    first_frame: int  # of the crop in time, counted in the file
+    first_frame: int  # of the crop in time, counted in the file; by the mean rate where that is irregular
     flipped: bool  # mirrored
     clip: bytes  # key of its features: file, frames, mirroring, part of the picture
     skipped: list[str]  # messages of the unreadable videos and faulty records that this one stands in for
@@ -212,7 +212,7 @@ class FlashI2VDataset(Dataset[Sample]):
             InputError: features of the caption are missing.
         """
         record = self._record(index)
-        frames, flip, clip = self._clip(index, key.epoch)
+        frames, moments, flip, clip = self._clip(index, key.epoch)
         caption = self._caption(record, key)
         tokens = self.tokenizer(caption)
         sample: Sample = {
@@ -245,7 +245,16 @@ class FlashI2VDataset(Dataset[Sample]):
             sample["video_features"] = features
         else:
             convert = self._converter(record, flip)
-            read_frames(record["path"], frames, self.decoder, convert=convert, out=pictures)
+            read_frames(
+                record["path"],
+                frames,
+                self.decoder,
+                convert=convert,
+                out=pictures,
+                geometry=self.config.geometry,
+                tone_map=self.config.tone_map,
+                moments=moments,
+            )
         return sample
 
     def clip_key(self, index: int) -> bytes:
@@ -254,19 +263,19 @@ class FlashI2VDataset(Dataset[Sample]):
         Raises:
             DecodeError: the record is at fault.
         """
-        return self._clip(index, 0)[2]
+        return self._clip(index, 0)[3]
 
-    def _clip(self, index: int, epoch: int) -> tuple[list[int], bool, bytes]:
-        """Return the frames of a record in an epoch, whether they are mirrored, and the key of their features."""
+    def _clip(self, index: int, epoch: int) -> tuple[list[int], Moments | None, bool, bytes]:
+        """Return the frames of a record in an epoch, their times, whether they are mirrored, the features' key."""
         record = self._record(index)
         # Features are encoded once for each record, so crop in time and mirroring are the same in every epoch, and for
         # whichever sample the record stands in.
         draw = SampleKey(0 if self.config.load_video_features else epoch, index)
-        frames = self._frames(record, draw)
+        frames, moments = self._frames(record, draw)
         flip = self._random("flip", draw) < self.transform.flip_probability
-        return frames, flip, video_key(record["path"], frames, flip=flip, crop=_crop(record))
+        return frames, moments, flip, video_key(record["path"], frames, flip=flip, crop=_crop(record))
 
-    def _frames(self, record: Record, key: SampleKey) -> list[int]:
+    def _frames(self, record: Record, key: SampleKey) -> tuple[list[int], Moments | None]:
         config = self.config
         interval = frame_interval(record["fps"], config.train_fps, config.sample_stride)
         if record["num_frames"] / interval > _MAX_FRAMES:
@@ -277,7 +286,11 @@ class FlashI2VDataset(Dataset[Sample]):
         )
         if end - begin < config.sample_num_frames:
             raise _record_fault(record, f"has {end} frames at the training rate, {config.sample_num_frames} are needed")
-        return indices[begin:end].tolist()
+        moments = None
+        if config.train_fps is not None:
+            seconds = (np.arange(begin, end) * interval / record["fps"]).tolist()
+            moments = Moments(record["start_frame_idx"], record["start_frame_idx"] + record["num_frames"], seconds)
+        return indices[begin:end].tolist(), moments
 
     def _converter(self, record: Record, flip: bool) -> Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]:
         crop = _crop(record)
@@ -359,7 +372,7 @@ def _record_fault(record: Record, reason: str) -> DecodeError:
 
 def _check_fit(store: LmdbStore, config: DatasetParam) -> None:
     """A store holds clips that are long enough at one rate; another rate or length would fail clip by clip."""
-    for key in ("train_fps", "sample_stride"):
+    for key in ("train_fps", "sample_stride", "geometry"):
         if key in store.config and store.config[key] != getattr(config, key):
             raise InputError(
                 f"{store.paths[0]} was filtered with {key} {store.config[key]}, data.json says {getattr(config, key)}: "

@@ -4,15 +4,19 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashi2v_data import pyav
+from flashi2v_data.colour import is_hdr
 from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.frames import Moments, frames_at, is_irregular
+from flashi2v_data.geometry import BY_ANGLE, Way
+from flashi2v_data.pyav import Video
+from flashi2v_data.video import file_url
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +63,15 @@ def read_frames(
     *,
     convert: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None] | None = None,
     out: NDArray[np.uint8] | None = None,
+    geometry: Way = "upright",
+    tone_map: bool = False,
+    moments: Moments | None = None,
 ) -> NDArray[np.uint8]:
     """Read frames by their place in the order of display; places may repeat and come in any order.
 
-    All backends give the same frames, turned as the file's display matrix says, without those that its edit list
-    leaves out. Where a decoder is known to differ from the others (`_difference`), PyAV stands in, which is logged
-    once for every reason. Two threads work: one decodes, the other calls `convert`.
+    All backends give the same frames, upright and of square pixels, without those that an edit list leaves out.
+    Where a decoder is known to differ from the others (`_difference`), PyAV stands in, which is logged once for every
+    reason. Two threads work: one decodes, the other calls `convert`.
 
     Args:
         path: of a regular file.
@@ -74,6 +81,9 @@ def read_frames(
             the frame into its place in `out`, cropped, resized, or in another order, so that no clip is ever held at
             full size. It needs `out`.
         out: where the result goes, of T places; the default makes a new array.
+        geometry: see `geometry.Way`.
+        tone_map: show HDR videos as on other screens; without it a warning names the first.
+        moments: when the frames are to be shown; in a file of irregular rate these choose them, not `indices`.
 
     Returns:
         (T, H, W, 3), uint8 RGB, T = len(indices); or `out`.
@@ -83,20 +93,43 @@ def read_frames(
         InputError: the backend is not installed.
     """
     name = os.fspath(path)
+    if len(indices) == 0:
+        raise InputError(f"{name}: no frame was asked for")
+    if min(indices) < 0:
+        raise DecodeError(name, f"there is no frame {min(indices)}")
+    decoder = resolve_backend(backend)
+    with Video(name, geometry, tone_map=tone_map) as video:
+        if moments is not None and is_irregular(video.seconds):
+            indices = _chosen(video, moments)
+        return _read(video, [int(index) for index in indices], decoder, convert, out)
+
+
+def _chosen(video: Video, moments: Moments) -> list[int]:
+    chosen = frames_at(moments, video.seconds)
+    if chosen is None:
+        asked = moments.seconds[-1] - moments.seconds[0]
+        reason = f"frames {moments.start} to {moments.end - 1} last less than {asked:.2f} s: the rate is irregular"
+        raise DecodeError(video.path, reason, is_of_record=True)
+    return chosen
+
+
+def _read(
+    video: Video,
+    indices: list[int],
+    decoder: _Decoder,
+    convert: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None] | None,
+    out: NDArray[np.uint8] | None,
+) -> NDArray[np.uint8]:
+    name = video.path
     positions: dict[int, list[int]] = {}
     for position, index in enumerate(indices):
-        positions.setdefault(int(index), []).append(position)
-    if not positions:
-        raise InputError(f"{name}: no frame was asked for")
+        positions.setdefault(index, []).append(position)
     wanted = sorted(positions)
-    if wanted[0] < 0:
-        raise DecodeError(name, f"there is no frame {wanted[0]}")
-    pyav.check_file(name)
     size: tuple[int, ...] | None = None
     # While one frame is converted, the next is decoded: no more than two are held at full size.
     with ThreadPoolExecutor(1, "convert") as converter:
         converted: Future[None] | None = None
-        for frame, index in zip(_frames(name, wanted, resolve_backend(backend)), wanted):
+        for frame, index in zip(_frames(video, wanted, decoder), wanted):
             if size is None:
                 size = frame.shape
                 out = np.empty((len(indices), *size), np.uint8) if out is None else out
@@ -129,60 +162,62 @@ def _place(
         out[position] = out[first]
 
 
-def _frames(path: str, indices: list[int], decoder: _Decoder) -> Iterator[NDArray[np.uint8]]:
+def _frames(video: Video, indices: list[int], decoder: _Decoder) -> Iterator[NDArray[np.uint8]]:
     if decoder != "pyav":
-        reason = _difference(path, decoder)
+        reason = _difference(video, decoder)
         if reason is not None:
             _note(decoder, reason)
             decoder = "pyav"
     if decoder == "decord":
-        return _read_decord(path, indices)
-    return _read_torchcodec(path, indices) if decoder == "torchcodec" else pyav.read(path, indices)
+        return _read_decord(video, indices)
+    return _read_torchcodec(video, indices) if decoder == "torchcodec" else video.pictures(indices)
 
 
-def _difference(path: str, decoder: Literal["decord", "torchcodec"]) -> str | None:
+def _difference(video: Video, decoder: Literal["decord", "torchcodec"]) -> str | None:
     """Tell for what kind of video a decoder is known not to give the frames that the others give, if this is one.
 
     Raises:
-        DecodeError: the file cannot be opened.
+        DecodeError: the file has no first frame.
     """
-    import av
-
     try:
-        path.encode()
+        video.path.encode()
     except UnicodeEncodeError:
         return "a path that is not UTF-8"
-    try:
-        with av.open(path, metadata_errors="replace") as container:
-            stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
-                raise DecodeError(path, "has no video stream")
-            codec, pixels, kind = stream.codec_context.name, stream.codec_context.format, container.format.name
-            odd = stream.width % 2 or stream.height % 2
-            edited = any(entry.is_discard for entry in stream.index_entries)
-            open_groups = decoder == "decord" and _has_open_groups(container.demux(stream))
-    except (av.FFmpegError, OSError) as error:
-        raise DecodeError(path, error.strerror or str(error)) from error
-    if edited:
+    frame, codec = video.first_frame(), video.stream.codec_context
+    if not all(packet.is_shown for packet in video.timed):
         return "frames that an edit list leaves out"
-    if not kind.startswith(("mov", "matroska")):
-        return f"the container {kind}"
-    if pixels is None or any(component.bits > 8 for component in pixels.components):
+    # Without frames that are stored before those shown earlier there is little to get wrong.
+    has_order_of_storage = all(packet.shown_at == packet.decoded_at for packet in video.timed)
+    if not video.format.startswith(_FORMATS) and not (has_order_of_storage and video.format in ("avi", "mpegts")):
+        return f"the container {video.format}"
+    if video.geometry(frame) not in BY_ANGLE:
+        return "mirrored pictures, or pixels that are no squares"
+    if is_hdr(frame):
+        return "HDR"
+    if any(component.bits > 8 for component in frame.format.components):
         return "more than 8 bits a colour"
-    if odd and pixels.name.startswith(("yuv420", "yuv422", "yuvj420", "yuvj422")):
+    is_odd = frame.width % 2 or frame.height % 2
+    if is_odd and frame.format.name.startswith(("yuv420", "yuv422", "yuvj420", "yuvj422")):
         return "an odd width or height with halved colour planes"
-    if decoder == "decord" and "av1" in codec:
+    if decoder == "decord" and "av1" in codec.name:
         return "AV1"
-    return "open groups of pictures" if open_groups else None
+    times = [packet.shown_at for packet in video.timed if packet.shown_at is not None]
+    if not video.is_ordered or (codec.has_b_frames and times == sorted(times)):
+        return "times that are not those of display"
+    return "open groups of pictures" if _has_open_groups(video) else None
 
 
-def _has_open_groups(packets: Iterable[Any]) -> bool:
-    """Tell whether frames shown before a key frame are stored after it (decord then miscounts after a jump)."""
+# Containers in which the others find frames as PyAV does.
+_FORMATS = ("mov", "matroska", "flv", "nut")
+
+
+def _has_open_groups(video: Video) -> bool:
+    """Tell whether frames shown before a key frame are stored after it (others miscount after a jump to it)."""
     key_time = None
-    for packet in packets:
-        if packet.is_keyframe:
-            key_time = packet.pts
-        elif key_time is not None and packet.pts is not None and packet.pts < key_time:
+    for packet in video.timed:
+        if packet.is_key:
+            key_time = packet.shown_at
+        elif key_time is not None and packet.shown_at is not None and packet.shown_at < key_time:
             return True
     return False
 
@@ -192,39 +227,40 @@ def _note(decoder: str, reason: str) -> None:
     logger.info("%s differs from the other decoders for %s: such videos are decoded by pyav", decoder, reason)
 
 
-def _read_decord(path: str, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
+def _read_decord(video: Video, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
     import decord
 
     try:
         # One thread: loader workers provide the parallelism, and decord's own pool costs memory in each of them.
-        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-        _check_range(path, indices, len(reader))
+        reader = decord.VideoReader(file_url(video.path), ctx=decord.cpu(0), num_threads=1)
+        _check_range(video.path, indices, len(reader))
         for begin in range(0, len(indices), _CHUNK):
             yield from reader.get_batch(indices[begin : begin + _CHUNK]).asnumpy()
     except DecodeError:
         raise
     except decord.DECORDError as error:
         if "DECORDArrayCopyFromTo" not in str(error):
-            raise DecodeError(path, _first_line(error), is_partial=True) from error
+            raise DecodeError(video.path, _first_line(error), is_partial=True) from error
         # decord 0.6 pads the rows of some narrow pictures (of 48 and 72 pixels, say) and fails at the first.
         _note("decord", "some narrow pictures")
-        yield from pyav.read(path, indices)
+        yield from video.pictures(indices)
     except RuntimeError as error:
-        raise DecodeError(path, _first_line(error), is_partial=True) from error
+        raise DecodeError(video.path, _first_line(error), is_partial=True) from error
 
 
-def _read_torchcodec(path: str, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
+def _read_torchcodec(video: Video, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
     from torchcodec.decoders import VideoDecoder
 
     try:
-        reader: Any = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-        _check_range(path, indices, len(reader))
+        url = file_url(video.path)
+        reader: Any = VideoDecoder(url, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+        _check_range(video.path, indices, len(reader))
         for begin in range(0, len(indices), _CHUNK):
             yield from reader.get_frames_at(indices[begin : begin + _CHUNK]).data.numpy()
     except DecodeError:
         raise
     except (RuntimeError, ValueError, IndexError) as error:
-        raise DecodeError(path, _first_line(error), is_partial=True) from error
+        raise DecodeError(video.path, _first_line(error), is_partial=True) from error
 
 
 def _first_line(error: Exception) -> str:

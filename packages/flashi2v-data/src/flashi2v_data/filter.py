@@ -237,11 +237,14 @@ def _settled(outcome: Outcome, probings: list[Probing], judge: Judge, pack: Pack
     for (position, entry), probing in zip(outcome.bare, probings):
         judged: Record | Drop | None
         try:
-            judged = judge(entry, prober.result(probing))
+            info = prober.result(probing)
         except DecodeError:
-            judged = Drop("unreadable")
+            judged, is_irregular = Drop("unreadable"), False
+        else:
+            judged, is_irregular = judge(entry, info), info.is_irregular
         assert judged is not None  # nothing is left out any more
-        outcome.kept[position] = _settle(judged, judge, pack, outcome.report)
+        outcome.kept[position] = value = _settle(judged, judge, pack, outcome.report)
+        outcome.report.irregular += is_irregular and value is not None
     if probings:
         outcome.kept = [value for value in outcome.kept if value is not None]
         outcome.bare = []

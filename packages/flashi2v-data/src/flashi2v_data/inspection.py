@@ -13,6 +13,7 @@ from tqdm import tqdm
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import DecodeError, RecordError
 from flashi2v_data.frames import FPS_TOLERANCE
+from flashi2v_data.geometry import Way
 from flashi2v_data.prober import Prober, Probing
 from flashi2v_data.records import Clip, Size, printable
 from flashi2v_data.store import LmdbStore
@@ -74,6 +75,7 @@ def inspect_store(store: LmdbStore, *, limit: int | None = None, prober: Prober 
     num_listed = NUM_SHOWN if prober is None else None
     found = Inspection(Faults(num_listed), Faults(num_listed), Faults(num_listed), Faults(num_listed))
     opening: collections.deque[tuple[Clip, Probing]] = collections.deque()
+    way = store.config.get("geometry", "reference")  # as filters did before they knew of it
     num_records = len(store) if limit is None else min(limit, len(store))
     for index in tqdm(range(num_records), desc="inspect", unit="clip", disable=None):
         found.num_seen += 1
@@ -94,20 +96,20 @@ def inspect_store(store: LmdbStore, *, limit: int | None = None, prober: Prober 
         elif prober is not None:
             opening.append((clip, prober.submit(clip.path)))
             if len(opening) > _AHEAD:
-                _compare(*opening.popleft(), prober, found)
+                _compare(*opening.popleft(), prober, found, way)
     while opening:
         assert prober is not None
-        _compare(*opening.popleft(), prober, found)
+        _compare(*opening.popleft(), prober, found, way)
     return found
 
 
-def _compare(clip: Clip, probing: Probing, prober: Prober, found: Inspection) -> None:
+def _compare(clip: Clip, probing: Probing, prober: Prober, found: Inspection, way: Way) -> None:
     try:
         info = prober.result(probing)
     except DecodeError as error:
         found.unreadable.add(f"{printable(error.path)}: {error.reason}")
         return
-    is_size = clip.resolution in (None, Size(info.height, info.width))
+    is_size = clip.resolution in (None, Size(*info.size(way)))
     end = clip.start_frame_idx + clip.num_frames
     if not is_size or abs(clip.fps - info.fps) > FPS_TOLERANCE or end > info.num_frames:
         found.contradicting.add(f"{printable(clip.path)}: the video is {info}; the record says otherwise")

@@ -82,10 +82,13 @@ def is_complete(entry: dict[str, Any]) -> bool:
     return "resolution" in entry and "fps" in entry and "num_frames" in entry
 
 
-def complete(entry: dict[str, Any], info: VideoInfo) -> Drop | None:
+def complete(entry: dict[str, Any], info: VideoInfo, config: FilterConfig) -> Drop | None:
     """Fill in what an entry leaves out."""
+    if info.is_hdr and not config.tone_map:
+        return Drop("hdr")
     if "resolution" not in entry:
-        entry["resolution"] = {"height": info.height, "width": info.width}
+        height, width = info.size(config.geometry)
+        entry["resolution"] = {"height": height, "width": width}
         if "crop" in entry and _is_crop_too_large(entry):
             return Drop("invalid_crop")
     entry.setdefault("fps", info.fps)
@@ -127,7 +130,7 @@ class Judge:
         if self._drops_empty and self.audit.nothing_left(entry["cap"]):
             return Drop("empty_cap")
         if info is not None:
-            if (drop := complete(entry, info)) is not None:
+            if (drop := complete(entry, info, self._config)) is not None:
                 return drop
         elif not is_complete(entry):
             return None
@@ -199,7 +202,7 @@ class Judge:
             if info is None:
                 return [*lines, _line(False, "unreadable", str(fault))]
             lines.append(_line(True, "unreadable", f"the video says {info}"))
-            if (drop := complete(entry, info)) is not None:
+            if (drop := complete(entry, info, self._config)) is not None:
                 return [*lines, _line(False, drop.reason)]
         limits, size, length = self.limits, Size(*size_of(entry)), Length(entry["fps"], entry["num_frames"])
         motion = Motion(entry.get("motion", UNSET))

@@ -1,22 +1,39 @@
 """What a video file says about itself."""
 
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from flashi2v_data import pyav
+from flashi2v_data.colour import is_hdr
 from flashi2v_data.errors import DecodeError
+from flashi2v_data.frames import is_irregular
+from flashi2v_data.geometry import Way, geometry_of
+from flashi2v_data.pyav import Video
 
 
 class VideoInfo(NamedTuple):
-    """Size in pixels as displayed, frames per second, number of frames."""
+    """Size in pixels as displayed, frames per second, number of frames.
+
+    Attributes:
+        is_irregular: whether frames come in uneven steps of time; `fps` is then their mean.
+        is_hdr: whether colours are those of HDR screens (PQ or HLG).
+        reference_size: height and width as the reference's decoder gives them, where they differ.
+    """
 
     height: int
     width: int
     fps: float
     num_frames: int
+    is_irregular: bool = False
+    is_hdr: bool = False
+    reference_size: tuple[int, int] | None = None
+
+    def size(self, way: Way) -> tuple[int, int]:
+        """Return height and width of the pictures that `read_frames` gives in this way."""
+        return self.reference_size if way == "reference" and self.reference_size else (self.height, self.width)
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}, {self.fps:.6g} fps, {self.num_frames} frames"
+        notes = " of uneven length" * self.is_irregular + ", HDR" * self.is_hdr
+        return f"{self.width}x{self.height}, {self.fps:.6g} fps, {self.num_frames} frames{notes}"
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -27,35 +44,20 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     Raises:
         DecodeError: the file is missing, no video, or damaged.
     """
-    import av
-
-    name = os.fspath(path)
-    pyav.check_file(name)
-    try:
-        container, stream = pyav.open_video(name)
-        with container:
-            rate = stream.average_rate or stream.guessed_rate
-            if not rate:
-                raise DecodeError(name, "does not say its frames per second")
-            frame = next(container.decode(stream), None)
-            if frame is None:
-                raise DecodeError(name, "holds no frame")
-            height, width = frame.height, frame.width
-            if frame.rotation % 180:
-                height, width = width, height
-            return VideoInfo(height, width, float(rate), _num_frames(name, container, stream))
-    except (av.FFmpegError, OSError) as error:
-        raise DecodeError(name, error.strerror or str(error)) from error
-
-
-def _num_frames(path: str, container: Any, stream: Any) -> int:
-    """Count as `read_frames` does: without the frames that an edit list leaves out."""
-    index = pyav.full_index(container, stream)
-    if index is not None:
-        if any(entry.pos + entry.size > container.size for entry in index):
-            raise DecodeError(path, "is cut short")
-        return sum(not entry.is_discard for entry in index)
-    # Headers of other files say nothing, or what cannot be trusted, and some cannot go back to their beginning.
-    container, stream = pyav.open_video(path)
-    with container:
-        return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
+    with Video(os.fspath(path)) as video:
+        frame = video.first_frame()
+        if video.is_cut_short:
+            raise DecodeError(video.path, "is cut short")
+        size = video.geometry(frame).size(frame.height, frame.width)
+        reference = geometry_of(frame, None, "reference").size(frame.height, frame.width)
+        fps = video.rate
+        if not fps:
+            raise DecodeError(video.path, "does not say its frames per second")
+        return VideoInfo(
+            *size,
+            fps,
+            video.num_frames,
+            is_irregular(video.seconds),
+            is_hdr(frame),
+            reference if reference != size else None,
+        )

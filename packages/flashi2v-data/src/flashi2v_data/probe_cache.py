@@ -72,8 +72,8 @@ class ProbeCache:
 
 
 def _key(path: str) -> bytes:
-    # LMDB's keys end at 511 bytes, paths do not.
-    return hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).digest()
+    # LMDB's keys end at 511 bytes, paths do not. What earlier versions learned of sizes and rates counts no more.
+    return hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16, person=b"upright").digest()
 
 
 class ProbeFile:

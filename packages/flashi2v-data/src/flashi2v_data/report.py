@@ -25,6 +25,7 @@ class FilterReport:
     """How many clips came in, were kept, and were dropped for which reason.
 
     Attributes:
+        irregular: kept clips of videos whose frames come in uneven steps, where those were looked at.
         misses: clips that a single changed setting would keep; of too many groups the nearest (see MAX_GROUPS).
         captions: of the clips that are kept; of too many unknown words the most frequent.
     """
@@ -34,6 +35,7 @@ class FilterReport:
     dropped: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     misses: Counter[Miss] = field(default_factory=Counter)
     captions: CaptionCount = field(default_factory=lambda: CaptionCount(0))
+    irregular: int = 0
 
     def count(self, num_kept: int, drops: Iterable[Drop] = ()) -> None:
         """Count clips that are kept, and others that are dropped."""
@@ -49,6 +51,7 @@ class FilterReport:
         """Count what another report counted; the config tells near from far when there are too many groups."""
         self.total += other.total
         self.kept += other.kept
+        self.irregular += other.irregular
         for reason, count in other.dropped.items():
             self.dropped[reason] += count
         self.captions.merge(other.captions)
@@ -64,6 +67,7 @@ class FilterReport:
         return {
             "total": self.total,
             "kept": self.kept,
+            "irregular": self.irregular,
             "dropped": dict(self.dropped),
             "captions": {**vars(self.captions), "words": dict(self.captions.words), "first": dict(self.captions.first)},
             "near_misses": [{**miss._asdict(), "count": count} for miss, count in sorted(self.misses.items())],
@@ -74,11 +78,15 @@ class FilterReport:
         """Return the report that `to_json` was called on."""
         misses = {Miss(miss["setting"], miss["value"], miss["clips"]): miss["count"] for miss in values["near_misses"]}
         captions = CaptionCount(**{**values["captions"], "words": Counter(values["captions"]["words"])})
-        return cls(values["total"], values["kept"], dict(values["dropped"]), Counter(misses), captions)
+        return cls(
+            values["total"], values["kept"], dict(values["dropped"]), Counter(misses), captions, values["irregular"]
+        )
 
     def describe(self, config: FilterConfig) -> str:
         """Lay out the counts as a table, and the near misses as sentences."""
         rows = [("total", self.total, ""), ("kept", self.kept, "")]
+        if self.irregular:
+            rows.append(("irregular", self.irregular, "of these: the frame rate varies, frames are chosen by time"))
         rows += [(reason, self.dropped[reason], text) for reason, text in REASONS.items()]
         lines = [f"{name:16}{count:>12,}  {text}".rstrip() for name, count, text in rows]
         return "\n".join([*lines, *_sentences(self.misses, config), *self.captions.lines().values()])

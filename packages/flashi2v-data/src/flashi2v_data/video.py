@@ -13,6 +13,16 @@ from flashi2v_data.errors import InputError
 SUFFIXES = (".mp4", ".mov", ".mkv")
 
 
+def file_url(path: str | os.PathLike[str]) -> str:
+    """Return the name of a file for FFmpeg, which reads other names with colons as addresses: `12:30.mp4`, `concat:a`.
+
+    Raises:
+        OSError: the path is relative, and the working directory is gone.
+    """
+    # Not `abspath`, which would follow `..` by the letters rather than through links.
+    return "file:" + os.path.join(os.getcwd(), path) if not os.path.isabs(path) else f"file:{os.fspath(path)}"
+
+
 def write_video(
     path: str | os.PathLike[str],
     frames: NDArray[np.uint8],
@@ -49,7 +59,10 @@ def write_video(
 
     # use_metadata_tags lets mp4 keep tags other than its few standard ones.
     container_options = {"movflags": "use_metadata_tags+faststart"}
-    with atomic_file(path) as temporary, av.open(str(temporary), "w", container_options=container_options) as container:
+    with (
+        atomic_file(path) as temporary,
+        av.open(file_url(temporary), "w", container_options=container_options) as container,
+    ):
         container.metadata.update(metadata or {})
         # The denominator 1001 is that of the NTSC rates (30000/1001).
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))

@@ -134,6 +134,9 @@ def made_by(config: RunConfig, *, video: bool = True, text: bool = True) -> dict
             "transforms": transforms,
             "seed": config.options.seed,
         }
+        # Features of earlier versions say nothing of these, and were made so.
+        found |= {"geometry": data.geometry} if data.geometry != "reference" else {}
+        found |= {"tone_map": True} if data.tone_map else {}
     if text:
         found |= {
             "text_encoder": fingerprint(model.text_encoder.from_pretrained, whole=True),
