@@ -22,7 +22,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PRELOADED = {
     "flashi2v-data": ("cli", "filter", "inspection", "shapes"),
@@ -37,7 +37,8 @@ class Request(NamedTuple):
     """What a forked process is to be."""
 
     command: str
-    arguments: list[str]
+    arguments: list[Any]  # of the command, or of the function
+    function: Callable[..., object] | None  # to be called instead of the command
     directory: str
     environment: dict[str, str]
     output: str
@@ -55,6 +56,7 @@ class Command:
         *arguments: object,
         cwd: Path | str | None = None,
         env: Mapping[str, str] | None = None,
+        function: Callable[..., object] | None = None,
         prepare: Callable[[], object] | None = None,
         new_session: bool = False,
     ) -> None:
@@ -62,13 +64,15 @@ class Command:
         self._output, self._errors = (Path(self._directory.name) / name for name in ("output", "errors"))
         for path in (self._output, self._errors):
             path.touch()
-        words = [os.fspath(argument) if isinstance(argument, Path) else str(argument) for argument in arguments]
+        words = [*arguments] if function else [str(argument) for argument in arguments]
         where, environment = os.path.abspath(cwd or "."), dict(os.environ if env is None else env)
         outputs = (str(self._output), str(self._errors))
-        request = pickle.dumps(Request(command, words, where, environment, *outputs, prepare, new_session))
+        request = Request(command, words, function, where, environment, *outputs, prepare, new_session)
+        # The modules of tests are found as here.
+        message = pickle.dumps((sys.path, pickle.dumps(request)))
         self._keeper = socket.socket(socket.AF_UNIX)
         self._keeper.connect(_server(command))
-        self._keeper.sendall(len(request).to_bytes(LENGTH_BYTES, "big") + request)
+        self._keeper.sendall(len(message).to_bytes(LENGTH_BYTES, "big") + message)
         self.pid = self._receive()
         self.returncode: int | None = None
         self._end = weakref.finalize(self, _kill, self.pid)
@@ -117,6 +121,13 @@ def run(command: str, *arguments: object, check: bool = False, **more: object) -
     return subprocess.CompletedProcess([command, *arguments], process.returncode, output, errors)
 
 
+def call(package: str, num_processes: int, function: Callable[..., object], *arguments: object) -> None:
+    """Call a module's function in several processes that have imported a package, with their rank first."""
+    ranks = [Command(package, rank, *arguments, function=function) for rank in range(num_processes)]
+    failures = [errors for _, errors in [rank.communicate() for rank in ranks] if errors]
+    assert [rank.wait() for rank in ranks] == [0] * num_processes, "\n".join(failures)
+
+
 def _kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
@@ -154,7 +165,8 @@ def serve(address: str, package: str) -> Request:
             listening.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             length = int.from_bytes(connection.recv(LENGTH_BYTES, socket.MSG_WAITALL), "big")
-            request = pickle.loads(connection.recv(length, socket.MSG_WAITALL))
+            sys.path, request = pickle.loads(connection.recv(length, socket.MSG_WAITALL))
+            request = pickle.loads(request)
             pipes = [os.pipe(), os.pipe()]
             pid = os.fork()
             if pid == 0:
@@ -195,9 +207,12 @@ def become(request: Request) -> None:
     os.chdir(request.directory)
     os.environ.clear()
     os.environ.update(request.environment)
-    sys.argv = [request.command, *request.arguments]
     if request.prepare is not None:
         request.prepare()
+    if request.function is not None:
+        request.function(*request.arguments)
+        return
+    sys.argv = [request.command, *request.arguments]
     (script,) = importlib.metadata.entry_points(group="console_scripts", name=request.command)
     sys.exit(script.load()())
 

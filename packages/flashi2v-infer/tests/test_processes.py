@@ -2,10 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from flashi2v_data import read_frames
@@ -14,6 +16,20 @@ from flashi2v_infer.processes import join_processes
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 INFER = Path(sys.executable).with_name("flashi2v-infer")
+
+
+def started(num_processes: int, *arguments: object) -> list[tuple[str, str]]:
+    """What the processes of a run say that started as torchrun starts them, to standard output and standard error."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    world = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "localhost"}
+    environments = [world | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port} for rank in range(num_processes)]
+    processes = [
+        forked.Command("flashi2v-infer", *arguments, env=os.environ | {key: str(value) for key, value in found.items()})
+        for found in environments
+    ]
+    return [process.communicate() for process in processes]
 
 
 def torchrun(num_processes: int, *arguments: object) -> subprocess.CompletedProcess:
@@ -31,17 +47,17 @@ def batch(job):
     Path("prompts.txt").write_text("a red circle\na blue square\na dark object\na dark object\n")
     Path("images.txt").write_text("first.png\nnowhere.png\nsecond.jpg\nfirst.png\n")
     job(save_path="single")
-    result = subprocess.run([INFER, "--mm-model", "inference_model.json"], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
+    assert forked.run("flashi2v-infer", "--mm-model", "inference_model.json").returncode == 2
     return job(save_path="shared")
 
 
 @pytest.mark.slow
 def test_two_pairs_of_processes_sample_the_same_videos(batch):
-    result = torchrun(4, "--mm-model", batch, "--context-parallel-size", 2)
-    assert result.stdout == "wrote 3 videos and video_grid.mp4 to shared\n"
-    assert "flashi2v-infer: images.txt line 2: no usable image" in result.stderr
-    assert result.stderr.count("nowhere.png: no such file") == 1
+    (output, errors), *others = started(4, "--mm-model", batch, "--context-parallel-size", 2)
+    assert output == "wrote 3 videos and video_grid.mp4 to shared\n"
+    assert "flashi2v-infer: images.txt line 2: no usable image" in errors
+    assert errors.count("nowhere.png: no such file") == 1
+    assert not any(output or "nowhere.png" in errors for output, errors in others)
     names = sorted(path.name for path in Path("single").iterdir())
     assert names == sorted(path.name for path in Path("shared").iterdir())
     assert len(names) == 7
@@ -62,7 +78,7 @@ def test_two_processes_share_one_video(model_directory, job):
     arguments = ["--model", model_directory, "--image", "first.png", "--prompt", "a red circle"]
     arguments += ["--num-frames", 5, "--height", 32, "--width", 48, "--num-inference-steps", 2, "--device", "cpu"]
     for name, command in {
-        "one.mp4": lambda *given: subprocess.run([*map(str, (INFER, *given))], check=True),
+        "one.mp4": lambda *given: forked.run("flashi2v-infer", *given),
         "two.mp4": lambda *given: torchrun(2, *given, "--context-parallel-size", 2),
     }.items():
         assert command(*arguments, "-o", name).returncode == 0
@@ -72,10 +88,11 @@ def test_two_processes_share_one_video(model_directory, job):
 
 @pytest.mark.slow
 def test_what_is_wrong_is_one_line_of_the_first_process(job):
-    result = torchrun(3, "--mm-model", job(), "--context-parallel-size", 3)
-    assert result.returncode == 1  # torchrun's, whatever the code of its processes
-    lines = [line for line in result.stderr.splitlines() if line.startswith("flashi2v-infer: ")]
-    assert lines == ["flashi2v-infer: a context parallel size of 3 does not divide the 4 heads: use one of 1, 2, 4"]
+    (_, errors), *others = started(3, "--mm-model", job(), "--context-parallel-size", 3)
+    assert not any(errors for _, errors in others)
+    assert errors.splitlines() == [
+        "flashi2v-infer: a context parallel size of 3 does not divide the 4 heads: use one of 1, 2, 4"
+    ]
     assert not Path("samples").exists()
 
 

@@ -4,10 +4,10 @@ import contextlib
 import socket
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from golden import small_model, tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -98,7 +98,7 @@ def results(tmp_path_factory) -> list[dict]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_work, (port, str(directory)), nprocs=4)
+    forked.call("flashi2v-model", 4, _work, port, str(directory))
     return [torch.load(directory / f"{rank}.pt") for rank in range(4)]
 
 

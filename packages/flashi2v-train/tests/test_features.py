@@ -7,10 +7,10 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import forked
 import lmdb
 import pytest
 import torch
-import torch.multiprocessing
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.store import open_store, write_store
@@ -244,7 +244,7 @@ def test_processes_that_share_samples_see_what_one_sees(workspace, tmp_path, fre
             **workspace.files({"model.predictor.num_heads": 4}), device="cpu", nproc_per_node=num_places, **parallel
         )
         cases.append((name, options))
-    torch.multiprocessing.spawn(serve, (cases, free_ports(len(cases)), tmp_path), nprocs=4)
+    forked.call("flashi2v-train", 4, serve, cases, free_ports(len(cases)), tmp_path)
     whole = torch.load(tmp_path / "one-0.pt")
     assert len({key for key, *_ in whole}) == 16  # two epochs of eight
     for name, (num_places, num_peers, samples) in SHARES.items():

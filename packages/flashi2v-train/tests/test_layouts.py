@@ -11,9 +11,9 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import forked
 import pytest
 import torch
-import torch.multiprocessing
 
 from flashi2v_train import encode
 from flashi2v_train.clip import AdaptiveClip, scale_gradients, share_of_square
@@ -200,7 +200,7 @@ def runs(tmp_path_factory, new_workspace, free_ports) -> dict[str, tuple[Path, d
         places[name].mkdir()
         options = make_options(new_workspace(places[name]), layout, places[name] / "run", features)
         cases.append(Case(name, LAYOUTS[layout][0], port, options, places[old] / "run" if old else None))
-    torch.multiprocessing.spawn(work, (cases, root), nprocs=NUM_PROCESSES)
+    forked.call("flashi2v-train", NUM_PROCESSES, work, cases, root)
     return {
         case.name: (case.options.save, collect(root, number, case.num_processes)) for number, case in enumerate(cases)
     }

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
+import forked
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from PIL import Image
 from torch import Tensor, nn
 
@@ -296,7 +296,7 @@ def test_every_layout_measures_the_same_loss_and_writes_the_same_videos(workspac
     expected = make_validation(single, world)[0](1)
     configs = {name: make(save=tmp_path / name, global_batch_size=4, **options) for name, options in LAYOUTS.items()}
     ports = free_ports(len(configs))
-    torch.multiprocessing.spawn(validate_in_process, (configs, ports, tmp_path), nprocs=2)
+    forked.call("flashi2v-train", 2, validate_in_process, configs, ports, tmp_path)
     for rank in range(2):
         for name, losses in torch.load(tmp_path / f"{rank}.pt").items():
             assert losses == pytest.approx(expected, rel=1e-5), (name, rank)
