@@ -77,22 +77,18 @@ def test_two_processes_share_one_video(model_directory, job):
     job()
     arguments = ["--model", model_directory, "--image", "first.png", "--prompt", "a red circle"]
     arguments += ["--num-frames", 5, "--height", 32, "--width", 48, "--num-inference-steps", 2, "--device", "cpu"]
-    for name, command in {
-        "one.mp4": lambda *given: forked.run("flashi2v-infer", *given),
-        "two.mp4": lambda *given: torchrun(2, *given, "--context-parallel-size", 2),
-    }.items():
-        assert command(*arguments, "-o", name).returncode == 0
+    assert forked.run("flashi2v-infer", *arguments, "-o", "one.mp4").returncode == 0
+    started(2, *arguments, "-o", "two.mp4", "--context-parallel-size", 2)
     frames, expected = (read_frames(name, range(5)).astype(int) for name in ("two.mp4", "one.mp4"))
     assert abs(frames - expected).mean() < 0.5
 
 
 @pytest.mark.slow
 def test_what_is_wrong_is_one_line_of_the_first_process(job):
-    (_, errors), *others = started(3, "--mm-model", job(), "--context-parallel-size", 3)
-    assert not any(errors for _, errors in others)
-    assert errors.splitlines() == [
-        "flashi2v-infer: a context parallel size of 3 does not divide the 4 heads: use one of 1, 2, 4"
-    ]
+    result = torchrun(3, "--mm-model", job(), "--context-parallel-size", 3)
+    assert result.returncode == 1  # torchrun's, whatever the code of its processes
+    lines = [line for line in result.stderr.splitlines() if line.startswith("flashi2v-infer: ")]
+    assert lines == ["flashi2v-infer: a context parallel size of 3 does not divide the 4 heads: use one of 1, 2, 4"]
     assert not Path("samples").exists()
 
 
