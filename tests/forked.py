@@ -202,6 +202,8 @@ def _keep(pid: int, connection: socket.socket, outputs: dict[int, str]) -> None:
 
 def become(request: Request) -> None:
     """Be a command, to its end."""
+    # Background jobs of a shell, as a CI may be, ignore interrupts and hand that down.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if request.new_session:
         os.setsid()
     os.chdir(request.directory)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import lmdb
 import pytest
 
@@ -25,8 +26,7 @@ min_h_div_w_ratio: 0.4
 
 
 def _run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flashi2v_data.cli", *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    return forked.run("flashi2v-data", *arguments, cwd=directory)
 
 
 @pytest.fixture(scope="module")

