@@ -23,7 +23,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.checkpoint import LATEST, newest_checkpoint
+from flashi2v_model.checksums import CHECKSUMS
 from flashi2v_model.cli import convert
+from flashi2v_model.errors import InputError as ModelInputError
 from flashi2v_model.weights import read_state_dict
 from flashi2v_train import checkpoint
 from flashi2v_train.checkpoint import Checkpoints, load, run_state
@@ -433,6 +435,88 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, alone):
         with pytest.raises(InputError, match=words) as failure:
             load(tmp_path / "iter_0000001", changed, config, alone)
         assert "\n" not in str(failure.value)
+
+
+def _save_two(run: Path, world: World) -> None:
+    with Checkpoints(run, world, keep=None, asynchronous=False) as checkpoints:
+        for iteration in (1, 2):
+            checkpoints.save(iteration, _numbers(float(iteration)), {"iteration": iteration}, {"num_layers": 2})
+
+
+def test_a_bit_flipped_in_any_file_of_a_checkpoint_is_noticed_and_the_way_out_is_named(tmp_path, alone):
+    _save_two(tmp_path, alone)
+    files = sorted((tmp_path / "iter_0000002").iterdir())
+    assert [file.name for file in files] == [
+        ".metadata", "__0_0.distcp", CHECKSUMS, "config.json", "progress.json"
+    ]  # fmt: skip
+    chance = random.Random(0)
+    for file in files:
+        whole = file.read_bytes()
+        for _ in range(20):
+            damaged = bytearray(whole)
+            damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(InputError, match=r"is damaged.*: --load-iteration 1 goes on"):
+                load(file.parent, _numbers(0.0), {"num_layers": 2}, alone)
+        file.write_bytes(whole[:-2])  # the last is the end of a line
+        with pytest.raises(InputError, match=r"is damaged.*--load-iteration 1 goes on"):
+            load(file.parent, _numbers(0.0), {"num_layers": 2}, alone)
+        file.write_bytes(whole)
+    load(files[0].parent, _numbers(0.0), {"num_layers": 2}, alone)
+
+
+def test_what_is_not_read_is_not_verified_and_what_is_read_is(tmp_path, alone):
+    state = {f"{part}.weight": torch.rand(2048, 1024) for part in ("ema", "model")}
+    with Checkpoints(tmp_path, alone, keep=None, asynchronous=False) as checkpoints:
+        checkpoints.save(1, state, {}, {})
+    [file] = (tmp_path / "iter_0000001").glob("*.distcp")
+    place = file.read_bytes().index(state["model.weight"].numpy().tobytes())
+    with file.open("r+b") as opened:
+        opened.seek(place + 4_200_000)
+        opened.write(b"damage")
+    assert torch.equal(read_state_dict(tmp_path, ema=True)["weight"], state["ema.weight"])
+    with pytest.raises(ModelInputError, match=r"__0_0.distcp is damaged.*take another checkpoint"):
+        read_state_dict(tmp_path, ema=False)
+
+
+def test_a_checkpoint_without_checksums_loads_with_a_word(tmp_path, alone, caplog):
+    _save_two(tmp_path, alone)
+    (tmp_path / "iter_0000002" / CHECKSUMS).unlink()
+    found = _numbers(0.0)
+    for _ in range(2):
+        load(tmp_path / "iter_0000002", found, {"num_layers": 2}, alone)
+    assert found["model.a"].mean() == 2
+    assert caplog.text.count("has no checksums") == 1
+
+
+@pytest.mark.parametrize("with_checksums", [True, False])
+def test_without_a_pointer_the_newest_whole_checkpoint_is_taken(tmp_path, alone, caplog, with_checksums):
+    _save_two(tmp_path, alone)
+    (tmp_path / LATEST).unlink()
+    if not with_checksums:
+        for file in tmp_path.glob(f"iter_*/{CHECKSUMS}"):
+            file.unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / "iter_0000002"
+    assert f"{tmp_path / 'iter_0000002'} is the newest whole checkpoint" in caplog.text
+    shard = tmp_path / "iter_0000002" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:1000])  # half copied
+    assert newest_checkpoint(tmp_path) == tmp_path / "iter_0000001"
+    (tmp_path / "iter_0000001" / "__0_0.distcp").unlink()
+    with pytest.raises(ModelInputError, match=r"none is whole \(.*__0_0.distcp has 1000 bytes of"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pointer", [b"", b"\xff\xfe1\0", b"9" * 5000, b"-1", b"../other/iter_0000001", b"/", b".", b"..", b"1\0"]
+)
+def test_a_pointer_of_garbage_is_one_line(tmp_path, alone, pointer):
+    _save_two(tmp_path / "run", alone)
+    (tmp_path / "other").symlink_to(tmp_path / "run")
+    (tmp_path / "run" / LATEST).write_bytes(pointer)
+    with pytest.raises(ModelInputError, match="which is no checkpoint here: write the number of one") as failure:
+        newest_checkpoint(tmp_path / "run")
+    assert "\n" not in str(failure.value)
+    assert len(str(failure.value)) < 500
 
 
 def _save_without_end(run: Path) -> None:

@@ -334,7 +334,7 @@ def test_a_failed_process_is_restarted_with_all_others(tmp_path):
     ("work", "message"),
     {
         "input error": "InputError: the data is wrong (process 1 on {host})",
-        "storage error": "StorageError: the disk is full (process 1 on {host})",
+        "storage error": "RunError: the disk is full (process 1 on {host})",
         "other error": "RunError: process 1 on {host} failed before the others: KeyError: 'what'",
         "killed": "RunError: process 1 on {host} was ended by SIGKILL",
     }.items(),

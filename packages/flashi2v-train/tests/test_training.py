@@ -12,6 +12,7 @@ import torch
 from flashi2v_data.config import load_config
 from flashi2v_data.errors import InputError
 from flashi2v_model import FlashI2VTransformer3DModel, convert_state_dict
+from flashi2v_model.checksums import CHECKSUMS
 from flashi2v_model.weights import read_state_dict
 from flashi2v_train.config import TrainModelConfig, TrainOptions, read_run_config
 from flashi2v_train.trainer import train
@@ -298,6 +299,7 @@ def test_a_checkpoint_of_another_run_is_refused(workspace, two_steps, changes, v
 def test_a_damaged_or_dangerous_checkpoint_is_refused(workspace, two_steps):
     table = two_steps / "iter_0000002" / ".metadata"
     whole = table.read_bytes()
+    (two_steps / "iter_0000002" / CHECKSUMS).unlink()
     table.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(ValueError, match="no place in it"):
         run(workspace, train_iters=3)
@@ -305,6 +307,24 @@ def test_a_damaged_or_dangerous_checkpoint_is_refused(workspace, two_steps):
     (two_steps / "latest_checkpointed_iteration.txt").write_text("release\n")
     with pytest.raises(ValueError, match="'release'"):
         run(workspace, train_iters=3)
+
+
+def test_behind_a_damaged_checkpoint_a_run_goes_on_from_the_one_before_as_if_nothing_were(workspace):
+    whole = run(workspace, "whole", train_iters=3, save_interval=1)
+    damaged = run(workspace, train_iters=2, save_interval=1)
+    [file] = (damaged / "iter_0000002").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"__0_0.distcp is damaged: .* --load-iteration 1 goes on") as failure:
+        run(workspace, train_iters=3, save_interval=1)
+    assert len(str(failure.value)) < 500
+    with pytest.raises(InputError, match="there is no such checkpoint, only 2, 1"):
+        run(workspace, train_iters=3, load_iteration=7)
+    run(workspace, train_iters=3, save_interval=1, load_iteration=1)
+    assert losses(damaged) == losses(whole)
+    assert_same_weights(whole, damaged)
+    assert file.read_bytes() != bytes(content), "it was written anew"
 
 
 def test_a_run_may_start_from_anothers_checkpoint(workspace, two_steps):

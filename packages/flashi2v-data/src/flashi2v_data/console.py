@@ -51,13 +51,21 @@ def run(app: cyclopts.App) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         _fail(app, ": ".join(["interrupted", *map(str, interrupt.args)]), 130)
     except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if isinstance(code, int):
-            _fail(app, str(error), code)
-        if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
-            _fail(app, machine_fault(error), 1)
-        raise
+        told = told_as(error)
+        if told is None:
+            raise
+        _fail(app, told[1], told[0])
     sys.exit(0)
+
+
+def told_as(error: Exception) -> tuple[int, str] | None:
+    """Return the exit code and the words that an error ends a command with; None of a bug, which has a traceback."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        return code, str(error)
+    if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
+        return 1, machine_fault(error)
+    return None
 
 
 # What a machine may refuse to any program, in words; the system's own are sometimes "Input/output error" alone.

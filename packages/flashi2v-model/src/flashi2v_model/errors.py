@@ -1,6 +1,7 @@
 """The error for what a user can mend."""
 
 import pickle
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ def named(key: str) -> Iterator[None]:
         raise InputError(f"{key}: {error}") from error
 
 
+class DamagedError(InputError):
+    """A file does not hold what was written to it."""
+
+
 # All that unpicklers were seen to raise on damaged bytes.
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -44,15 +49,22 @@ UNREADABLE = (
 )
 
 
-def reason_of(error: BaseException) -> str:
-    """Return what an error of reading says, as one phrase.
+# How torch, in any version, advises to run what it has refused; such words are not passed on.
+_ADVICE = re.compile(r"weights_only|safe_globals|torch\.load|trust")
 
-    torch's own words on a refused pickle advise to load it unsafely; they are not passed on.
-    """
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error of reading says, as one phrase, without advice to load the file unsafely."""
     text = str(error)
-    if isinstance(error, pickle.UnpicklingError) and "WeightsUnpickler error: " in text:
-        asked = text.partition("WeightsUnpickler error: ")[2].split(" was not ")[0].strip()
-        text = f"the pickle in it asks for more: {asked}"
     if isinstance(error, KeyError):  # whose text is the key alone
         text = f"it refers to {text}, which is not in it"
+    if _ADVICE.search(text):
+        asked = re.search(r"(?:GLOBAL|Unsupported class|Unsupported function) +`?([^\s`]+)", text)
+        unknown = re.search(r"Unsupported operand \d+", text)
+        if asked:
+            text = f"the pickle in it asks for more than tensors: {asked[1]}"
+        elif "TorchScript" in text:
+            text = "it is a TorchScript archive, which holds code"
+        else:
+            text = f"it is a pickle of other things, or damaged{f': {unknown[0]}' if unknown else ''}"
     return next(iter(text.strip().splitlines()), type(error).__name__)[:300]

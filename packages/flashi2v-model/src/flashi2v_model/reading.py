@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint, load_stored, stored_weights, weight_name
+from flashi2v_model.checksums import VerifiedFiles
 from flashi2v_model.errors import UNREADABLE, InputError, reason_of
 
 logger = logging.getLogger(__name__)
@@ -295,7 +296,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     check_file(path, _LARGEST_JSON)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(VerifiedFiles(path.parent).read(path))  # in a checkpoint it has a checksum
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -31,14 +31,16 @@ from torch.futures import Future as TorchFuture
 
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError, StorageError
-from flashi2v_model.checkpoint import LATEST, SafeReader, newest_checkpoint
+from flashi2v_model.checkpoint import LATEST, SafeReader, checkpoints_of, missing_part, newest_checkpoint
+from flashi2v_model.checksums import CHECKSUMS, FileSums, HashingFiles, describe, sums_of, warn_unverified
+from flashi2v_model.errors import DamagedError
 from flashi2v_train.ema import EMA
 from flashi2v_train.parallel import World
 
 logger = logging.getLogger(__name__)
 
 _OPTIMIZER = "optimizer."
-_PROGRESS, _CONFIG = "progress.json", "config.json"
+PROGRESS, _CONFIG = "progress.json", "config.json"
 # A process that dies is noticed at once; this is for one that waits while others write to a slow disk.
 _WRITE_TIMEOUT = timedelta(hours=2)
 _PATIENCE_SECONDS = 5.0
@@ -81,6 +83,7 @@ class Checkpoints:
         world: this process among all.
         keep: how many of the newest checkpoints to keep; None: all.
         asynchronous: write in the background, from a copy in the host's memory.
+        start: the checkpoint of this run that it goes on from; None: the newest.
         on_wait: called now and then while a checkpoint that is being written is waited for.
 
     Attributes:
@@ -99,6 +102,7 @@ class Checkpoints:
         *,
         keep: int | None,
         asynchronous: bool,
+        start: Path | None = None,
         on_wait: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._world, self._keep, self._asynchronous = run, world, keep, asynchronous
@@ -110,7 +114,7 @@ class Checkpoints:
         self._staged: dict[str, Tensor] = {}
         self.stalled_seconds = 0.0
         try:
-            self.latest = self._by_first(self._open)
+            self.latest = self._by_first(lambda: self._open(start))
         except OSError as error:
             raise StorageError(f"--save {run}: {_reason(error)}") from error
 
@@ -151,7 +155,7 @@ class Checkpoints:
         final = self._run / f"iter_{iteration:07d}"
         if final == self.latest:
             return
-        texts = {name: json.dumps(value, indent=2) + "\n" for name, value in ((_PROGRESS, progress), (_CONFIG, config))}
+        texts = {name: json.dumps(value, indent=2) + "\n" for name, value in ((PROGRESS, progress), (_CONFIG, config))}
         if self._asynchronous:
             self._pending = self._thread.submit(self._write, final, self._stage(state), texts)
         else:
@@ -196,7 +200,11 @@ class Checkpoints:
         try:
             # Without its parents: where the run's directory has vanished, so may have the disk that it was on.
             self._by_first(partial.mkdir)
-            save_tensors(dict(state), storage_writer=_Writer(partial), process_group=self._group)
+            writer = _Writer(partial)
+            save_tensors(dict(state), storage_writer=writer, process_group=self._group)
+            everyones: list[Any] = [None] * self._world.size
+            dist.all_gather_object(everyones, writer.fs.sums, group=self._group)
+            texts = {**texts, CHECKSUMS: _checksums(everyones, texts)}
             self._by_first(lambda: self._complete(partial, final, texts))
         except (OSError, CheckpointException) as error:
             last = "there is none before it" if self.latest is None else f"{self.latest} is the last whole one"
@@ -223,18 +231,18 @@ class Checkpoints:
             raise failure
         return cast(T, result)
 
-    def _open(self) -> Path | None:
+    def _open(self, start: Path | None) -> Path | None:
         self._run.mkdir(parents=True, exist_ok=True)
         for leftover in self._run.glob(".iter_*"):
             shutil.rmtree(leftover)
         for leftover in self._run.glob(f".{LATEST}.*"):
             shutil.rmtree(leftover)
-        return newest_checkpoint(self._run)
+        return start or newest_checkpoint(self._run)
 
     def _complete(self, partial: Path, final: Path, texts: dict[str, str]) -> None:
         """After DCP: add our files, show the checkpoint, point to it, delete old ones, in this order."""
         for name, text in texts.items():
-            with open(partial / name, "w") as file:
+            with open(partial / name, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -261,7 +269,11 @@ class Checkpoints:
 
 
 class _Writer(FileSystemWriter):
-    """DCP's writer, for a directory that is there already and that all processes must see."""
+    """DCP's writer, for a directory that is there already and that all processes must see; it hashes what it writes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.fs: HashingFiles = HashingFiles()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if not Path(self.path).is_dir():
@@ -276,6 +288,11 @@ class _Writer(FileSystemWriter):
             if isinstance(error.__context__, OSError):
                 raise OSError(*error.__context__.args) from error
             raise
+
+
+def _checksums(everyones: Sequence[Mapping[str, FileSums]], texts: Mapping[str, str]) -> str:
+    files = {name: sums for one in everyones for name, sums in one.items()}
+    return describe(files | {name: sums_of(text.encode()) for name, text in texts.items()})
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -317,7 +334,16 @@ def load(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]
     Raises:
         InputError: the checkpoint is damaged, or of another model or another kind of run.
     """
+    try:
+        return _load(directory, state, config, world)
+    except DamagedError as error:
+        raise InputError(f"{error}: {_way_out(directory)}") from error
+
+
+def _load(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], world: World) -> dict[str, Any]:
     reader = SafeReader(directory)
+    if world.is_first:
+        warn_unverified(directory)
     everyones: list[set[str]] = [set()] * world.size
     dist.all_gather_object(everyones, set(state), group=world.control)
     contents = reader.read_metadata().state_dict_metadata
@@ -335,18 +361,31 @@ def load(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]
         only += [f"the checkpoint alone has {key}" for key in sorted(theirs - ours)]
         raise InputError(f"{directory} is of another model, --use-ema or --freeze: {'; '.join(only)[:300]}")
     try:
-        saved_config = json.loads((directory / _CONFIG).read_text())
-        progress = dict(json.loads((directory / _PROGRESS).read_text()))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{directory} is damaged: {_reason(error)}") from error
+        saved_config, progress = (dict(json.loads(reader.fs.read(directory / name))) for name in (_CONFIG, PROGRESS))
+    except DamagedError:
+        raise
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise DamagedError(f"{directory} is damaged: {_reason(error)}") from error
     for key, value in config.items():
         if not key.startswith("_") and saved_config.get(key) != value:
             raise InputError(f"{directory} was trained with {key} {saved_config.get(key)}, this run has {value}")
     try:
         load_tensors(dict(state), storage_reader=reader, process_group=world.control)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, CheckpointException):
+            for cause, _ in error.failures.values():
+                if isinstance(cause, DamagedError):
+                    raise cause from error
         raise InputError(f"{directory} is damaged or of another model: {_reason(error)}") from error
     return progress
+
+
+def _way_out(damaged: Path) -> str:
+    """Say how a run goes on whose checkpoint is damaged."""
+    for directory in checkpoints_of(damaged.parent):
+        if directory.name < damaged.name and not missing_part(directory):
+            return f"--load-iteration {int(directory.name.removeprefix('iter_'))} goes on from the checkpoint before it"
+    return "there is no checkpoint before it: start anew, with another --save"
 
 
 def _optimizer_keys(keys: Iterable[str]) -> set[str]:

@@ -203,6 +203,9 @@ class CheckpointOptions(BaseModel):
 
     save: Path = Field(Path("save"), description="the run's directory: metrics, configuration, checkpoints")
     load: Path | None = Field(None, description="run to resume; default: the one in --save, if there is one")
+    load_iteration: int | None = Field(
+        None, ge=1, description="go on from this checkpoint instead of the newest; later ones are written anew"
+    )
     save_interval: int = Field(1000, ge=1, description="steps between checkpoints; the last step is always saved")
     keep_checkpoints: int | None = Field(None, ge=1, description="how many of the newest to keep; default: all")
     async_save: bool = Field(True, description="write checkpoints while training goes on")

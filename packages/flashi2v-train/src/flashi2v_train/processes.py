@@ -15,24 +15,24 @@ import socket
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from flashi2v_data.console import machine_fault, told_as
 from flashi2v_data.errors import InputError, StorageError
+from flashi2v_data.locking import hold
 from flashi2v_train.options import LaunchOptions
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig
 
 logger = logging.getLogger(__name__)
-
-# What a process reports by name and the user can mend. A run meets a DecodeError where no clip of many can be read: a
-# wrong root, or a disk that is not there.
-_USER_ERRORS = ("InputError", "UnsupportedError", "DecodeError")
 
 # Slurm sends SIGUSR1 (`--signal=USR1@600`) before time is up, and SIGTERM with every end.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -53,6 +53,10 @@ class RunError(RuntimeError):
     """The run cannot go on; the message is one line that says why, and names the process if it is that of one."""
 
     exit_code = 1
+
+
+class ToldError(RuntimeError):
+    """What a process ends with that is no bug, on its way to the launcher: its exit code and its line, as JSON."""
 
 
 class StopSignal:
@@ -90,6 +94,52 @@ def is_started() -> bool:
 def is_first() -> bool:
     """Whether this process says what all would say alike."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_restarted() -> bool:
+    """Whether the run failed before, and was started again by --max-restarts."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+@contextmanager
+def hold_directory(directory: Path, option: str, group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
+    """Let no other run write to a directory while the block runs; called by all processes of a run.
+
+    The first process makes the directory and holds its lock for all; one that is empty at the end goes again.
+
+    Args:
+        directory: the same on all processes.
+        option: that names it.
+        group: of all processes, on CPUs; None where there is one process.
+
+    Raises:
+        InputError: another run holds it; all processes come to know.
+        StorageError: it cannot be made or written.
+    """
+    with ExitStack() as stack:
+        failure: list[Exception | None] = [None]
+        if is_first():
+            try:
+                if not directory.exists():
+                    directory.mkdir(parents=True)
+                    stack.callback(_remove_if_empty, directory)
+                stack.enter_context(hold(directory / ".lock", f"{option} {directory}"))
+            except InputError as error:
+                failure = [error]
+            except OSError as error:
+                failure = [StorageError(f"{option}: {machine_fault(error)}")]
+        if group is not None:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(failure, 0, group)
+        if failure[0] is not None:
+            raise failure[0]
+        yield
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def world_sizes(options: LaunchOptions) -> list[int]:
@@ -305,9 +355,8 @@ def start(function: Callable[..., Any], arguments: tuple[Any, ...], options: Lau
         options: of the command line.
 
     Raises:
-        InputError: options that do not go together, or such an error, or one of the operators, in a process.
-        StorageError: such an error in a process.
-        RunError: a process ended in another way; its traceback has been logged.
+        InputError: options that do not go together, or what is the user's to put right in a process.
+        RunError: a process failed; if by a bug, its traceback has been logged.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -319,12 +368,23 @@ def start(function: Callable[..., Any], arguments: tuple[Any, ...], options: Lau
         config = launch_config(options, Path(directory))
         before = {number: signal.signal(number, _hand_on) for number in STOP_SIGNALS}
         try:
-            elastic_launch(config, function)(*arguments)
+            elastic_launch(config, _run)(function, *arguments)
         except ChildFailedError as error:
             _raise_failure(error, Path(directory))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _run(function: Callable[..., Any], *arguments: Any) -> None:
+    """Run a function in a process of the run; what it raises that is no bug travels with its exit code."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        told = told_as(error)
+        if told is None:
+            raise
+        raise ToldError(json.dumps(told)) from error
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
@@ -352,12 +412,9 @@ def _raise_failure(error: "ChildFailedError", log_dir: Path) -> NoReturn:
     }
     for speaker, word in words.items():
         kind, _, message = word["message"].partition(": ")
-        if kind in _USER_ERRORS:
-            raise InputError(f"{message} ({_name(speaker)})") from None
-        if kind == StorageError.__name__:
-            raise StorageError(f"{message} ({_name(speaker)})") from None
-        if kind == RunError.__name__:
-            raise RunError(f"{message} ({_name(speaker)})") from None
+        if kind == ToldError.__name__:
+            code, line = json.loads(message)
+            raise (InputError if code == InputError.exit_code else RunError)(f"{line} ({_name(speaker)})") from None
     if not words:  # os._exit
         raise RunError(f"{_name(rank)} ended with code {failure.exitcode}: the last lines above say why") from None
     speaker, word = next(iter(words.items()))

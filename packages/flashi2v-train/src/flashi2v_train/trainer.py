@@ -1,6 +1,5 @@
 """The training loop."""
 
-import errno
 import json
 import logging
 import math
@@ -19,15 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashi2v_data.atomic import atomic_file
+from flashi2v_data.console import machine_fault
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
-from flashi2v_model.checkpoint import LATEST, newest_checkpoint
+from flashi2v_model.checkpoint import LATEST, checkpoints_of, is_checkpoint, newest_checkpoint
 from flashi2v_model.layers import use_fused_rms_norm
 from flashi2v_model.libraries import quieten
 from flashi2v_npu_ops.device import name as device_name
 from flashi2v_npu_ops.device import peak_memory, synchronize
 from flashi2v_train.autopsy import save_autopsy
-from flashi2v_train.checkpoint import Checkpoints, load, run_state
+from flashi2v_train.checkpoint import PROGRESS, Checkpoints, load, run_state
 from flashi2v_train.clip import AdaptiveClip, PlainClip, scale_gradients, share_of_square
 from flashi2v_train.config import RunConfig, read_eval_data
 from flashi2v_train.cost import count_operations, count_parameters, num_tokens, peak_flops
@@ -38,7 +38,7 @@ from flashi2v_train.metrics import Metrics, MetricsLog
 from flashi2v_train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 from flashi2v_train.parallel import World, join_world, parallelise, rank_and_size, shard
 from flashi2v_train.pipeline import DirectEngine, Engine, PipelineEngine, Stage, keep_layers
-from flashi2v_train.processes import RunError, StopSignal
+from flashi2v_train.processes import RunError, StopSignal, hold_directory, is_restarted
 from flashi2v_train.recompute import save_memory
 from flashi2v_train.step import Inputs, draw, make_inputs
 from flashi2v_train.validation import Validation
@@ -152,6 +152,7 @@ class Trainer:
             world,
             keep=options.keep_checkpoints,
             asynchronous=options.async_save,
+            start=resumed if resumed is not None and resumed.parent == options.save else None,
             on_wait=self._wait_for_disk,
         )
         self.watchdog: Watchdog | None = None
@@ -199,14 +200,29 @@ class Trainer:
             log.write_validation(self.step, metrics)
 
     def _find_checkpoint(self) -> Path | None:
-        options = self.options
-        directory = newest_checkpoint(options.save)
+        options, number = self.options, self.options.load_iteration
+        runs = [options.save]
         # Megatron's scripts name one directory twice; it is empty at the first start.
-        if directory is None and options.load is not None and options.load.resolve() != options.save.resolve():
-            directory = newest_checkpoint(options.load)
-            if directory is None:
-                raise InputError(f"--load {options.load}: holds no checkpoint ({LATEST} is not there)")
-        return directory
+        if options.load is not None and options.load.resolve() != options.save.resolve():
+            runs.append(options.load)
+        if number is not None and not is_restarted():
+            for run in runs:
+                if is_checkpoint(run / f"iter_{number:07d}"):
+                    return run / f"iter_{number:07d}"
+            there = ", ".join(str(int(path.name[5:])) for run in runs for path in checkpoints_of(run)[:10])
+            raise InputError(f"--load-iteration {number}: there is no such checkpoint, only {there or 'none'}")
+        for run in runs:
+            directory = newest_checkpoint(run)
+            if directory is not None:
+                later = checkpoints_of(run)[0]
+                if later.name > directory.name:
+                    logger.warning(
+                        "%s is later than the one that %s names, and is not gone on from", later, run / LATEST
+                    )
+                return directory
+        if len(runs) > 1:
+            raise InputError(f"--load {options.load}: holds no checkpoint ({LATEST} is not there)")
+        return None
 
     def _build_engine(self) -> Engine:
         layout, options = self.world.layout, self.options
@@ -264,13 +280,16 @@ class Trainer:
 
     def _resume(self, directory: Path) -> None:
         progress = load(directory, self._state(optimizer=self.options.load_optim), self.transformer_config, self.world)
-        self.step = progress["iteration"]
-        self.skipped_steps = progress.get("skipped_steps", 0)
-        self.skipped_in_a_row = progress.get("skipped_in_a_row", 0)
-        self.skipped_videos_before = progress["skipped_videos"]
-        if self.source is not None:
-            self.source.load_state_dict(progress["loader"])
-        self.clip.load_state_dict(progress["clip"])
+        try:
+            self.step = int(progress["iteration"])
+            self.skipped_steps = progress.get("skipped_steps", 0)
+            self.skipped_in_a_row = progress.get("skipped_in_a_row", 0)
+            self.skipped_videos_before = progress["skipped_videos"]
+            if self.source is not None:
+                self.source.load_state_dict(progress["loader"])
+            self.clip.load_state_dict(progress["clip"])
+        except (LookupError, TypeError) as error:
+            raise InputError(f"{directory / PROGRESS} is not what a run has written: {error!r}") from error
         logger.info("resumed from %s", directory)
 
     def _state(self, *, optimizer: bool) -> dict[str, Tensor]:
@@ -285,7 +304,7 @@ class Trainer:
         """
         options, world = self.options, self.world
         with ExitStack() as stack:
-            stack.enter_context(_told_of_a_full_disk(options.save))
+            stack.enter_context(_told_of_a_failing_disk())
             log = stack.enter_context(self._open_log()) if world.is_first else None
             if self.source is not None:
                 stack.callback(self.source.close)
@@ -403,16 +422,14 @@ class Trainer:
 
 
 @contextmanager
-def _told_of_a_full_disk(run: Path) -> Iterator[None]:
+def _told_of_a_failing_disk() -> Iterator[None]:
     """Let what else is written than checkpoints end a run in one line, too."""
     try:
         yield
+    except ConnectionError:  # another process has ended, which says why
+        raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise StorageError(
-            f"{run} cannot be written: {error.strerror}: make room there, and start the same command again"
-        ) from error
+        raise StorageError(f"{machine_fault(error)}: mend that, and start the same command again") from error
 
 
 def train(config: RunConfig) -> Path:
@@ -425,6 +442,9 @@ def train(config: RunConfig) -> Path:
     # The watchdog names who is late; only if it cannot, the collectives give up.
     timeout = timedelta(minutes=2 * config.options.distributed_timeout_minutes)
     layout = config.layout(rank_and_size()[1])
-    with StopSignal() as stop, join_world(config.options.device, layout, timeout) as world:
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        world = stack.enter_context(join_world(config.options.device, layout, timeout))
+        stack.enter_context(hold_directory(config.options.save, "--save", world.control))
         Trainer(config, world).run(stop)
     return config.options.save
