@@ -1,6 +1,9 @@
 """Video files of every kind, read back by the libraries that wrote them, and by others."""
 
 import json
+import os
+import resource
+import shutil
 from pathlib import Path
 
 import av
@@ -9,7 +12,7 @@ import pytest
 from PIL import Image
 
 from flashi2v_data import read_frames
-from flashi2v_data.errors import DecodeError
+from flashi2v_data.errors import DecodeError, StorageError
 from flashi2v_infer import InputError, read_record, save_video, write_mp4
 from flashi2v_infer.export import check_output, check_picture, durations, record_path, write_picture
 
@@ -125,6 +128,37 @@ def test_a_record_never_stands_beside_another_video_than_its_own(tmp_path, frame
     assert read_record(tmp_path / "video.mp4") == RECORD
 
 
+ODD_NAMES = ("12:30", "concat:a|b", "http:", "img%03d", "a\nb", "\x1b[31m", "-o", "a?b#c", "file:a", "ä 'b\"")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", "/"])
+def test_every_name_is_the_name_of_exactly_one_file(tmp_path, monkeypatch, frames, suffix):
+    monkeypatch.chdir(tmp_path)
+    for name in ODD_NAMES:
+        path = check_output(f"{name}{suffix}", 8, "--output")
+        save_video(path, frames[:1], 8, RECORD)
+        written = {path.name} if suffix == "/" else {path.name, record_path(path).name}
+        assert {file.name for file in tmp_path.iterdir()} == written
+        assert read_record(path) == RECORD
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+        record_path(path).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "frames", "a.png"])
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, frames, name):
+    noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=rf": cannot write {tmp_path / name}$"):
+            write_picture(tmp_path / name, Image.fromarray(noise[0])) if name == "a.png" else save_video(
+                tmp_path / name, noise, 8, RECORD
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("name", ["video.mp4", "video.gif", "video.webp", "strip.png"])
 def test_a_damaged_file_is_told_from_one_without_a_record(tmp_path, frames, name):
     path = tmp_path / name
@@ -141,7 +175,7 @@ def test_a_damaged_file_is_told_from_one_without_a_record(tmp_path, frames, name
         read_record(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"prompt": "a"}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"prompt": "a"}', "\udcff", "[" * 100_000, "9" * 5000])
 def test_a_json_file_of_somebody_else_is_no_record(tmp_path, text):
     (tmp_path / "cat.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=r"cat.json holds no record"):
@@ -157,6 +191,7 @@ def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "link").symlink_to("empty")
+    os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "full" / "thesis.txt").write_text("")
     check_output(str(tmp_path / "empty"), 8, "--output")
     for name, message in (
@@ -172,9 +207,15 @@ def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path):
         ("full", r"full exists and is not empty: name another directory"),
         ("photo.mp4", r"photo.json holds no record .*: the video's record would go there; choose another name"),
         ("\udcff.mp4", r"--output: not UTF-8 text"),
+        ("a\0.mp4", r"--output: no file's name holds the character 0"),
+        ("pipe.mp4", r"--output: .* is a pipe or a device: name a file"),
+        ("ä" * 114 + ".mp4", r"--output: the name is too long, of at most 230 bytes"),
+        ("a/" * 1900 + "a.mp4", r"--output: the name is too long, .* 3800 with its directories"),
     ):
         with pytest.raises(InputError, match=message):
             check_output(f"{tmp_path}/{name}", 8, "--output")
+    with pytest.raises(InputError, match=r"--output: s3://a/b.mp4 is an address"):
+        check_output("s3://a/b.mp4", 8, "--output")
     for name in ("", ".", "./", "/"):
         with pytest.raises(InputError, match="has no name: name a new directory"):
             check_output(name, 8, "--output")

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def test_lists_that_cannot_be_used_are_named(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(InputError, match=re.escape(message.format(path=path))):
         read_lines(path, "prompt")
+
+
+def test_a_list_is_a_file_of_bounded_size(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.truncate(os.open(tmp_path / "large", os.O_CREAT | os.O_WRONLY), 2**30)
+    for name, message in (("pipe", "no regular file"), ("large", "1,073,741,824 bytes"), ("a\0", "null byte")):
+        with pytest.raises(InputError, match=f"prompt: .*{name[0]}.* cannot be read: .*{message}"):
+            read_lines(f"{tmp_path}/{name}", "prompt")
 
 
 def test_lists_of_different_length_are_named_with_their_counts(job):

@@ -17,7 +17,7 @@ from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.strips import film_strip
 from flashi2v_data.transforms import center_crop_resize
 from flashi2v_infer.config import InferenceConfig
-from flashi2v_infer.export import Frames, read_record, record_path, write_mp4, write_picture
+from flashi2v_infer.export import Frames, check_name, read_record, record_path, write_mp4, write_picture
 from flashi2v_infer.inputs import clean_prompt, hash_file, read_pairs
 from flashi2v_infer.layout import video_grid
 from flashi2v_infer.pictures import Pixels, read_image
@@ -76,6 +76,7 @@ def read_batch(config: InferenceConfig, seed: int, vae_tiling: bool | None = Non
     Raises:
         InputError: the lists or a prompt cannot be used, or no image can.
     """
+    check_name(config.save_path, "save_path")
     directory = Path(config.save_path)
     check_directory(directory, "save_path")
     source = _source(config, vae_tiling)

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from tqdm import tqdm
 
 from flashi2v_data.atomic import check_directory
-from flashi2v_data.console import configure_logging
+from flashi2v_data.console import configure_logging, one_line
 from flashi2v_data.errors import InputError
 from flashi2v_data.strips import film_strip
 from flashi2v_data.transforms import center_crop_resize
@@ -18,7 +18,7 @@ from flashi2v_infer.batch import Batch, Job, read_batch, strip_path, unfinished,
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.export import check_output, check_picture, check_spared, save_video, write_picture
+from flashi2v_infer.export import check_name, check_output, check_picture, check_spared, save_video, write_picture
 from flashi2v_infer.inputs import hash_file
 from flashi2v_infer.load import (
     check_model,
@@ -77,6 +77,7 @@ def sample_batch(
     if strips is not None:
         if strips.suffix == ".png":
             raise InputError(f"--strip: {strips}: of a batch, name a directory, which gets video_0.png, ...")
+        check_name(str(strips), "--strip")
         check_directory(strips, "--strip")
     quieten()
 
@@ -263,7 +264,7 @@ def sample_one(
         else:
             check_model(model)
             settled_device(execution)
-        print(f"would write {output}")
+        print(one_line(f"would write {output}"))
         return None
     quieten()
     with join_processes(execution.device or "auto", execution.context_parallel_size) as processes:
@@ -298,7 +299,7 @@ def sample_one(
         save_video(path, sample.frames, request.fps, record)
         if strip is not None:
             write_picture(strip, film_strip(image, sample.frames), record)
-        print(f"wrote {output}" + (f" and {strip}" if strip else ""))
+        print(one_line(f"wrote {output}" + (f" and {strip}" if strip else "")))
         if planned is not None:
             print(comparison(planned, meter.read()))
         return sample

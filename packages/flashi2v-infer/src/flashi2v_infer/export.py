@@ -2,18 +2,22 @@
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from flashi2v_data.atomic import atomic_directory, atomic_file, check_directory
-from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.console import machine_fault
+from flashi2v_data.errors import DecodeError, InputError, StorageError
 from flashi2v_data.video import write_video
+from flashi2v_infer.pictures import UNDECODABLE, opened
 from flashi2v_infer.settings import check_text
 
 Frames = NDArray[np.uint8]
@@ -25,6 +29,8 @@ SUFFIXES = (".mp4", ".gif", ".webp")
 _GIF_TICK, _GIF_MAX_FPS = 10, 50
 _WEBP_TICK, _WEBP_MAX_FPS = 1, 1000
 _NAME, _FIRST = "frame_{:04d}.png", "frame_0000.png"
+_LONGEST_NAME, _LONGEST_PATH = 230, 3800  # bytes; of 255 and 4096
+_LARGEST_RECORD = 2**23  # bytes; a record takes some kB
 _ASCII = b"ASCII\0\0\0"  # how EXIF says which text a user's comment is
 
 
@@ -39,7 +45,7 @@ def check_output(text: str, fps: float, option: str) -> Path:
     Raises:
         InputError: naming `option`.
     """
-    check_text(text, option)
+    check_name(text, option)
     path = Path(text)
     is_directory = text.endswith(("/", "\\")) or not path.suffix
     if is_directory:
@@ -68,12 +74,36 @@ def check_output(text: str, fps: float, option: str) -> Path:
     return path
 
 
+def check_name(text: str, option: str) -> None:
+    """Refuse what is no name of a file that could be written, on this machine or at all.
+
+    Raises:
+        InputError: naming `option`.
+    """
+    check_text(text, option)
+    if "\0" in text:
+        raise InputError(f"{option}: no file's name holds the character 0: {text!r}")
+    if "://" in text:
+        raise InputError(f"{option}: {text} is an address: name a file or directory of this machine")
+    # What is written goes first under a longer name beside it, and its record beside that.
+    try:
+        whole = os.fsencode(os.path.abspath(text))
+    except OSError:
+        raise InputError(f"{option}: {text}: the working directory is gone") from None
+    if len(whole) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in whole.split(b"/")):
+        raise InputError(
+            f"{option}: the name is too long, of at most {_LONGEST_NAME} bytes, and {_LONGEST_PATH} with its "
+            f"directories: {text}"
+        )
+
+
 def check_picture(path: Path, option: str) -> None:
     """Refuse a picture that could not be written.
 
     Raises:
         InputError: naming `option`, it does not end in .png, or its directory cannot be written to.
     """
+    check_name(str(path), option)
     if path.suffix != ".png":
         raise InputError(f"{option}: {path} must end in .png")
     _check_file(path, option)
@@ -90,8 +120,9 @@ def check_spared(path: Path, option: str, image: str) -> None:
 
 
 def _check_file(path: Path, option: str) -> None:
-    if path.is_dir():
-        raise InputError(f"{option}: {path} is a directory: name a file")
+    if path.exists() and not path.is_file():
+        what = "a directory" if path.is_dir() else "a pipe or a device"
+        raise InputError(f"{option}: {path} is {what}: name a file")
     check_directory(path.parent, option)
 
 
@@ -110,18 +141,33 @@ def save_video(path: str | Path, frames: Frames, fps: float, record: Record) -> 
         frames: (T, H, W, 3), uint8; H and W even.
         fps: frames per second.
         record: how the video was made; it also goes into the file itself.
+
+    Raises:
+        flashi2v_data.errors.StorageError: it cannot be written whole; nothing of it stays.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         write_frames(path, frames, record)
         return
-    record_path(path).unlink(missing_ok=True)
-    if path.suffix == ".mp4":
-        write_mp4(path, frames, fps, record)
-    else:
-        (_write_gif if path.suffix == ".gif" else _write_webp)(path, frames, fps, record)
-    with atomic_file(record_path(path)) as file:
-        _write_record(file, record)
+    with _storing(path):
+        record_path(path).unlink(missing_ok=True)
+        if path.suffix == ".mp4":
+            write_mp4(path, frames, fps, record)
+        else:
+            (_write_gif if path.suffix == ".gif" else _write_webp)(path, frames, fps, record)
+        with atomic_file(record_path(path)) as file:
+            _write_record(file, record)
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """Say in one line what keeps a file from being written: a full disk, a directory that was removed."""
+    try:
+        yield
+    except OSError as error:
+        # Pillow's encoders have a number of their own.
+        reason = machine_fault(error) if error.errno else f"is the disk full? {error}"
+        raise StorageError(f"{reason}: cannot write {path}") from error
 
 
 def _write_record(path: Path, record: Record) -> None:
@@ -139,8 +185,11 @@ def write_mp4(path: Path, frames: Frames, fps: float, record: Record | None = No
 
     Raises:
         InputError: frames, fps or the name cannot be used.
+        flashi2v_data.errors.StorageError: it cannot be written whole; nothing of it stays.
     """
-    write_video(path, frames, fps, {"comment": json.dumps(record, ensure_ascii=False)} if record else None)
+    comment = {"comment": json.dumps(record, ensure_ascii=False)} if record else None
+    with _storing(path):
+        write_video(path.absolute(), frames, fps, comment)  # FFmpeg reads "12:30.mp4" as an address
 
 
 def _write_gif(path: Path, frames: Frames, fps: float, record: Record) -> None:
@@ -170,19 +219,23 @@ def _write_animation(path: Path, pictures: list[Image.Image], milliseconds: list
 
 def write_frames(path: Path, frames: Frames, record: Record) -> None:
     """Write frame_0000.png, frame_0001.png, ... and record.json into a new directory, which appears only when whole."""
-    with atomic_directory(path) as directory:
+    with _storing(path), atomic_directory(path) as directory:
         for number, frame in enumerate(frames):
-            write_picture(directory / _NAME.format(number), Image.fromarray(frame), record)
+            _write_png(directory / _NAME.format(number), Image.fromarray(frame), record)
         _write_record(record_path(directory), record)
 
 
 def write_picture(path: Path, picture: Image.Image, record: Record | None = None) -> None:
     """Write a .png, with `record` as JSON in its text; the file appears only when whole."""
+    with _storing(path), atomic_file(path) as file:
+        _write_png(file, picture, record)
+
+
+def _write_png(path: Path, picture: Image.Image, record: Record | None) -> None:
     text = PngInfo()
     if record is not None:
         text.add_itxt("Comment", json.dumps(record, ensure_ascii=False))
-    with atomic_file(path) as file:
-        picture.save(file, pnginfo=text)
+    picture.save(path, pnginfo=text)
 
 
 def durations(num_frames: int, fps: float, tick: int) -> list[int]:
@@ -209,22 +262,29 @@ def read_record(path: str | Path) -> dict[str, Any]:
         path = path / _FIRST
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    readers: dict[str, Callable[[Path], str | bytes]] = {".mp4": _mp4_comment, ".json": Path.read_bytes}
+    readers: dict[str, Callable[[Path], str | bytes]] = {".mp4": _mp4_comment, ".json": _start}
     text = readers.get(path.suffix, _picture_comment)(path)
     try:
         record = json.loads(text)
-    except ValueError:  # no JSON, or no text
+    except (ValueError, RecursionError):  # no JSON, or no text
         record = None
     if not isinstance(record, dict) or not record.keys() >= {"prompt", "seed", "settings"}:
         raise InputError(f"{path} holds no record of a sampled video")
     return record
 
 
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_LARGEST_RECORD)
+
+
 def _mp4_comment(path: Path) -> str:
     import av
 
+    # As a file, and no other kind of video, which may name further files.
+    options = {"protocol_whitelist": "file"}
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path.absolute()}", format="mov", options=options, metadata_errors="replace") as container:
             return str(container.metadata.get("comment", ""))
     except (av.FFmpegError, OSError) as error:
         raise DecodeError(str(path), error.strerror or str(error)) from None
@@ -232,7 +292,7 @@ def _mp4_comment(path: Path) -> str:
 
 def _picture_comment(path: Path) -> str | bytes:
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             if image.format == "PNG":
                 image.load()  # text may also stand behind the picture
                 return str(image.info.get("Comment", ""))
@@ -240,5 +300,5 @@ def _picture_comment(path: Path) -> str | bytes:
                 return bytes(image.info.get("comment", b""))
             comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
             return str(comment) if isinstance(comment, str) else bytes(comment).removeprefix(_ASCII)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except UNDECODABLE as error:
         raise DecodeError(str(path), str(error)) from None

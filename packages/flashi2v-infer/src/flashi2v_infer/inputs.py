@@ -8,6 +8,8 @@ from pathlib import Path
 from flashi2v_data.captions import clean_caption
 from flashi2v_data.errors import InputError
 
+_LARGEST_LIST = 2**26  # bytes
+
 
 def read_lines(path: str | Path, key: str) -> list[str]:
     """Read a list with one entry a line; blank lines are allowed at the end only.
@@ -16,14 +18,19 @@ def read_lines(path: str | Path, key: str) -> list[str]:
         InputError: naming `key`, the setting that gave `path`, where the file is missing, unreadable or has gaps.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("Is a directory" if Path(path).is_dir() else "it is no regular file")
+        if (size := Path(path).stat().st_size) > _LARGEST_LIST:
+            raise OSError(f"it has {size:,} bytes, of at most {_LARGEST_LIST:,}")
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{key}: {path}: no such file") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{key}: {path}: line {line} is not UTF-8 text: save the file as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{key}: {path}: cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # a name may hold what no name of a file does
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise InputError(f"{key}: {path}: cannot be read: {reason}") from None
     # Not splitlines, for which a prompt could end at one of the less known line separators of Unicode.
     lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
     if not lines:
