@@ -470,7 +470,7 @@ class Images(Target):
         return {path.name: path.read_bytes() for path in sorted(inputs.iterdir())}
 
     def read(self, path: Path) -> object:
-        from flashi2v_infer.inputs import read_image
+        from flashi2v_infer.pictures import read_image
 
         return read_image(path, "--image")
 
