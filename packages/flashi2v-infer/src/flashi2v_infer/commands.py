@@ -105,7 +105,7 @@ def sample_batch(
         check_parts(config)
         check_degree(execution.context_parallel_size, config.predictor.num_heads)
         batch, jobs = read()
-        print(f"would write {_videos(len(jobs))} to {batch.directory}")
+        print(one_line(f"would write {_videos(len(jobs))} to {batch.directory}"))
         _raise_faults(batch, [])
         return
     with join_processes(execution.device or config.device, execution.context_parallel_size) as processes:
@@ -172,7 +172,7 @@ def _report(batch: Batch, sampled: Sequence[Job], missing: Sequence[Job]) -> Non
     num_kept = len(batch.jobs) - len(sampled)
     if num_there:
         kept = f" ({num_kept} had been finished before)" if num_kept else ""
-        print(f"wrote {_videos(num_there - num_kept)}{kept} and video_grid.mp4 to {batch.directory}")
+        print(one_line(f"wrote {_videos(num_there - num_kept)}{kept} and video_grid.mp4 to {batch.directory}"))
     _raise_faults(batch, missing)
 
 
