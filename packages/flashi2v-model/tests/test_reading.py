@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from golden import small_model
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import UMT5EncoderModel
 
 from flashi2v_model import InputError, convert_state_dict
 from flashi2v_model.encoders import load_pretrained
@@ -112,6 +114,17 @@ def test_a_directory_is_looked_at_before_a_library_loads_it(tmp_path, name, cont
         check_directory(tmp_path)
     with pytest.raises(InputError, match=rf"^--model: .*{message}"):
         load_pretrained(torch.nn.Module, str(tmp_path), "--model", torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("cls", "key"), [(AutoencoderKLWan, "base_dim"), (UMT5EncoderModel, "d_model")])
+def test_a_configuration_cannot_make_a_model_larger_than_its_weights(tmp_path, cls, key):
+    config = {"base_dim": 8, "num_layers": 2, "vocab_size": 99, "d_ff": 8, key: 100_000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(1000))
+    with pytest.raises(
+        InputError, match=r"^ae: .*config.json describes a model of [0-9,]+ numbers, its weights have 1,0"
+    ):
+        load_pretrained(cls, str(tmp_path), "ae", torch.float32, torch.device("cpu"))
 
 
 def test_the_transformer_of_a_whole_checkpoint_is_read_and_the_rest_named(tmp_path, caplog):

@@ -149,8 +149,9 @@ def load_from_pretrained(
     if directory is not None:
         with named("--model"):
             check_model_index(directory)
-            for part in ("tokenizer", "scheduler"):
-                check_directory(directory / part)
+            for name in ("tokenizer", "scheduler"):
+                if (directory / name).is_dir():
+                    check_directory(directory / name)
     device = settled_device(execution)
     where = home(execution, device)
     dtype = DTYPES[execution.settled_dtype(device.type)]

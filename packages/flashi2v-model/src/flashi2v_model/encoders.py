@@ -16,7 +16,7 @@ from transformers import UMT5EncoderModel
 
 from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, AEConfig, TextEncoderConfig, check_pretrained
 from flashi2v_model.errors import UNREADABLE, InputError, named
-from flashi2v_model.reading import check_directory
+from flashi2v_model.reading import check_directory, read_json
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,6 +72,7 @@ def load_pretrained(
     if (directory := Path(path, subfolder)).is_dir():
         with named(key):
             check_directory(directory)
+            _check_claim(cls, directory)
     # The libraries would fill missing weights with random numbers, so a report is asked for.
     load = partial(cls.from_pretrained, path, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True)
     try:
@@ -89,6 +90,27 @@ def load_pretrained(
     if problems:
         raise InputError(f"{key}: the weights in {path!r} are not those of {cls.__name__}: {str(problems)[:300]}")
     return model
+
+
+def _check_claim(cls: Any, directory: Path) -> None:
+    """Refuse a config.json that describes a far larger model than the weights beside it are: it would be allocated.
+
+    Raises:
+        InputError: it does.
+    """
+    stored = sum(file.stat().st_size for file in directory.iterdir() if file.suffix in (".safetensors", ".bin"))
+    config = directory / "config.json"
+    if not stored or not config.is_file():
+        return  # loading says so
+    values = read_json(config)
+    try:
+        with torch.device("meta"):
+            model = cls.from_config(values) if hasattr(cls, "from_config") else cls(cls.config_class(**values))
+    except UNREADABLE:
+        return  # loading says so
+    claimed = sum(parameter.numel() for parameter in model.parameters())
+    if claimed > 4 * stored:  # of a byte each, or half a one where they are quantised
+        raise InputError(f"{config} describes a model of {claimed:,} numbers, its weights have {stored:,} bytes")
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
