@@ -1,4 +1,6 @@
+import errno
 import os
+import resource
 import signal
 import threading
 import time
@@ -10,7 +12,7 @@ import pytest
 
 from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.probe import VideoInfo, probe
-from flashi2v_data.probe_cache import ProbeCache, Probed
+from flashi2v_data.probe_cache import ProbeCache, Probed, ProbeFile
 from flashi2v_data.prober import Prober
 from flashi2v_data.video import write_video
 
@@ -200,8 +202,69 @@ def test_a_cache_is_only_read_where_nothing_may_be_written(tmp_path, video):
 def test_what_is_no_cache_says_so(tmp_path):
     (tmp_path / "data.mdb").write_bytes(b"x" * 10_000)
     prober = Prober(1, cache=tmp_path)
-    with pytest.raises(InputError, match="is no probe cache, remove it"):
+    with pytest.raises(InputError, match="is no probe cache, or damaged: remove it"):
         prober.submit("a.mp4")
+
+
+def test_a_cache_that_was_cut_short_says_so_and_is_not_mapped(tmp_path, video):
+    assert _probe_all([video], tmp_path / "cache") == [INFO]
+    data = tmp_path / "cache/data.mdb"
+    for size in (data.stat().st_size - 1, 8192, 4096, 100):
+        os.truncate(data, size)
+        with pytest.raises(InputError, match="is no probe cache, or damaged: remove it"):
+            _probe_all([video], tmp_path / "cache")
+    os.truncate(data, 0)
+    assert _probe_all([video], tmp_path / "cache") == [INFO]
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 4096, bytes(4096), b"\x10" * 4096])
+def test_a_cache_of_garbage_says_so_and_no_video_is_blamed(tmp_path, video, garbage):
+    status = os.stat(video)
+    with closing(ProbeCache(tmp_path / "cache")) as cache:
+        for number in range(300):
+            cache.put(f"{number}.mp4", Probed(status.st_size, status.st_mtime_ns, INFO, ""))
+        cache.put(str(video), Probed(status.st_size, status.st_mtime_ns, INFO, ""))
+    data = tmp_path / "cache/data.mdb"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:8192] + garbage * (len(whole) // 4096 - 2))
+    with pytest.raises(InputError, match="cache: is damaged: remove it, and videos are opened again"):
+        _probe_all([video], tmp_path / "cache")
+
+
+def test_what_a_cache_has_of_a_video_is_not_believed_when_bits_have_flipped(tmp_path, video):
+    assert _probe_all([video], tmp_path / "cache") == [INFO]
+    status, data = os.stat(video), tmp_path / "cache/data.mdb"
+    good = data.read_bytes()
+    place = good.rindex(INFO.height.to_bytes(1, "big") + INFO.width.to_bytes(1, "big"))
+    for bit in range(8):
+        data.write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
+        with closing(ProbeCache(tmp_path / "cache", readonly=True)) as cache:
+            assert cache.get(str(video), status) is None
+    assert _probe_all([video], tmp_path / "cache") == [INFO]
+    with closing(ProbeCache(tmp_path / "cache", readonly=True)) as cache:
+        assert cache.get(str(video), status).info == INFO
+
+
+def test_a_machine_that_cannot_open_files_is_not_taken_for_bad_videos(tmp_path, video):
+    assert ProbeFile(None)(str(video))[0].info == INFO
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            ProbeFile(None)(str(video))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_a_disk_says_of_itself_is_not_kept_of_a_video(video, monkeypatch):
+    def fail(path):
+        raise DecodeError(path, "Input/output error") from OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("flashi2v_data.probe_cache.probe", fail)
+    with pytest.raises(DecodeError, match="Input/output error"):
+        ProbeFile(None)(str(video))
 
 
 def test_a_cache_grows(tmp_path):

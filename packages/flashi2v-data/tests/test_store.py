@@ -5,6 +5,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pytest
 import zstandard
 
 from flashi2v_data import lmdb_files
-from flashi2v_data.errors import InputError, RecordError
+from flashi2v_data.errors import InputError, RecordError, StorageError
 from flashi2v_data.features import FeatureWriter
 from flashi2v_data.lmdb_files import check_file
 from flashi2v_data.store import open_store, write_store
@@ -366,7 +367,7 @@ def test_an_unfinished_part_is_continued_for_the_same_purpose_alone(tmp_path):
     with StoreWriter(tmp_path / "part", {"limit": 1}) as writer:
         writer.append(values * 5000, lambda: "after 10,000")
         writer.append(values[:1], lambda: "lost")
-        with pytest.raises(InputError, match="is being written by another process"):
+        with pytest.raises(InputError, match="is in use by this process already"):
             StoreWriter(tmp_path / "part", {"limit": 1}, resume=True)
     with pytest.raises(InputError, match="continue it by --resume, or remove it"):
         StoreWriter(tmp_path / "part", {"limit": 1})
@@ -422,3 +423,39 @@ def test_a_store_of_features_is_no_store_of_clips(tmp_path):
     FeatureWriter(tmp_path / "features.lmdb", {"vae": 1}).close()
     with pytest.raises(InputError, match="is no store of clips"):
         open_store(tmp_path / "features.lmdb")
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from flashi2v_data.store_writer import StoreWriter
+writer = StoreWriter(Path("part"))
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_part_is_free_the_moment_its_writer_is_killed_whatever_its_children_do(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(InputError, match=rf"part is in use by another process \(process {holder.pid} on "):
+            StoreWriter(tmp_path / "part", resume=True)
+        holder.kill()
+        holder.wait()
+        StoreWriter(tmp_path / "part", resume=True).close()
+        os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+        holder.stdout.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
+def test_a_directory_that_is_removed_while_it_is_written_is_one_line(tmp_path):
+    with StoreWriter(tmp_path / "lmdb/part") as writer:
+        writer.append([b"\x90"])
+        shutil.rmtree(tmp_path / "lmdb")
+        with pytest.raises(StorageError, match=r"part: is gone, someone has removed it$"):
+            writer.finish(tmp_path / "lmdb/a.lmdb", None, {})

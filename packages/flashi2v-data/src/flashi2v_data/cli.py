@@ -14,7 +14,7 @@ from cyclopts import App, Parameter
 from flashi2v_data import __version__
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.config import FilterConfig, load_config
-from flashi2v_data.console import run
+from flashi2v_data.console import escaped, run
 from flashi2v_data.errors import InputError
 from flashi2v_data.prober import PROBE_TIMEOUT_SECONDS
 from flashi2v_data.report import FilterReport, check_plots
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 app = App(name="flashi2v-data", help="Video data for training FlashI2V.", version=__version__, help_format="plaintext")
 
+Jobs = Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1, lte=1024))]
 Positive = Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1))]
 
 
@@ -35,7 +36,7 @@ def main() -> NoReturn:
 def filter_command(
     *,
     filter_config: Annotated[Path, Parameter(name="--filter_config")],
-    jobs: Positive | None = None,
+    jobs: Jobs | None = None,
     probe_timeout: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = PROBE_TIMEOUT_SECONDS,
     resume: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
@@ -75,7 +76,7 @@ def filter_command(
     config = load_config(filter_config, FilterConfig)
     if explain is not None:
         for lines in explain_path(config, explain, probe_timeout=probe_timeout):
-            print("\n".join(lines))
+            print(escaped("\n".join(lines)))
         return
     jobs = jobs or _num_processors()
     if dry_run:
@@ -84,7 +85,7 @@ def filter_command(
         _warn_of_none(report)
         return
     path, report = filter_files(config, jobs=jobs, probe_timeout=probe_timeout, resume=resume, plots=plots)
-    print(f"{report.describe(config)}\nwritten to {path}")
+    print(escaped(f"{report.describe(config)}\nwritten to {path}"))
     _warn_of_none(report)
 
 
@@ -108,7 +109,7 @@ def inspect_command(
     limit: Positive | None = None,
     plots: Path | None = None,
     open_videos: Annotated[bool, Parameter(negative="")] = False,
-    jobs: Positive | None = None,
+    jobs: Jobs | None = None,
     probe_timeout: Annotated[float | None, Parameter(validator=cyclopts.validators.Number(gt=0))] = None,
 ) -> None:
     """Show what an LMDB, or a folder of them, holds, and which videos are missing.
@@ -144,9 +145,9 @@ def inspect_command(
     with closing(Prober(jobs or _num_processors(), probe_timeout or PROBE_TIMEOUT_SECONDS)) as prober:
         found = inspect_store(store, limit=limit, prober=prober if open_videos else None)
     charts = [] if plots is None else plot_store(found, plots)
-    print(describe_store(store, found))
+    print(escaped(describe_store(store, found)))
     for chart in charts:
-        print(f"plot       {chart}")
+        print(escaped(f"plot       {chart}"))
 
 
 def _num_processors() -> int:
@@ -192,7 +193,7 @@ def shapes_command(
     if match is None:
         raise InputError(f"--size: expected HEIGHTxWIDTH such as 64x96, got {size!r}")
     write_shapes(directory, num, seed, int(match[1]), int(match[2]), frames, fps, pairs)
-    print(f"{num} videos in {directory}; filter them with ann_txt_path: '{directory / 'videos.txt'}'")
+    print(escaped(f"{num} videos in {directory}; filter them with ann_txt_path: '{directory / 'videos.txt'}'"))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ class _Constructor(SafeConstructor):
             if num_values > _MAX_VALUES:
                 raise ValueError(f"more than {_MAX_VALUES} values, or one within itself")
             if isinstance(node, ScalarNode):
+                if "\0" in node.value:
+                    raise ValueError(f"a zero byte, in line {node.start_mark.line + 1}")
                 if str(node.tag).endswith(":int") and len(node.value) > _MAX_DIGITS:
                     raise ValueError(f"a number of {len(node.value)} digits, in line {node.start_mark.line + 1}")
             else:

@@ -4,8 +4,10 @@ LMDB maps its file and believes it: reading beyond the end of one that was cut s
 looked at before it is mapped. LMDB has no checksums either; `seal` appends one to a value, which `unseal` verifies.
 """
 
+import errno
 import logging
 import os
+import shutil
 import struct
 import weakref
 from collections.abc import Callable, Iterator
@@ -189,4 +191,25 @@ def storage(path: str | Path, advice: str) -> Iterator[None]:
     except lmdb.MapFullError:
         raise
     except (lmdb.Error, OSError) as error:
-        raise StorageError(f"{path}: cannot be written: {error}; {advice}") from None
+        if getattr(error, "errno", None) == errno.ENOENT:
+            raise StorageError(f"{path}: is gone, someone has removed it") from None
+        raise StorageError(f"{path}: cannot be written: {_refusal(error, path)}; {advice}") from None
+
+
+def _refusal(error: lmdb.Error | OSError, path: str | Path) -> str:
+    """Say why a disk refuses. LMDB has the words of the system, or those for a failing disk where it is full."""
+    from flashi2v_data.console import machine_fault  # what no process needs as long as all goes well
+
+    if isinstance(error, OSError):
+        return machine_fault(error)
+    known = [code for code in errno.errorcode if os.strerror(code) in str(error)]
+    if errno.EIO in known and _is_full(path):
+        known = [errno.ENOSPC]
+    return machine_fault(OSError(known[0], str(error))) if known else str(error)
+
+
+def _is_full(path: str | Path) -> bool:
+    try:
+        return shutil.disk_usage(path).free < 1 << 20
+    except OSError:
+        return False

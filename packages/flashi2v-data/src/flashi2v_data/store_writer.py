@@ -1,10 +1,9 @@
 """Writing a store: batch by batch into a part, which becomes the store when it is whole."""
 
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import msgspec
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.lmdb_files import CHECKSUM, FIRST_MAP_SIZE, check_file, seal, storage, unseal_header, write
+from flashi2v_data.locking import hold
 from flashi2v_data.values import Compression
 
 SCHEMA = 1
@@ -54,19 +54,20 @@ class StoreWriter:
         self._num_appended = 0
         self.state: Any = None
         self.count = 0
-        if part.exists() and not resume:
-            raise InputError(f"{part} is what an unfinished run left: continue it by --resume, or remove it")
-        part.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _lock(part)
-        # Without sync after every batch: nothing may be read before the rename, and a last sync precedes it. Never
-        # with a writable map, through which a full disk would kill the process.
-        check_file(part)
-        self._environment = lmdb.open(str(part), map_size=FIRST_MAP_SIZE, sync=False, lock=False)
-        try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:  # an interrupt, too, must let go of the part
+            stack.enter_context(hold(part.with_name(f".{part.name}.lock"), str(part)))
+            if part.exists() and not resume:
+                raise InputError(f"{part} is what an unfinished run left: continue it by --resume, or remove it")
+            part.mkdir(exist_ok=True)
+            check_file(part)
+            # Without sync after every batch: nothing may be read before the rename, and a last sync precedes it. Never
+            # with a writable map, through which a full disk would kill the process.
+            with storage(part, _ADVICE):
+                self._environment = lmdb.open(str(part), map_size=FIRST_MAP_SIZE, sync=False, lock=False)
+            stack.callback(self._environment.close)
             self._continue()
-        except BaseException:  # an interrupt, too, must let go of the part
-            self.close()
-            raise
+            self._held = stack.pop_all()
 
     def _continue(self) -> None:
         with self._environment.begin() as transaction:
@@ -122,8 +123,9 @@ class StoreWriter:
         self._commit(msgspec.msgpack.encode(header))
         with storage(self._part, _ADVICE):
             self._environment.sync(True)
-            self.close()
+            self._environment.close()
             os.rename(self._part, final)
+        self.close()
 
     def _commit(self, header: bytes | None = None) -> None:
         """Write what waits, from where to go on behind it, and the header, all or nothing."""
@@ -147,26 +149,10 @@ class StoreWriter:
 
     def close(self) -> None:
         """Let go of the part, which stays; harmless when repeated."""
-        self._environment.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._held.close()
 
     def discard(self) -> None:
         """Remove the part."""
-        self.close()
+        self._environment.close()
         shutil.rmtree(self._part)
-
-
-def _lock(part: Path) -> int:
-    """Hold the part for this process; the system lets go when the process ends, however it ends."""
-    descriptor = os.open(part, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(f"{part} is being written by another process: wait for it, or end it") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # some network disks have no locks
-            raise
-    return descriptor
+        self.close()

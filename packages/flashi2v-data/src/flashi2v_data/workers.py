@@ -29,6 +29,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,13 @@ NO_LIMITS = Limits()
 
 
 class WorkerLost(RuntimeError):
-    """A task was not done in time, or ended the processes that worked on it."""
+    """A task was not done in time (`is_late`), or ended the processes that worked on it."""
+
+    exit_code = 1
+
+    def __init__(self, reason: str, *, is_late: bool = False) -> None:
+        super().__init__(reason)
+        self.is_late = is_late
 
 
 class WorkerError(Exception):
@@ -97,7 +104,7 @@ class _Worker:
         self.connection, theirs = socket.socketpair()
         self.connection.setblocking(False)
         self.process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)
-        with theirs, _only_importable_main():
+        with theirs, _only_importable_main(), _without_interrupts(context):
             self.process.start()
         self.is_ready = False
         self.tasks: deque[Task[Any, Any]] = deque()  # at the first of these it works
@@ -179,6 +186,18 @@ def _only_importable_main() -> Iterator[None]:
         yield
     finally:
         main.__file__ = name
+
+
+@contextlib.contextmanager
+def _without_interrupts(context: Any) -> Iterator[None]:
+    """Start processes that no interrupt reaches, even while they import what they need to ignore it."""
+    if context.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # which would end the block, once
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def quick_start() -> StartMethod:
@@ -337,20 +356,22 @@ class WorkerPool(Generic[A, R]):
         if not worker.is_ready:
             self._num_stillborn += 1
         elif is_late:
-            self._fail(worker.tasks.popleft(), f"no answer within {self._limits.timeout_seconds:g} seconds")
+            seconds = f"{self._limits.timeout_seconds:g} seconds"
+            self._fail(worker.tasks.popleft(), WorkerLost(f"no answer within {seconds}", is_late=True))
         else:
             logger.warning("a worker has ended (%s) and is replaced", how)
             if worker.tasks:
                 worker.tasks[0].num_deaths += 1
                 if worker.tasks[0].num_deaths == _ATTEMPTS:
-                    self._fail(worker.tasks.popleft(), f"ended the process that read it {_ATTEMPTS} times ({how})")
+                    reason = f"ended the process that read it {_ATTEMPTS} times ({how})"
+                    self._fail(worker.tasks.popleft(), WorkerLost(reason))
         if self._num_stillborn == _STILLBORN:
             self.close()
             raise RuntimeError(f"{_STILLBORN} workers in a row ended while starting ({how}): {_startup_advice()}")
         self._replace(worker)
 
-    def _fail(self, task: Task[A, R], reason: str) -> None:
-        task.error = WorkerLost(reason)
+    def _fail(self, task: Task[A, R], lost: WorkerLost) -> None:
+        task.error = lost
         task.done = True
 
     def _replace(self, worker: _Worker) -> None:
