@@ -1,14 +1,25 @@
 """Everything the project runs on itself: `nox -l` lists it."""
 
+import os
 import platform
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nox
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which nox brings
 
 nox.needs_version = ">=2024.4"
-nox.options.sessions = ["lint", "imports", "tests"]
+nox.options.sessions = ["style", "lint", "imports", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 # The one place that decides which torch is tested, and what is built for just one; packages themselves ask for ranges.
@@ -20,89 +31,133 @@ EXTRAS = {"flashi2v-train": "[wandb]", "flashi2v-data": "[decord,plots,strips,to
 TEST_TOOLS = (
     "pytest>=8",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "hypothesis>=6.100",
     "peft>=0.15",
     "matplotlib>=3.8",
 )
+# What `lowest` runs: what leans on other libraries most, where it is quick. And what it leaves as pip finds it: what is
+# built for one torch or for other machines, or only talks to a service.
+LOWEST_TESTS = (
+    *(f"packages/flashi2v-data/tests/test_{name}.py" for name in ("cli", "config", "decode", "meta", "store", "video")),
+    *(f"packages/flashi2v-model/tests/test_{name}.py" for name in ("encoders", "flow_matching", "weights")),
+    *(f"packages/flashi2v-train/tests/test_{name}.py" for name in ("autopsy", "launcher", "metrics", "validation")),
+    *(f"packages/flashi2v-infer/tests/test_{name}.py" for name in ("config", "export", "load", "pipeline")),
+)
+NOT_LOWEST = ("decord", "decord2", "flash-attn", "wandb")
+LINTERS = ("ruff>=0.9", "mypy>=1.15", "packaging", "tomli; python_version < '3.11'")
+BUILDERS = ("build", "hatchling>=1.26")
 ROOT = Path(__file__).parent
+# One environment for all that looks at the sources as they are: installing it takes a minute and a half.
+SHARED = ROOT / ".nox/shared"
+_installed: list[str] = []  # into it, in this run of nox
 
 
-def install(session: nox.Session, *arguments: str) -> None:
-    """pip install within the constraints."""
-    constraints = Path(session.create_tmp()) / "constraints.txt"
-    constraints.write_text("\n".join(CONSTRAINTS) + "\n")
-    session.install("-c", str(constraints), *arguments)
+def constraints(session: nox.Session) -> tuple[str, str]:
+    """Return pip's arguments that hold it to the constraints."""
+    path = Path(session.create_tmp()) / "constraints.txt"
+    path.write_text("\n".join(CONSTRAINTS) + "\n")
+    return "-c", str(path)
 
 
-def install_editable(session: nox.Session, *tools: str) -> None:
-    """Install all packages from their sources, in one go, so that they find each other."""
+def run_shared(session: nox.Session, command: str, *arguments: str, **more: Any) -> None:
+    """Run a command of the shared environment."""
+    scripts = SHARED / ("Scripts" if sys.platform == "win32" else "bin")
+    environment = {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", **more.pop("env", {})}
+    session.run(str(scripts / command), *arguments, env=environment, external=True, **more)
+
+
+def install_shared(session: nox.Session) -> None:
+    """Install all packages from their sources and all tools, in one go, so that they find each other, and once."""
+    if _installed:
+        return
+    if not SHARED.exists():
+        session.run(sys.executable, "-m", "venv", str(SHARED), external=True)
     packages = [part for name in PACKAGES for part in ("-e", f"packages/{name}{EXTRAS.get(name, '')}")]
-    install(session, *packages, *tools)
+    tools = (*TEST_TOOLS, *LINTERS, *BUILDERS)
+    run_shared(session, "python", "-m", "pip", "install", "--quiet", *constraints(session), *packages, *tools)
+    _installed.extend(PACKAGES)
 
 
 def run_tests(session: nox.Session, *paths: str) -> None:
-    """Run pytest on two processes of one thread each: most tests are too small for more threads to help.
+    """Run pytest on a few processes of one thread each: most tests are too small for more threads to help.
 
-    A file's tests run in one process, so that what they share is set up once.
+    A file's tests run in one process, so that what they share is set up once. The third process works while others
+    wait, for what hangs on purpose say; docs/testing.md says where the time goes.
     """
-    session.run(
-        "python",
-        "-m",
-        "pytest",
-        "-n",
-        "2",
-        "--dist",
-        "loadfile",
+    run_shared(
+        session,
+        *("python", "-m", "pytest", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=40"),
         *(session.posargs or paths),
-        env={"OMP_NUM_THREADS": "1"},
+        # Every process of every test imports the packages: they are compiled once.
+        env={"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""},
     )
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Every package's suite, and the way from videos to a new video through the console scripts."""
-    install_editable(session, *TEST_TOOLS)
-    run_tests(session, "packages", "examples")
+    install_shared(session)
+    # What takes long comes first, so that no process is left with it in the end.
+    names = ("train", "infer", "model", "data", "npu-ops")
+    run_tests(session, "examples", *(f"packages/flashi2v-{name}" for name in names))
 
 
 @nox.session
-def lint(session: nox.Session) -> None:
-    """Formatting, common mistakes, types."""
-    install_editable(session, "ruff>=0.9", "mypy>=1.15")
+def style(session: nox.Session) -> None:
+    """Formatting and common mistakes, in seconds."""
+    session.install(LINTERS[0])
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("mypy", *(f"packages/{name}/src" for name in PACKAGES))
 
 
-@nox.session
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Formatting, common mistakes, types."""
+    install_shared(session)
+    run_shared(session, "ruff", "check", ".")
+    run_shared(session, "ruff", "format", "--check", ".")
+    run_shared(session, "mypy", *(f"packages/{name}/src" for name in PACKAGES))
+
+
+@nox.session(venv_backend="none")
 def imports(session: nox.Session) -> None:
     """Only the allowed arrows between packages, and nothing imported that is not declared."""
-    install(session, "packaging", "tomli; python_version < '3.11'")
-    session.run("python", ".ci/imports.py")
+    install_shared(session)
+    run_shared(session, "python", ".ci/imports.py")
 
 
-@nox.session(reuse_venv=False)
+@nox.session(venv_backend="none")
 def wheels(session: nox.Session) -> None:
-    """Build sdists and wheels, install them one after the other, and run what packaging may break on what a user gets.
+    """Build sdists and wheels, put the wheels in the place of the sources, and run what packaging may break.
 
     That is what importing a package brings, the demo model, and the way from videos to a new video through the console
-    scripts.
+    scripts. That a package declares what it imports is `imports`' matter, and pip's that it is there.
     """
+    install_shared(session)
+    _installed.clear()  # whoever comes next wants the sources
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    session.install("build")
-    for name in PACKAGES:
-        session.run("python", "-m", "build", "--outdir", str(dist), f"packages/{name}", silent=True)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: build(session, name, dist), PACKAGES))
+    found = [str(next(dist.glob(f"{name.replace('-', '_')}-*.whl"))) for name in PACKAGES]
+    pip = partial(run_shared, session, "python", "-m", "pip")
+    pip("uninstall", "--quiet", "--yes", *PACKAGES)
+    pip("install", "--quiet", "--no-deps", *found)
+    pip("check")
     for name in PACKAGES:
         module = name.replace("-", "_")
-        wheel = next(dist.glob(f"{module}-*.whl"))
-        install(session, f"{wheel}{EXTRAS.get(name, '')}")
-        session.run("python", "-c", f"import {module}; print({module}.__version__, {module}.__file__)")
-        session.run(name, "--help", silent=True)
-    install(session, *TEST_TOOLS)
+        code = f"import {module} as m; print(m.__version__, m.__file__); assert 'site-packages' in m.__file__"
+        run_shared(session, "python", "-c", code)
+        run_shared(session, name, "--help", silent=True)
     files = [str(path) for name in ("test_package", "test_demo") for path in Path().glob(f"packages/*/tests/{name}.py")]
-    run_tests(session, "-m", "not slow", *files, "examples")
+    run_tests(session, "-m", "not slow", "examples", *files)
+
+
+def build(session: nox.Session, name: str, dist: Path) -> None:
+    """Build an sdist, and a wheel from it."""
+    arguments = ("-m", "build", "--no-isolation", "--outdir", str(dist), f"packages/{name}")
+    run_shared(session, "python", *arguments, silent=True)
 
 
 @nox.session
@@ -110,7 +165,8 @@ def conformance(session: nox.Session) -> None:
     """The Ascend backend's calls against the real torch_npu wheel, on stubs of CANN: needs no NPU."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         session.skip(f"the stubs of CANN are for Linux on x86_64, this is {sys.platform} on {platform.machine()}")
-    install(session, "-e", "packages/flashi2v-npu-ops[npu]", *TEST_TOOLS[:2], "numpy", "pyyaml")
+    packages = ("-e", "packages/flashi2v-npu-ops[npu]", *TEST_TOOLS[:2], "numpy", "pyyaml")
+    session.install(*constraints(session), *packages)
     session.run(
         *("python", "-m", "pytest", "packages/flashi2v-npu-ops/tests/conformance", *session.posargs),
         # Without CANN, torch cannot load torch_npu by itself; the tests decide who does.
@@ -118,24 +174,48 @@ def conformance(session: nox.Session) -> None:
     )
 
 
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The quick tests of what leans on other libraries, with the lowest versions that the packages declare."""
+    extras = {"flashi2v-data": "[plots,strips,tokenizer]"}  # those of which a lowest version can be had everywhere
+    pins = Path(session.create_tmp()) / "lowest.txt"
+    pins.write_text("\n".join([*CONSTRAINTS, *lowest_versions()]) + "\n")
+    session.log("\n".join(["lowest versions:", *lowest_versions()]))
+    packages = [part for name in PACKAGES for part in ("-e", f"packages/{name}{extras.get(name, '')}")]
+    session.install("-c", str(pins), *packages, *TEST_TOOLS[:4])
+    session.run(
+        *("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow"),
+        *(session.posargs or LOWEST_TESTS),
+        env={"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""},
+    )
+
+
+def lowest_versions() -> list[str]:
+    """Return the lowest version of every library that all packages together take, but of torch's, as constraints."""
+    found: dict[str, Version] = {}
+    for path in ROOT.glob("packages/*/pyproject.toml"):
+        project = tomllib.loads(path.read_text())["project"]
+        extras = [line for lines in project.get("optional-dependencies", {}).values() for line in lines]
+        for requirement in map(Requirement, (*project["dependencies"], *extras)):
+            name = requirement.name
+            if not name.startswith(("flashi2v-", "torch")) and name not in NOT_LOWEST:
+                (least,) = (Version(part.version) for part in requirement.specifier if part.operator == ">=")
+                found[name] = max(least, found.get(name, least))
+    return [f"{name}=={version}" for name, version in sorted(found.items())]
+
+
 @nox.session(venv_backend="none")
 def faults(session: nox.Session) -> None:
     """Strike commands at single file operations: started again, they must end as if nothing had been."""
-    session.run(tests_python(session), "tests/faults/run.py", *session.posargs, external=True)
+    install_shared(session)
+    run_shared(session, "python", "tests/faults/run.py", *session.posargs)
 
 
 @nox.session(venv_backend="none")
 def fuzz(session: nox.Session) -> None:
     """Read nearly valid inputs of every kind: only declared errors may come of them."""
-    session.run(tests_python(session), "tests/fuzz/run.py", *session.posargs, external=True)
-
-
-def tests_python(session: nox.Session) -> str:
-    """Return the interpreter of the session `tests`, whose environment is made where it is missing."""
-    python = ROOT / ".nox" / "tests" / "bin" / "python"
-    if not python.exists():
-        session.run(sys.executable, "-m", "nox", "-s", "tests", "--install-only", external=True)
-    return str(python)
+    install_shared(session)
+    run_shared(session, "python", "tests/fuzz/run.py", *session.posargs)
 
 
 @nox.session(venv_backend="none")
@@ -160,19 +240,19 @@ def on_accelerator(session: nox.Session, device: str) -> None:
     )
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Moving shapes: make videos, filter, train some ten minutes, sample; the result is in demo/."""
-    install_editable(session, "matplotlib>=3.8")
-    session.run("python", "examples/moving_shapes/run.py", *session.posargs)
+    install_shared(session)
+    run_shared(session, "python", "examples/moving_shapes/run.py", *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Measure, as ratios within one run; name packages to measure only those."""
-    install_editable(session)
-    session.run("python", "-c", "import torch; print(torch.__version__, torch.__config__.parallel_info())")
-    session.run("python", "-m", "platform")
+    install_shared(session)
+    run_shared(session, "python", "-c", "import torch; print(torch.__version__, torch.__config__.parallel_info())")
+    run_shared(session, "python", "-m", "platform")
     for name in session.posargs or PACKAGES:
         for script in sorted((ROOT / "packages" / name / "bench").glob("bench_*.py")):
-            session.run("python", str(script))
+            run_shared(session, "python", str(script))
