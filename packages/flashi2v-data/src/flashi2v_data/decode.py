@@ -188,7 +188,7 @@ def _difference(video: Video, decoder: Literal["decord", "torchcodec"]) -> str |
         return "frames that an edit list leaves out"
     # Without frames that are stored before those shown earlier there is little to get wrong.
     has_order_of_storage = all(packet.shown_at == packet.decoded_at for packet in video.timed)
-    if not video.format.startswith(_FORMATS) and not (has_order_of_storage and video.format in ("avi", "mpegts")):
+    if not video.format.startswith(_FORMATS) and not (has_order_of_storage and video.format == "avi"):
         return f"the container {video.format}"
     if video.geometry(frame) not in BY_ANGLE:
         return "mirrored pictures, or pixels that are no squares"

@@ -115,7 +115,10 @@ def open_video(path: str) -> tuple[Any, Any]:
     # FFmpeg decodes the first frames to learn about a stream. Skipping them makes opening up to 50 times as fast, and
     # loses no more than the pixel format. Titles in another encoding must not keep a file from being read.
     options = {"skip_frame": "all", "protocol_whitelist": "file", "format_whitelist": FORMATS}
-    container = av.open(file_url(path), options=options, metadata_errors="replace")
+    try:
+        container = av.open(file_url(path), options=options, metadata_errors="replace")
+    except av.ArgumentError:  # told so of what is not among the formats
+        raise DecodeError(path, "is no container of videos") from None
     stream = container.streams.best("video")
     if stream is None or stream.codec_context is None:
         container.close()
@@ -493,19 +496,25 @@ class Video:
     @functools.cached_property
     def seconds(self) -> NDArray[np.float64]:
         """When frames are shown, by index, the first at 0; empty where the file does not say."""
-        shown = [packet for packet in self._packets if packet.is_shown]
-        decoded_at = [packet.decoded_at for packet in shown]
         if self.format == "mpeg":
             return np.empty(0)  # a program stream has a time for some frames, and FFmpeg guesses the others'
+        shown = [packet for packet in self._packets if packet.is_shown]
+        decoded_at = [packet.decoded_at for packet in shown]
         if self._has_index:
             times = self._times(decoded_at)
             # An index holds the times of decoding, which may be uneven although those of display are not.
-            return (
-                self._times([packet.shown_at for packet in self.timed if packet.is_shown])
-                if is_irregular(times)
-                else times
-            )
-        return self._times([packet.shown_at for packet in shown] if self._has_ranks else decoded_at)
+            if is_irregular(times):
+                times = self._times([packet.shown_at for packet in self.timed if packet.is_shown])
+            return times
+        shown_at = [packet.shown_at for packet in shown]
+        if self._has_ranks and self.format != "avi":
+            return self._times(shown_at)
+        # Times of decoding, or those that were invented in the order of storage, are as far apart as those of display.
+        for stamps in (decoded_at, shown_at):
+            known = [stamp for stamp in stamps if stamp is not None]
+            if len(known) == len(stamps) and known == sorted(set(known)):
+                return self._times(stamps)
+        return np.empty(0)
 
     @functools.cached_property
     def timed(self) -> list[_Packet]:
@@ -521,11 +530,7 @@ class Video:
     def _times(self, stamps: list[int | None]) -> NDArray[np.float64]:
         if None in stamps:
             return np.empty(0)
-        times = np.array(stamps, np.float64) * float(self.stream.time_base)
-        if self._has_ranks:
-            times = np.sort(times)[self._undecodable or 0 :]
-        elif (np.diff(times) <= 0).any():
-            return np.empty(0)
+        times = np.sort(np.array(stamps, np.float64))[self._undecodable or 0 :] * float(self.stream.time_base)
         return times - times[:1]
 
     @property
