@@ -252,6 +252,26 @@ def test_a_store_without_checksums_is_read_with_one_warning(tmp_path, caplog):
     assert message.endswith("old.lmdb: no checksums, so damage to a value may go unnoticed; filter again to have them")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"report": {}},
+        {"report": "x"},
+        {"report": None},
+        {"config": {1: 2}},
+        {"config": []},
+        {"count": -1},
+        {"count": "2"},
+    ],
+)
+def test_a_header_of_another_kind_is_refused(tmp_path, change):
+    header = {"schema": 1, "count": 0, "compression": None, "config": {}} | change
+    with lmdb.open(str(tmp_path / "a.lmdb")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"header", msgspec.msgpack.encode(header))
+    with pytest.raises(InputError, match="is no store of clips"):
+        open_store(tmp_path / "a.lmdb")
+
+
 def test_a_file_is_refused_before_it_is_mapped(tmp_path):
     path = write_store(tmp_path / "a.lmdb", _records(2500), {})
     data = (path / "data.mdb").read_bytes()

@@ -379,7 +379,7 @@ def _check_fit(store: LmdbStore, config: DatasetParam) -> None:
                 "set the same value, or filter again"
             )
     filtered = store.config.get("sample_num_frames", config.sample_num_frames)
-    if config.sample_num_frames > filtered:
+    if not isinstance(filtered, int) or config.sample_num_frames > filtered:
         raise InputError(
             f"{store.paths[0]} was filtered for {filtered} frames, data.json asks for {config.sample_num_frames}: "
             "filter again, or lower sample_num_frames"

@@ -14,15 +14,16 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lmdb
+import msgspec
 
 from flashi2v_data import lmdb_files
 from flashi2v_data.errors import InputError, RecordError
 from flashi2v_data.legacy import load_value
 from flashi2v_data.lmdb_files import DAMAGED, open_shared, unseal, unseal_header, warn_unsealed
-from flashi2v_data.records import Record, check_record
+from flashi2v_data.records import Index, Record, check_record
 from flashi2v_data.store_writer import HEADER, SCHEMA, StoreWriter, key_of
 from flashi2v_data.values import ValueCodec
 
@@ -192,20 +193,31 @@ def _read_header(path: Path, transaction: lmdb.Transaction) -> tuple[dict[str, A
     if header.get("schema") == SCHEMA and not _is_ours(header):
         raise InputError(f"{path}: is no store of clips; `flashi2v-data filter` writes them")  # features, for example
     if header.get("schema") != SCHEMA:
-        raise InputError(
-            f"{path}: has schema {header.get('schema')}, this version reads {SCHEMA}: update flashi2v-data"
-        )
+        given = f"{header.get('schema')!r:.60}"
+        raise InputError(f"{path}: has schema {given}, this version reads {SCHEMA}: update flashi2v-data")
     return header, is_sealed
 
 
+class _Report(msgspec.Struct):
+    kept: int
+    total: int
+
+
+class _Header(msgspec.Struct):
+    """What is used of a header."""
+
+    count: Index
+    compression: Literal["zstd"] | None
+    config: dict[str, Any]
+    report: _Report | None = None
+
+
 def _is_ours(header: dict[str, Any]) -> bool:
-    return (
-        type(header.get("count")) is int
-        and header["count"] >= 0
-        and header.get("compression") in (None, "zstd")
-        and "compression" in header
-        and isinstance(header.get("config"), dict)
-    )
+    try:
+        msgspec.convert(header, _Header)
+    except msgspec.ValidationError:
+        return False
+    return "report" not in header or header["report"] is not None
 
 
 def _count_records(path: Path, transaction: lmdb.Transaction) -> int:
