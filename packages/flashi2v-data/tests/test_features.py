@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from flashi2v_data import lmdb_files
-from flashi2v_data.errors import InputError
+from flashi2v_data.errors import InputError, StorageError
 from flashi2v_data.features import FeatureStore, FeatureWriter, text_key, video_key
 from flashi2v_data.store import open_store, write_store
 
@@ -47,6 +47,30 @@ def test_features_of_another_kind_are_refused_by_reader_and_writer(store):
             open_it(store, {**MADE_BY, "vae": "wan2.2"})
         with pytest.raises(InputError, match=r"made with sigma None, this run has 2"):
             open_it(store, {**MADE_BY, "sigma": 2})
+
+
+@pytest.mark.parametrize("left", [(), ("data.mdb",), ("data.mdb", "lock.mdb")])
+def test_a_store_whose_making_was_cut_short_is_as_none(tmp_path, left):
+    store = tmp_path / "features.lmdb"
+    store.mkdir()
+    for name in left:
+        (store / name).touch()
+    with pytest.raises(InputError, match="no store of features"):
+        FeatureStore(tmp_path)
+    with FeatureWriter(store, MADE_BY) as writer:
+        writer.put({text_key("a dog"): TENSORS})
+    assert _equal(FeatureStore(tmp_path, MADE_BY).get(text_key("a dog")), TENSORS)
+    assert [path.name for path in tmp_path.iterdir()] == [store.name]
+
+
+def test_a_store_is_never_to_be_seen_without_its_header(tmp_path, monkeypatch):
+    def refused(*arguments):
+        raise lmdb.DiskError("No space left on device")
+
+    monkeypatch.setattr("flashi2v_data.features.seal", refused)
+    with pytest.raises(StorageError, match="No space left on device; free some space and run again"):
+        FeatureWriter(tmp_path / "features.lmdb", MADE_BY)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_interrupted_writer_goes_on_where_it_stopped(store):

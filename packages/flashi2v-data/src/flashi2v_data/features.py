@@ -20,7 +20,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from flashi2v_data.errors import InputError
+from flashi2v_data.atomic import atomic_directory
+from flashi2v_data.errors import InputError, StorageError
 from flashi2v_data.lmdb_files import (
     CHECKSUM,
     DAMAGED,
@@ -28,6 +29,7 @@ from flashi2v_data.lmdb_files import (
     check_file,
     open_shared,
     seal,
+    storage,
     unseal,
     unseal_header,
     warn_unsealed,
@@ -36,6 +38,7 @@ from flashi2v_data.lmdb_files import (
 
 SCHEMA = 1
 _HEADER = b"header"
+_ADVICE = "free some space and run again: what is written stays"
 
 
 def video_key(path: str, frames: Sequence[int], *, flip: bool = False, crop: Sequence[int] | None = None) -> bytes:
@@ -53,6 +56,11 @@ def _key(*parts: Any) -> bytes:
     return hashlib.blake2b(repr(parts).encode("ascii", "backslashreplace"), digest_size=16).digest()
 
 
+def feature_stores(path: Path) -> list[Path]:
+    """Return the stores that are meant by a path: itself, or those in its folder that hold anything."""
+    return [path] if (path / "data.mdb").is_file() else sorted(filter(_is_begun, path.glob("*.lmdb")))
+
+
 class FeatureWriter:
     """Adds features to a store, which is made if need be; what was put before an interruption is kept.
 
@@ -64,22 +72,24 @@ class FeatureWriter:
 
     Raises:
         InputError: there is a store of that name with features of another kind.
+        StorageError: the disk refuses.
     """
 
     def __init__(self, path: str | os.PathLike[str], made_by: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         check_file(self.path)
+        if not _is_begun(self.path):
+            with storage(self.path, _ADVICE):
+                _begin(self.path, {"schema": SCHEMA, "made_by": dict(made_by), "checksum": CHECKSUM})
         try:
             self._environment = lmdb.open(str(self.path), map_size=FIRST_MAP_SIZE)
+        except lmdb.DiskError as error:
+            raise StorageError(f"{self.path}: cannot be written: {error}; {_ADVICE}") from None
         except lmdb.Error as error:
             raise InputError(f"{self.path}: cannot be opened as LMDB: {error}") from None
-        header = msgspec.msgpack.encode({"schema": SCHEMA, "made_by": dict(made_by), "checksum": CHECKSUM})
-        with self._environment.begin(write=True) as transaction:
+        with self._environment.begin() as transaction:
             old = transaction.get(_HEADER)
-            if old is None:
-                transaction.put(_HEADER, seal(_HEADER, header))
-        if old is not None and not _check_header(self.path, old, made_by, exact=True)[1]:
+        if not _check_header(self.path, old, made_by, exact=True)[1]:
             raise InputError(
                 f"{self.path}: has no checksums, so nothing is added to it: remove it, or encode elsewhere"
             )
@@ -101,7 +111,7 @@ class FeatureWriter:
             for key, value in values.items():
                 transaction.put(key, value)
 
-        write(self._environment, put, "free some space and run again: what is written stays")
+        write(self._environment, put, _ADVICE)
 
     def close(self) -> None:
         """Close the store."""
@@ -116,6 +126,26 @@ class FeatureWriter:
     ) -> None:
         """Close the store."""
         self.close()
+
+
+def _is_begun(path: Path) -> bool:
+    """Tell whether there is a store with anything in it: one whose making was cut short is as none."""
+    file = path / "data.mdb"
+    if not file.is_file():
+        return path.is_file()  # something else, which says so when it is opened
+    return file.stat().st_size > 0 and open_shared(path).stat()["entries"] > 0
+
+
+def _begin(path: Path, header: Mapping[str, Any]) -> None:
+    """Make a store that holds its header, and is not to be seen without; an empty one in its place goes."""
+    for name in ("data.mdb", "lock.mdb"):
+        (path / name).unlink(missing_ok=True)
+    with (
+        atomic_directory(path) as made,
+        lmdb.open(str(made), map_size=FIRST_MAP_SIZE) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        transaction.put(_HEADER, seal(_HEADER, msgspec.msgpack.encode(header)))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,7 +165,7 @@ class FeatureStore:
 
     def __init__(self, path: str | os.PathLike[str], made_by: Mapping[str, Any] | None = None) -> None:
         root = Path(path)
-        self.paths = [root] if (root / "data.mdb").is_file() else sorted(root.glob("*.lmdb"))
+        self.paths = feature_stores(root)
         if not self.paths:
             raise InputError(f"{root}: no store of features; write one with flashi2v-encode")
         self._is_sealed = dict.fromkeys(self.paths, False)

@@ -19,7 +19,7 @@ from flashi2v_data.atomic import atomic_file, check_directory
 from flashi2v_data.console import configure_logging, run
 from flashi2v_data.dataset import FlashI2VDataset
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.features import FeatureStore, FeatureWriter, text_key
+from flashi2v_data.features import FeatureStore, FeatureWriter, feature_stores, text_key
 from flashi2v_data.loader import StatefulLoader
 from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
 from flashi2v_data.store import open_store
@@ -254,7 +254,7 @@ def _not_stored(
     output: Path, origin: dict[str, Any], dataset: FlashI2VDataset, indices: range, captions: set[str]
 ) -> tuple[list[int], list[str]]:
     """Return the records and captions, of those given, that no store of the folder holds yet."""
-    if not any(output.glob("*.lmdb")):
+    if not feature_stores(output):
         return [*indices], sorted(captions)
     stored = FeatureStore(output, origin)
     clips = [index for index in indices if not _is_stored(stored, dataset, index)]
