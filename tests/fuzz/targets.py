@@ -1,6 +1,7 @@
 """All readers of what comes from outside, one target each: valid inputs, nasty ones, and how they are read."""
 
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -68,6 +69,7 @@ def _gzip_bomb(size: int) -> bytes:
     return gzip.compress(bytes(size), 9)
 
 
+@functools.cache
 def _zstd_bomb(size: int) -> bytes:
     import zstandard
 
@@ -259,7 +261,7 @@ class Store(Target):
         if kind == "zstd":
             header = {**header, "compression": "zstd"}
             good = [zstandard.compress(value) for value in values]
-            values = [mutate_bytes(good[0], chance, good) if chance.random() < 0.7 else _zstd_bomb(1 << 30), good[1]]
+            values = [mutate_bytes(good[0], chance, good) if chance.random() < 0.7 else _zstd_bomb(1 << 28), good[1]]
         if kind == "header":
             header = mutate_value(header, chance)
         items = {b"%012d" % index: value for index, value in enumerate(values)}
@@ -268,7 +270,7 @@ class Store(Target):
         if kind == "keys":
             items[chance.choice((b"x", b"000000000009", b"9" * 12, b"\xff" * 300))] = values[0]
         with (
-            lmdb.open(str(folder / "a.lmdb"), map_size=64 << 20) as environment,
+            lmdb.open(str(folder / "a.lmdb"), map_size=64 << 20, sync=False) as environment,
             environment.begin(write=True) as writing,
         ):
             for key, value in items.items():
@@ -312,7 +314,7 @@ _VALUES = [
     _nested_pickle(100_000),
     b"\x80\x04]\x94" + b"(" + b"h\0" * 100_000 + b"e.",
     b"\x80\x04}\x94(h\0h\0u.",
-    _zstd_bomb(1 << 31),
+    _zstd_bomb(1 << 28),
     b"",
 ]
 
@@ -337,7 +339,7 @@ class Records(Target):
 
         record = mutate_value(valid["record"], chance)
         with (
-            lmdb.open(str(folder / "a.lmdb"), map_size=1 << 20) as environment,
+            lmdb.open(str(folder / "a.lmdb"), map_size=1 << 20, sync=False) as environment,
             environment.begin(write=True) as writing,
         ):
             header = {"schema": 1, "count": 2, "compression": None, "config": {}}
@@ -665,7 +667,7 @@ class Features(Target):
         name = chance.choice(sorted(valid))
         items = {**valid, name: mutate_bytes(valid[name], chance, [*valid.values()])}
         with (
-            lmdb.open(str(folder / "a.lmdb"), map_size=1 << 20) as environment,
+            lmdb.open(str(folder / "a.lmdb"), map_size=1 << 20, sync=False) as environment,
             environment.begin(write=True) as writing,
         ):
             for key, value in items.items():
