@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from flashi2v_infer import FlashI2VPipeline
-from flashi2v_infer.denoising import denoise, set_timesteps
 from flashi2v_infer.pipeline import prepare_image
-from flashi2v_model import guide, presets
+from flashi2v_model import presets
 from flashi2v_model.encoders import encode_video
+from flashi2v_model.sampling import denoise, set_timesteps
 from flashi2v_npu_ops.device import resolve_device, synchronize
 
 NUM_FRAMES, HEIGHT, WIDTH, NUM_STEPS = 17, 128, 192, 10
@@ -42,27 +42,25 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     condition = encode_video(pipe.vae, prepare_image(image, HEIGHT, WIDTH)[None].to(device))
-    guidance = guide(pipe.transformer, condition, (NUM_FRAMES - 1) // 4 + 1, 0.1)
-    text = pipe.encode_prompt(["a red circle"])
-    noise = torch.randn(guidance.shift.shape, device=device)
+    text, negative = (pipe.encode_prompt([prompt]) for prompt in ("a red circle", ""))
+    noise = torch.randn(1, 16, (NUM_FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8, device=device)
 
     def network(num_calls: int) -> None:
         for _ in range(num_calls):
-            pipe.transformer(noise, torch.full((1,), 500.0, device=device), text, guidance.fourier)
+            pipe.transformer(noise, torch.full((1,), 500.0, device=device), text, condition)
 
     def plain_loop() -> None:
         set_timesteps(pipe.scheduler, NUM_STEPS, device)
         y = noise
         for t in pipe.scheduler.timesteps:
             v, v_negative = (
-                pipe.transformer(y - guidance.shift, t.expand(1), context, guidance.fourier).sample
-                for context in (text, text)
+                pipe.transformer(y, t.expand(1), context, condition).sample for context in (text, negative)
             )
             y = pipe.scheduler.step(v_negative + 5.0 * (v - v_negative), t, y).prev_sample
 
     def loop(cfg_batch: bool = False) -> None:
         set_timesteps(pipe.scheduler, NUM_STEPS, device)
-        denoise(pipe.transformer, pipe.scheduler, noise, guidance, text, text, 5.0, cfg_batch=cfg_batch)
+        denoise(pipe.transformer, pipe.scheduler, noise, condition, text, negative, 5.0, cfg_batch=cfg_batch)
 
     def whole(output_type: str, guidance_scale: float = 5.0) -> None:
         pipe(

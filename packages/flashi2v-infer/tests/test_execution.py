@@ -201,9 +201,9 @@ def test_offloading_changes_nothing_of_the_video(model_directory, sampled, photo
         torch.testing.assert_close(sample(pipe, photograph), expected, rtol=0, atol=1e-6)
 
 
-def pretend(*words):
+def pretend(offload):
     pytest.importorskip("torch", "2.13", reason="older versions of torch cannot pretend to have another device")
-    command = [sys.executable, str(Path(__file__).with_name("pretended_card.py")), *words]
+    command = [sys.executable, str(Path(__file__).with_name("pretended_card.py")), offload]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -230,11 +230,6 @@ def test_every_stage_finds_its_weights_on_the_card_and_no_others(model_directory
     assert seen["in the decoder"]["blocks"] == seen["as the free memory is asked for"]["blocks"] == 0
     assert seen["in the latent shift"]["shift"] > 0
     assert seen["in the latent shift"]["blocks"] == 0
-
-
-def test_without_following_the_latent_shift_would_not_be_on_the_card():
-    seen = json.loads(pretend("group", "forget").stdout)
-    assert seen["in the latent shift"]["shift"] == 0
 
 
 def test_every_block_is_compiled_on_its_own(model_directory, sampled, photograph):

@@ -16,7 +16,7 @@ def main() -> None:
     latents, text, timestep = torch.randn(LATENTS), torch.randn(1, 512, 4096), torch.tensor([500.0])
     calls = {
         "diffusers Wan": lambda: theirs(latents, timestep, text, return_dict=False)[0],
-        "FlashI2V": lambda: ours(latents, timestep, text, latents, return_dict=False)[0],
+        "FlashI2V": lambda: ours(latents, timestep, text, latents[:, :, :1], return_dict=False)[0],
     }
     medians = {
         name: Timer(

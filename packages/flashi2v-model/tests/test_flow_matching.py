@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from golden import NUMBERS, number, small_model, tensor
 from torch.testing import assert_close
 
-from flashi2v_model import convert_state_dict, guide
+from flashi2v_model import convert_state_dict
 from flashi2v_model.scheduler import (
     draw_sigmas,
     dynamic_shift,
@@ -47,7 +47,8 @@ def test_interpolation_and_loss_equal_the_reference():
     phi, output = tensor("sc:phi", SHAPE, 0.5), tensor("sc:model_out", SHAPE)
     sigma = shift_sigma(torch.tensor([0.3, 0.85]), dynamic_shift(8, 12))
     assert_close(sigma, number("sampling/main/q_dyn_sigmas"), atol=1e-6, rtol=0.0)
-    assert_close(interpolate(latents, noise, phi, sigma), number("sampling/main/q_dyn_x_t"), atol=1e-5, rtol=0.0)
+    # What the network embeds, behind the shift.
+    assert_close(interpolate(latents, noise, sigma) - phi, number("sampling/main/q_dyn_x_t"), atol=1e-5, rtol=0.0)
     loss = F.mse_loss(output, target(latents, noise))
     assert_close(loss, number("sampling/shared/loss_plain"), atol=1e-5, rtol=0.0)
 
@@ -66,11 +67,10 @@ def test_drawn_sigmas_follow_their_distribution():
 def test_a_training_step_equals_the_reference(golden, conv3x3x3):
     model = small_model(conv3x3x3_proj=conv3x3x3)
     latents, noise = tensor("sc:x0", SHAPE, ROOT3)[:1], tensor("sc:eps", SHAPE, ROOT3)[:1]
-    guidance = guide(model, tensor("sc:start", (2, 16, 1, 8, 12), ROOT3)[:1], 3, 0.1)
+    condition = tensor("sc:start", (2, 16, 1, 8, 12), ROOT3)[:1]
     sigma = shift_sigma(torch.tensor([0.3]), dynamic_shift(8, 12))
-    x_t = interpolate(latents, noise, guidance.shift, sigma)
-    text = number("sampling/in/prompt")[:1]
-    loss = F.mse_loss(model(x_t, 1000 * sigma, text, guidance.fourier).sample, target(latents, noise))
+    noisy, text = interpolate(latents, noise, sigma), number("sampling/in/prompt")[:1]
+    loss = F.mse_loss(model(noisy, 1000 * sigma, text, condition, 0.1).sample, target(latents, noise))
     loss.backward()
     assert_close(loss.detach(), number(f"train/{golden}/loss"), atol=1e-5, rtol=0.0)
 
@@ -95,13 +95,13 @@ def test_a_training_step_equals_the_reference(golden, conv3x3x3):
 )
 def test_four_guided_steps_equal_the_reference(golden, conv3x3x3, batch):
     model = small_model(conv3x3x3_proj=conv3x3x3)
-    guidance = guide(model, tensor("sc:start", (2, 16, 1, 8, 12), ROOT3)[batch], 3, 0.1)
+    condition = tensor("sc:start", (2, 16, 1, 8, 12), ROOT3)[batch]
     scheduler = euler_scheduler(7.0)
     scheduler.set_timesteps(sigmas=inference_sigmas(4))
     state = tensor("sc:noise", SHAPE, ROOT3)[batch]
     for i, t in enumerate(scheduler.timesteps):
         branches = [
-            model(state - guidance.shift, t.expand(len(state)), number(f"sampling/in/{text}")[batch], guidance.fourier)
+            model(state, t.expand(len(state)), number(f"sampling/in/{text}")[batch], condition, 0.1)
             for text in ("neg_prompt", "prompt")
         ]
         unconditional, conditional = (branch.sample for branch in branches)
@@ -117,5 +117,5 @@ def test_low_freq_proj_feeds_the_low_pass_to_the_shift():
     condition = tensor("sc:start", (2, 16, 1, 8, 12))
     plain, low = small_model(), small_model(low_freq_proj=True)
     low_pass = split_frequencies(condition[:, :, 0], 0.5)[1][:, :, None]
-    assert torch.equal(guide(low, condition, 3, 0.5).shift, plain.learnable_proj(low_pass, 3))
-    assert torch.equal(guide(plain, condition, 3, 0.5).shift, plain.learnable_proj(condition, 3))
+    assert torch.equal(low.guide(condition, 3, 0.5)[0], plain.learnable_proj(low_pass, 3))
+    assert torch.equal(plain.guide(condition, 3, 0.5)[0], plain.learnable_proj(condition, 3))

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from flashi2v_model import InputError
-from flashi2v_model.caching import SamplingCache
+from flashi2v_model.caching import text_kept
 from flashi2v_model.parallel import check_degree, parallelise_context, parallelise_tensors
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,12 @@ def _inputs(grid: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     batch, *latent = grid
     shape = (batch, 16, *latent)
     text = tensor("in:text", (batch, 16, 24))
-    return tensor("in:latents", shape, 3**0.5), torch.full((batch,), 737.25), text, tensor("in:fourier", shape)
+    return (
+        tensor("in:latents", shape, 3**0.5),
+        torch.full((batch,), 737.25),
+        text,
+        tensor("in:condition", (batch, 16, 1, *latent[1:])),
+    )
 
 
 def _run(model: torch.nn.Module, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -47,10 +52,10 @@ def _whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _two_steps(model: torch.nn.Module, grid: tuple[int, ...]) -> torch.Tensor:
-    latents, timestep, text, fourier = _inputs(grid)
-    cache = SamplingCache(timestep[:1].repeat(2))
-    for step in range(2):
-        latents = model(latents, timestep, text, fourier, return_dict=False, cache=cache.at(step))[0]
+    latents, timestep, text, condition = _inputs(grid)
+    with text_kept(model):
+        for _ in range(2):
+            latents = model(latents, timestep, text, condition, return_dict=False)[0]
     return latents
 
 

@@ -11,14 +11,22 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashi2v_model import FlashI2VTransformer3DModel, InputError
-from flashi2v_model.caching import SamplingCache
+from flashi2v_model.caching import text_kept
 from flashi2v_model.layers import rope_tables, timestep_embedding
+from flashi2v_npu_ops import split_frequencies
 
 TIMESTEP = torch.tensor([737.25, 41.5])
 CLOSE = {"atol": 5e-5, "rtol": 0.0}
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the forward pass is given: noisy latents, timesteps, text, first frames."""
+    latents, timestep, text, _ = trunk_inputs()
+    return latents, timestep, text, tensor("in:condition", (2, 16, 1, 8, 12))
+
+
+def trunk_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the network behind the shift is given: shifted latents, timesteps, text, Fourier features."""
     shape = (2, 16, 3, 8, 12)
     return (
         tensor("in:latents", shape, 3**0.5),
@@ -29,9 +37,18 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test_the_whole_forward_equals_the_reference():
-    output = small_model()(*inputs()).sample
-    torch.testing.assert_close(output, number("dit/main_b2"), **CLOSE)
+def test_the_trunk_equals_the_reference():
+    torch.testing.assert_close(small_model().trunk(*trunk_inputs()), number("dit/main_b2"), **CLOSE)
+
+
+@torch.no_grad()
+def test_the_forward_is_the_trunk_behind_shift_and_features():
+    model, (latents, timestep, text, condition) = small_model(), inputs()
+    ratio = torch.tensor([0.1, 0.7])
+    features = split_frequencies(condition[:, :, 0], ratio)[0][:, :, None].expand_as(latents)
+    shifted = latents - model.learnable_proj(condition, 3)
+    expected = model.trunk(shifted, timestep, text, features)
+    assert torch.equal(model(latents, timestep, text, condition, ratio).sample, expected)
 
 
 @torch.no_grad()
@@ -52,8 +69,8 @@ def test_the_trunk_equals_diffusers_with_the_same_weights():
     wan = WanTransformer3DModel(**SMALL)
     trunk = {k: v for k, v in model.state_dict().items() if not k.startswith(("fourier_embedding", "learnable_proj"))}
     wan.load_state_dict(trunk)
-    latents, timestep, text, fourier = inputs()
-    ours = model(latents, timestep, text, fourier).sample
+    latents, timestep, text, fourier = trunk_inputs()
+    ours = model.trunk(latents, timestep, text, fourier)
     theirs = wan(hidden_states=latents, timestep=timestep, encoder_hidden_states=text).sample
     torch.testing.assert_close(ours, theirs, **CLOSE)
     torch.testing.assert_close(ours, number("dit/main_t2v_trunk_b2"), **CLOSE)
@@ -83,10 +100,10 @@ def test_the_new_layers_start_as_if_they_were_not_there():
     model = FlashI2VTransformer3DModel(**SMALL)
     condition = torch.randn(1, 16, 1, 8, 12)
     assert (model.learnable_proj(condition, 3) == 0).all()
-    latents, timestep, text, fourier = (x[:1] for x in inputs())
+    latents, timestep, text, other = (x[:1] for x in inputs())
     torch.nn.init.xavier_uniform_(model.proj_out.weight)  # a zero head would hide everything
-    without = model(latents, timestep, text, torch.zeros_like(fourier)).sample
-    assert torch.equal(model(latents, timestep, text, fourier).sample, without)
+    without = model(latents, timestep, text, condition).sample
+    assert torch.equal(model(latents, timestep, text, other).sample, without)
     assert without.abs().max() > 0
 
 
@@ -98,11 +115,16 @@ def test_a_bf16_model_computes_its_islands_in_fp32(tmp_path):
     seen = {}
     model.condition_embedder.time_embedder.register_forward_hook(lambda *a: seen.update(time=a[2].dtype))
     model.blocks[0].norm2.register_forward_hook(lambda *a: seen.update(norm=a[2].dtype))
-    output = model(*inputs()).sample
-    assert seen == {"time": torch.float32, "norm": torch.bfloat16}
+    model.patch_embedding.register_forward_hook(lambda *a: seen.update(latents=a[1][0]))
+    output = model.trunk(*trunk_inputs())
+    assert {**seen, "latents": None} == {"time": torch.float32, "norm": torch.bfloat16, "latents": None}
     assert output.dtype == torch.float32
     exact = number("dit/main_b2")
     assert (output - exact).norm() < 0.02 * exact.norm()
+    latents, timestep, text, condition = inputs()
+    model(latents, timestep, text, condition)
+    shifted = latents - model.learnable_proj(condition, 3)  # in fp32: rounded behind the shift
+    assert torch.equal(seen["latents"], shifted.to(torch.bfloat16))
 
 
 def test_saved_and_loaded_is_the_same_model(tmp_path):
@@ -158,7 +180,6 @@ def test_a_model_runs_after_it_was_exported(strict):
 
 def test_every_parameter_learns():
     model = small_model()
-    model.learnable_proj(number("dit/in/start_frame_latents"), 3).square().sum().backward()
     model(*inputs()).sample.square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
@@ -166,8 +187,8 @@ def test_every_parameter_learns():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({0: torch.zeros(2, 16, 3, 7, 12), 3: torch.zeros(2, 16, 3, 7, 12)}, "not divisible by the patch"),
-        ({3: torch.zeros(2, 16, 1, 8, 12)}, "must be like hidden_states"),
+        ({0: torch.zeros(2, 16, 3, 7, 12)}, "not divisible by the patch"),
+        ({3: torch.zeros(2, 16, 3, 8, 12)}, r"condition must be \(2, 16, 1, 8, 12\)"),
         ({1: torch.tensor([1.0])}, "timestep"),
     ],
 )
@@ -196,7 +217,7 @@ def test_weights_stored_in_eight_bits_compute_in_sixteen():
 
 @pytest.mark.parametrize("way", ["plain", "compiled", "blocks offloaded", "layers offloaded"])
 @torch.no_grad()
-def test_a_cache_over_steps_and_prompts_changes_no_number(way):
+def test_texts_that_are_kept_over_the_steps_change_no_number(way):
     model, cpu = small_model(), torch.device("cpu")
     if way == "compiled":
         model.compile_repeated_blocks()
@@ -204,12 +225,28 @@ def test_a_cache_over_steps_and_prompts_changes_no_number(way):
         model.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
     elif way == "layers offloaded":
         model.enable_group_offload(cpu, cpu, offload_type="leaf_level")
-    latents, _, text, features = inputs()
-    timesteps = torch.tensor([900.0, 700.0, 400.0])
-    first = SamplingCache(timesteps)
-    prompts = ((text, first), (-text, first.other_prompt()))
-    for step, (prompt, cache) in product(range(3), prompts):
-        batch = timesteps[step].expand(2)
-        plain = small_model()(latents, batch, prompt, features).sample
-        torch.testing.assert_close(model(latents, batch, prompt, features, cache=cache.at(step)).sample, plain, **CLOSE)
-        latents = latents - 0.1 * plain
+    latents, _, text, condition = inputs()
+    calls = []
+    model.blocks[0].attn2.to_k.register_forward_hook(lambda *_: calls.append("keys"))
+    with text_kept(model):
+        for t, prompt in product((900.0, 700.0, 400.0), (text, -text)):  # the same two tensors in every step
+            batch = torch.full((2,), t)
+            plain = small_model()(latents, batch, prompt, condition).sample
+            torch.testing.assert_close(model(latents, batch, prompt, condition).sample, plain, **CLOSE)
+            latents = latents - 0.1 * plain
+    assert len(calls) == 2
+    model(latents, batch, text, condition)
+    assert len(calls) == 3, "hooks stay"
+
+
+def test_adapters_are_weighed_by_attention_kwargs():
+    peft = pytest.importorskip("peft")
+    model, arguments = small_model(), inputs()
+    plain = model(*arguments).sample
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    whole, half, none = (model(*arguments, attention_kwargs={"scale": scale}).sample for scale in (1.0, 0.5, 0.0))
+    torch.testing.assert_close(none, plain)
+    assert 0 < (half - plain).norm() < (whole - plain).norm()
+    assert torch.equal(model(*arguments).sample, whole)
+    with pytest.raises(ValueError, match="only 'scale', not 'scales'"):
+        model(*arguments, attention_kwargs={"scales": 1.0})

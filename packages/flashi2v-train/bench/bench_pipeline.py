@@ -37,10 +37,9 @@ def measure(stage: Stage, repeats: int = 5) -> Times:
     if stage.embeds:
         arguments = Inputs(
             torch.randn(1, *LATENT),
-            torch.randn(1, LATENT[0], 1, *LATENT[2:]),
+            1000 * torch.rand(1),
             torch.randn(1, TEXT, MODEL["text_dim"]),
-            torch.randn(1, *LATENT),
-            torch.rand(1),
+            torch.randn(1, LATENT[0], 1, *LATENT[2:]),
             torch.rand(1),
         ).tensors()
     else:

@@ -194,9 +194,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_kept_and_a_diverged_run_stops(
 
     compute, calls = DirectEngine.train, []
 
-    def broken(self, inputs):
-        calls.append(inputs)
-        loss = compute(self, inputs)
+    def broken(self, batch):
+        calls.append(batch)
+        loss = compute(self, batch)
         if len(calls) == 2:  # a loss alone
             return loss * float("nan")
         if len(calls) in (4, 5, 6):
@@ -211,8 +211,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_kept_and_a_diverged_run_stops(
     assert all(tensor.isfinite().all() for tensor in saved.values())
     kept = sorted((workspace.directory / "run/autopsy").iterdir())
     assert [path.name for path in kept] == [f"step_000000{n}_rank_0.safetensors" for n in (2, 4, 5, 6)]
-    inputs, origin = load_autopsy(kept[0])
-    assert torch.equal(inputs.latents, calls[1].latents)
+    inputs, velocity, origin = load_autopsy(kept[0])
+    assert torch.equal(inputs.noisy, calls[1][0].noisy)
+    assert torch.equal(velocity, calls[1][1])
     assert "step 2 is not finite and is skipped: loss nan" in caplog.text
     assert len(origin["keys"]) == 2
 

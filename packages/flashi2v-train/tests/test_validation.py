@@ -19,7 +19,7 @@ from flashi2v_data.errors import InputError
 from flashi2v_data.features import video_key
 from flashi2v_data.loader import Batch
 from flashi2v_data.sampler import SampleKey
-from flashi2v_model import FlashI2VTransformer3DModel, guide
+from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.encoders import decode_video, encode_text, encode_video, load_text_encoder, load_vae
 from flashi2v_model.scheduler import NUM_TIMESTEPS, euler_scheduler, inference_sigmas, interpolate
 from flashi2v_train.config import RunConfig, read_run_config
@@ -120,11 +120,10 @@ def direct_losses(config: RunConfig, num_samples: int) -> list[float]:
         key, batch = sample(config, number)
         features, noise = encoders.encode(batch), noise_of(config, key)
         ratio = 0.05 + 0.9 * torch.rand(1, generator=generator(config.options.seed, "validation ratio", *key))
-        guidance = guide(transformer, features.condition, features.latents.shape[2], ratio)
         for row, sigma in enumerate(SIGMAS):
-            x_t = interpolate(features.latents, noise, guidance.shift, torch.tensor([sigma]))
+            noisy = interpolate(features.latents, noise, torch.tensor([sigma]))
             timestep = NUM_TIMESTEPS * torch.tensor([sigma])
-            velocity = transformer(x_t, timestep, features.context, guidance.fourier, return_dict=False)[0]
+            velocity = transformer(noisy, timestep, features.context, features.condition, ratio).sample
             errors[row, number] = (velocity - (noise - features.latents)).square().mean()
     return errors.mean(dim=1).tolist()
 
@@ -153,14 +152,13 @@ def test_videos_are_sampled_as_by_the_scheduler_of_diffusers(workspace, world, g
     key, batch = sample(config, 0)
     _, no_caption = sample(config, 0, text_drop_ratio=1.0)
     features, empty = encoders.encode(batch), encoders.encode(no_caption)
-    guidance = guide(transformer, features.condition, features.latents.shape[2], torch.tensor([0.1]))
     scheduler = euler_scheduler(3.0)
     scheduler.set_timesteps(sigmas=inference_sigmas(3))
     y = noise_of(config, key)
     for t in scheduler.timesteps:
 
         def velocity(context: Tensor, t: Tensor = t, y: Tensor = y) -> Tensor:
-            return transformer(y - guidance.shift, t.expand(1), context, guidance.fourier, return_dict=False)[0]
+            return transformer(y, t.expand(1), context, features.condition, 0.1).sample
 
         v = velocity(features.context)
         if guidance_scale > 1:

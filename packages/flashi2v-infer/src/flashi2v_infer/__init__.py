@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashi2v_data.errors import InputError
     from flashi2v_data.strips import film_strip
-    from flashi2v_infer.denoising import denoise
     from flashi2v_infer.errors import SamplingError
     from flashi2v_infer.execution import Execution
     from flashi2v_infer.export import read_record, save_video, write_mp4
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from flashi2v_infer.pipeline import FlashI2VPipeline, FlashI2VPipelineOutput
     from flashi2v_infer.placement import place
     from flashi2v_infer.settings import SamplingSettings
+    from flashi2v_model.sampling import denoise
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _HOMES = {
     "InputError": "flashi2v_data.errors",
     "SamplingError": "flashi2v_infer.errors",
     "SamplingSettings": "flashi2v_infer.settings",
-    "denoise": "flashi2v_infer.denoising",
+    "denoise": "flashi2v_model.sampling",
     "film_strip": "flashi2v_data.strips",
     "place": "flashi2v_infer.placement",
     "read_record": "flashi2v_infer.export",

@@ -25,15 +25,15 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from flashi2v_data.errors import InputError
 from flashi2v_data.transforms import center_crop_resize, normalise, to_tensor
 from flashi2v_infer.decoding import decode_within_memory
-from flashi2v_infer.denoising import Generators, denoise, set_timesteps
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.inputs import tidy
 from flashi2v_infer.model_index import check_model_index
 from flashi2v_infer.pictures import AnyImage, as_pixels
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
-from flashi2v_model import FlashI2VTransformer3DModel, guide
+from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.config import SPATIAL_STRIDE
 from flashi2v_model.encoders import encode_text, encode_video
+from flashi2v_model.sampling import Generators, denoise, set_timesteps
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,6 @@ class FlashI2VPipeline(DiffusionPipeline):
         negative_text = self._embedded(negatives, max_sequence_length) if settings.uses_negative_prompt else None
         first_frames = torch.stack([prepare_image(image, height, width) for image in images])  # (B, 3, 1, 8H, 8W)
         condition = encode_video(self.vae, first_frames.to(device))  # (B, C, 1, H, W)
-        guidance = guide(self.transformer, condition, noise.shape[2], low_freq_energy_ratio)
 
         def on_step(step: int, timestep: Tensor, y: Tensor) -> Tensor | None:
             if callback_on_step_end is not None:
@@ -211,10 +210,11 @@ class FlashI2VPipeline(DiffusionPipeline):
             self.transformer,
             self.scheduler,
             noise,
-            guidance,
+            condition,
             text,
             negative_text,
             guidance_scale,
+            low_freq_energy_ratio,
             cfg_batch=self.execution.cfg_batch if cfg_batch is None else cfg_batch,
             generator=generator,
             progress=self.progress_bar,

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from flashi2v_infer.decoding import choose_decoding, decoding_as, describe
-from flashi2v_infer.denoising import set_timesteps, velocity_field
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import find_device
 from flashi2v_infer.parts import Parts
 from flashi2v_infer.placement import streams
 from flashi2v_infer.settings import SamplingSettings
 from flashi2v_infer.tracing import held_while_running, num_bytes, tracing
-from flashi2v_model import FlashI2VTransformer3DModel, guide
+from flashi2v_model import FlashI2VTransformer3DModel
+from flashi2v_model.caching import text_kept
 from flashi2v_model.config import SchedulerName
 from flashi2v_model.encoders import decode_video, encode_text, encode_video
+from flashi2v_model.sampling import exact_timesteps, set_timesteps, velocity_field
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_npu_ops.device import free_memory, missing
 
@@ -171,30 +172,26 @@ def make_plan(
 
     def image_stage() -> Tensor:
         frames = torch.zeros((num_videos, 3, 1, settings.height, settings.width), device=device)
-        condition = encode_video(parts.vae, frames)
-        return guide(parts.transformer, condition, grid[0], settings.low_freq_energy_ratio).shift
+        return encode_video(parts.vae, frames)
 
-    with torch.no_grad():
-        guidance = guide(parts.transformer, latents[:, :, :1], grid[0], settings.low_freq_energy_ratio)
-        text = torch.zeros(
-            (num_videos, num_text_tokens, config.text_dim), dtype=parts.text_encoder.dtype, device=device
-        )
+    condition = latents[:, :, :1].clone()
+    text = torch.zeros((num_videos, num_text_tokens, config.text_dim), dtype=parts.text_encoder.dtype, device=device)
     negative_text = torch.zeros_like(text) if settings.uses_negative_prompt else None
     sampler = make_scheduler(scheduler, shift=1.0)
     set_timesteps(sampler, settings.num_inference_steps, torch.device("cpu"))
-    timesteps = sampler.timesteps
+    timesteps = exact_timesteps(sampler).to(device)
     velocity = velocity_field(
         parts.transformer,
-        timesteps,
-        guidance,
+        condition,
         text,
         negative_text,
         settings.guidance_scale,
+        settings.low_freq_energy_ratio,
         cfg_batch=execution.cfg_batch,
     )
 
     def step(number: int) -> Tensor:
-        return latents + velocity(number, latents)
+        return latents + velocity(latents, timesteps[number])
 
     room = None if free is None else free - model.weights("decoding")
     decoding = choose_decoding(parts.vae, tuple(latents.shape), execution, room)
@@ -204,12 +201,13 @@ def make_plan(
             return decode_video(parts.vae, latents)
 
     texts = [text] if negative_text is None else [text, negative_text]
-    held = [latents, guidance.shift, guidance.fourier, *texts]
+    held = [latents, condition, *texts]
     encoding = model.stage("text encoding", [text_stage], [], repeats=branches)
     image = model.stage("image encoding", [image_stage], texts)
     # What the first step keeps for the others is alive in them.
     steps = [partial(step, number) for number in range(min(2, len(timesteps)))]
-    denoising = model.stage("denoising", steps, held, repeats=len(timesteps))
+    with text_kept(parts.transformer):
+        denoising = model.stage("denoising", steps, held, repeats=len(timesteps))
     decoded = model.stage("decoding", [decode], held)
     patch = config.patch_size
     return Plan(

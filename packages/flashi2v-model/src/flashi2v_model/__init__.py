@@ -1,4 +1,4 @@
-"""The FlashI2V diffusion transformer, its conditioning, flow matching, encoders and weights."""
+"""The FlashI2V diffusion transformer, flow matching, encoders and weights."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from flashi2v_model.errors import InputError
 
 if TYPE_CHECKING:
-    from flashi2v_model.conditioning import Guidance, guide
     from flashi2v_model.transformer import FlashI2VTransformer3DModel
     from flashi2v_model.weights import convert_state_dict, load_weights
 
@@ -14,19 +13,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FlashI2VTransformer3DModel",
-    "Guidance",
     "InputError",
     "convert_state_dict",
-    "guide",
     "load_weights",
 ]
 
 # Importing diffusers takes seconds, so it waits until something needs it.
 _HOMES = {
     "FlashI2VTransformer3DModel": "transformer",
-    "Guidance": "conditioning",
     "convert_state_dict": "weights",
-    "guide": "conditioning",
     "load_weights": "weights",
 }
 

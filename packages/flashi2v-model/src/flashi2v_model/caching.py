@@ -1,79 +1,73 @@
-"""What stays the same over the steps of a sampling run, computed once.
+"""What depends on the prompt alone, computed once for all steps of a sampling run.
 
-The transformer fills a cache in the first call that is given it, not ahead of the run: only inside a call are weights
-at hand that are offloaded or sharded in between.
-
-S steps, B batch, F H W token grid, L text tokens, D width, K heads, d head size.
+The network has no part in it: for the time of a run, something from outside answers in place of the text embedder and
+of the keys and values of cross attention. At small sizes the text is a seventh of a forward pass.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from torch import Tensor
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
 
-T = TypeVar("T")
+from flashi2v_model.layers import Attention
+from flashi2v_model.transformer import FlashI2VTransformer3DModel
 
-
-class Store:
-    """Values by name, each computed once. No dict, as the hooks of offloading would hand on a copy of one."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, Any] = {}
-
-    def get(self, name: str, compute: Callable[[], T]) -> T:
-        """Return what stands under a name, computing it the first time."""
-        if name not in self._values:
-            self._values[name] = compute()
-        value: T = self._values[name]
-        return value
+KeysValues = tuple[Tensor, Tensor]  # (B, L, K, d) each
+_HOOK = "flashi2v_text"
 
 
-def remembered(store: Store | None, name: str, compute: Callable[[], T]) -> T:
-    """Return what stands under a name of the store; without a store, compute it."""
-    return compute() if store is None else store.get(name, compute)
+@contextmanager
+def text_kept(transformer: FlashI2VTransformer3DModel) -> Iterator[None]:
+    """Embed every text that the transformer is given only once while the block runs; no number changes.
 
-
-@dataclass(frozen=True)
-class CachedStep:
-    """One call of the transformer within a run.
-
-    Attributes:
-        step: number of the step, from 0.
-        timesteps: (S,), of all steps.
-        video: what depends on neither step nor prompt: the embedded Fourier features (B, D, F, H, W), and time (S, D)
-            with its modulation (S, 6, D) for all steps.
-        prompt: what depends on the prompt: the embedded text (B, L, D), and a store for every block, for keys and
-            values (B, L, K, d) of its cross attention.
+    A text is known again as the same tensor: keep one for each branch of the guidance, and do not write into it.
     """
+    readers = []
+    for block in transformer.blocks.children():
+        attention = block.get_submodule("attn2")
+        assert isinstance(attention, Attention)
+        reader = _Reader(attention.keys_values)
+        attention.keys_values = reader  # type: ignore[method-assign, assignment]
+        readers.append((attention, reader))
+    registry = HookRegistry.check_if_exists_or_initialize(transformer.condition_embedder.text_embedder)
+    registry.register_hook(_TextEmbedder([reader for _, reader in readers]), _HOOK)
+    try:
+        yield
+    finally:
+        registry.remove_hook(_HOOK, recurse=False)
+        for attention, _ in readers:
+            del attention.keys_values
 
-    step: int
-    timesteps: Tensor
-    video: Store
-    prompt: Store
 
-    def of_block(self, number: int) -> Store:
-        """Return the store of a block."""
-        return self.prompt.get(f"block {number}", Store)
+class _Reader:
+    """Keeps keys and values of the text that a forward pass is about."""
+
+    def __init__(self, compute: Callable[[Tensor], KeysValues]) -> None:
+        self._compute = compute
+        self.kept: list[KeysValues] = []  # one, or still none
+
+    def __call__(self, text: Tensor) -> KeysValues:
+        if not self.kept:
+            self.kept.append(self._compute(text))
+        return self.kept[0]
 
 
-class SamplingCache:
-    """What the steps of a run with one first frame and one prompt for every video have in common.
+class _TextEmbedder(ModelHook):
+    """Keeps embedded texts, and tells the cross attentions which of them a forward pass is about."""
 
-    Args:
-        timesteps: (S,), of all steps.
-        video: of another cache of the same run, for another prompt (the second branch of guidance).
-    """
+    def __init__(self, readers: list[_Reader]) -> None:
+        super().__init__()
+        self._readers = readers
+        # (text, embedded text, what each reader keeps of it)
+        self._texts: list[tuple[Tensor, Tensor, list[list[KeysValues]]]] = []
 
-    def __init__(self, timesteps: Tensor, video: Store | None = None) -> None:
-        self._timesteps = timesteps
-        self._video = Store() if video is None else video
-        self._prompt = Store()
-
-    def other_prompt(self) -> "SamplingCache":
-        """Return a cache for the same run with other prompts."""
-        return SamplingCache(self._timesteps, self._video)
-
-    def at(self, step: int) -> CachedStep:
-        """Return what the transformer's `cache` takes in this step."""
-        return CachedStep(step, self._timesteps, self._video, self._prompt)
+    def new_forward(self, module: nn.Module, text: Tensor) -> Tensor:
+        known = next((entry for entry in self._texts if entry[0] is text), None)
+        if known is None:
+            embedded: Tensor = self.fn_ref.original_forward(text)
+            known = (text, embedded, [[] for _ in self._readers])
+            self._texts.append(known)
+        for reader, kept in zip(self._readers, known[2]):
+            reader.kept = kept
+        return known[1]

@@ -5,6 +5,7 @@ Module names follow diffusers' `WanTransformer3DModel`, so its weights and LoRA 
 in bf16, norms, modulation, gated residual adds, time embedding and head still compute in fp32.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
-from flashi2v_model.caching import Store, remembered
 from flashi2v_npu_ops import apply_rope, attention, gated_residual, gelu_tanh, layer_norm_modulate, rms_norm
 from flashi2v_npu_ops.tables import computed_once
 
@@ -61,7 +61,7 @@ def use_fused_rms_norm(model: nn.Module, fused: bool) -> None:
 
 
 class Attention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention; self attention turns queries and keys by `rope`, cross attention reads `context`.
+    """Multi-head attention; self attention turns queries and keys by `rope`, cross attention reads `text`.
 
     Attributes:
         attend: takes query, key, value, (B, N, K, d) each; see `flashi2v_model.parallel`.
@@ -92,23 +92,19 @@ class Attention(nn.Module, AttentionModuleMixin):
             "of guidance here, whose states they would mix up: sample without them"
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        context: Tensor | None = None,
-        rope: tuple[Tensor, Tensor] | None = None,
-        store: Store | None = None,
-    ) -> Tensor:
-        source = x if context is None else context
+    def forward(self, x: Tensor, *, text: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return self.read(x, *self.keys_values(x if text is None else text), rope)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of (B, N, D): (B, N, K, d) each."""
+        return self._heads(self.norm_k(self.to_k(source))), self._heads(self.to_v(source))
+
+    def read(self, x: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return what the tokens x (B, N, D) find in keys and values: (B, N, D)."""
         query = self._heads(self.norm_q(self.to_q(x)))  # (B, N, K, d)
-        key, value = remembered(store, "key, value", lambda: self._keys_values(source))  # (B, N or L, K, d) each
         if rope is not None:
             query, key = apply_rope(query, *rope), apply_rope(key, *rope)
         return self.to_out[0](self.attend(query, key, value).flatten(-2))  # (B, N, D)
-
-    def _keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        return self._heads(self.norm_k(self.to_k(source))), self._heads(self.to_v(source))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -150,17 +146,12 @@ class Block(nn.Module):
         self.attn2 = Attention(dim, num_heads, qk_norm, eps)
         self.ffn = FeedForward(dim, ffn_dim)
 
-    def forward(
-        self, x: Tensor, context: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], store: Store | None = None
-    ) -> Tensor:
-        """Take x (B, N, D), text context (B, L, D) and time modulation (B, 6, D); return (B, N, D).
-
-        `store` keeps keys and values of the context from one call to the next.
-        """
+    def forward(self, x: Tensor, text: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Take x (B, N, D), text (B, L, D) and time modulation (B, 6, D); return (B, N, D)."""
         modulation = self.scale_shift_table.to(time.dtype) + time  # (B, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # (B, 1, D) each
         x = gated_residual(x, self.attn1(layer_norm_modulate(x, shift1, scale1, self.eps), rope=rope), gate1)
-        x = x + self.attn2(self.norm2(x), context=context, store=store)
+        x = x + self.attn2(self.norm2(x), text=text)
         return gated_residual(x, self.ffn(layer_norm_modulate(x, shift2, scale2, self.eps)), gate2)
 
 
@@ -200,20 +191,26 @@ class ConditionEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take timestep (B,), text (B, L, text_dim); return time (B, D), its projection (B, 6, D), text (B, L, D)."""
-        return *self.embed_time(timestep, text.device), self.text_embedder(text)
-
-    def embed_time(self, timestep: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Take timestep (B,); return time (B, D) and its projection (B, 6, D) on the device."""
-        time = self.time_embedder(timestep_embedding(timestep, self.freq_dim).to(device))
-        return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1))
+        time = self.time_embedder(timestep_embedding(timestep.to(text.device), self.freq_dim))
+        return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1)), self.text_embedder(text)
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """Return [cos | sin] of timestep * 10000^(-i / (dim / 2)): (B, dim), fp32 on the CPU from fp64 angles."""
-    half = dim // 2
-    frequencies = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64) / half)
-    angles = timestep.to("cpu", torch.float64)[:, None] * frequencies  # (B, dim/2)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+    """Return [cos | sin] of timestep * 10000^(-i / (dim / 2)): (B, dim) in fp32, exact to 1e-6, on any device.
+
+    Angles of a thousand need more digits than fp32 has, and not every device has fp64. So an angle is counted in turns,
+    of which only the fraction matters: factors of 12 bits have exact products.
+    """
+    turns = torch.pow(10000.0, -torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)) / (2 * math.pi)
+    mantissa, exponent = torch.frexp(turns)
+    coarse = torch.ldexp((mantissa * 2**12).round(), exponent - 12)
+    coarse, fine = coarse.float().to(timestep.device), (turns - coarse).float().to(timestep.device)  # (dim/2,) each
+    t = timestep.float()[:, None]
+    quarters = (t * 4).floor() / 4  # 12 bits, up to 1000
+    whole = quarters * coarse  # (B, dim/2), exact
+    fraction = (whole - whole.round()) + (quarters * fine + (t - quarters) * coarse + (t - quarters) * fine)
+    angles = 2 * math.pi * (fraction - fraction.round())
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 @computed_once(maxsize=16)
@@ -253,11 +250,6 @@ class LatentShift(nn.Module):
             nn.SiLU(),
             nn.Conv3d(4 * channels, channels, kernel, padding=padding),
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.proj[0].get_parameter("weight").device
 
     def forward(self, condition: Tensor, num_frames: int) -> Tensor:
         """Take the condition (B, C, 1, H, W); return the shift (B, C, F, H, W)."""

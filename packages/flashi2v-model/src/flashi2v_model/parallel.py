@@ -43,7 +43,7 @@ def parallelise_tensors(transformer: FlashI2VTransformer3DModel, mesh: DeviceMes
     check_degree(mesh.size(), transformer.config.num_attention_heads, "tensor")
     for block in transformer.blocks.children():
         plan: dict[str, Any] = {"ffn.net.0.proj": ColwiseParallel(), "ffn.net.2": RowwiseParallel()}
-        texts: dict[str, Placement] = {"context": Replicate()}
+        texts: dict[str, Placement] = {"text": Replicate()}
         for name, inputs in (("attn1", None), ("attn2", texts)):
             plan |= {
                 # Converted once for the three projections, so that their gradients are summed in one go.
@@ -158,9 +158,9 @@ class _Context:
 
     def share_rope(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """(N, d / 2) to (n, d / 2), of the tables that every block is given; they tell the number of tokens."""
-        x, context, time, rope, *others = args
+        x, text, time, rope = args
         self._num_tokens = [len(part) for part in rope[0].tensor_split(self._group.size())]
-        return x, context, time, tuple(self._own(table, 0) for table in rope), *others
+        return x, text, time, tuple(self._own(table, 0) for table in rope)
 
     def attending(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         """Wrap an attention over (B, N, K / P, d) as one over (B, n, K, d)."""

@@ -77,19 +77,18 @@ def draw_sigmas(generators: Sequence[torch.Generator], *, logit_normal: bool, sh
     return sigma if shift is None else shift_sigma(sigma, shift)
 
 
-def interpolate(latents: Tensor, noise: Tensor, shift: Tensor, sigma: Tensor) -> Tensor:
-    """Return x_t = sigma * (noise - s) + (1 - sigma) * (latents - s): (B, C, F, H, W) in fp32.
+def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Return sigma * noise + (1 - sigma) * latents: (B, C, F, H, W) in fp32.
 
     Args:
         latents: z (B, C, F, H, W).
         noise: eps (B, C, F, H, W).
-        shift: s (B, C, F, H, W), from `flashi2v_model.guide`.
         sigma: (B,).
     """
     sigma = sigma.to(latents.device, torch.float32).view(-1, 1, 1, 1, 1)
-    return sigma * noise.float() + (1 - sigma) * latents.float() - shift.float()
+    return sigma * noise.float() + (1 - sigma) * latents.float()
 
 
 def target(latents: Tensor, noise: Tensor) -> Tensor:
-    """Return the velocity that the network learns, noise - latents, in fp32; the shift cancels."""
+    """Return the velocity that the network learns, noise - latents, in fp32."""
     return noise.float() - latents.float()

@@ -5,7 +5,8 @@ B batch, C latent channels, F frames, H W latent grid, N tokens, L text tokens, 
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin, WanLoraLoaderMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from einops import rearrange
 from torch import Tensor, nn
 
-from flashi2v_model.caching import CachedStep, remembered
 from flashi2v_model.errors import InputError
 from flashi2v_model.faults import FLOATS, fault_phrases
 from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, rope_tables
 from flashi2v_model.reading import read_state_dict
-from flashi2v_npu_ops import layer_norm_modulate
+from flashi2v_npu_ops import layer_norm_modulate, split_frequencies
 
 # Where the name of an adapter's part begins, behind that of its layer.
 _OF_ADAPTER = re.compile(r"\.(?:lora(?:_A|_B|_down|_up|_embedding|_magnitude|\.down|\.up)|lokr_|alpha$)")
@@ -230,41 +231,61 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden_states: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
-        fourier_features: Tensor,
+        condition: Tensor,
+        low_freq_energy_ratio: float | Tensor = 0.1,
+        attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
-        cache: CachedStep | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict the velocity eps - z.
+        """Predict the velocity eps - z of a noisy latent that starts with a given frame.
 
         Args:
-            hidden_states: (B, C, F, H, W), the shifted noisy latent; H and W divisible by the patch.
+            hidden_states: y (B, C, F, H, W), the plain noisy latent sigma * eps + (1 - sigma) * z; H and W divisible by
+                the patch. It stays in fp32, whatever the dtype of the weights.
             timestep: (B,), 1000 * sigma; every sample may have its own.
             encoder_hidden_states: (B, L, text_dim), padding positions zeroed.
-            fourier_features: (B, C, F, H, W), from `flashi2v_model.guide`.
+            condition: c (B, C, 1, H, W), the normalised latent of the first frame.
+            low_freq_energy_ratio: in [0, 1], one number or (B,): where the high frequencies of c start.
+            attention_kwargs: {"scale": weight of the adapters}, as diffusers' pipelines hand it on.
             return_dict: return a `Transformer2DModelOutput` instead of a tuple.
-            cache: of a sampling run (`SamplingCache.at`). Features, text and time are then embedded in its first step
-                only, and not looked at later: they must be the same in every step.
 
         Returns:
             (B, C, F, H, W) in fp32.
 
         Raises:
+            ValueError: shapes do not match each other or the patch; `attention_kwargs` has another key.
+
+        Source: FlashI2V, arXiv 2509.25187.
+        """
+        grid = self.token_grid(hidden_states.shape)
+        _check_shape("timestep", timestep, hidden_states.shape[:1])
+        batch, channels, _, height, width = hidden_states.shape
+        _check_shape("condition", condition, (batch, channels, 1, height, width))
+        with _adapters_scaled(self, attention_kwargs):
+            x, text, time, modulation = self.embed(
+                hidden_states, timestep, encoder_hidden_states, condition, low_freq_energy_ratio
+            )
+            velocity = self.project(self.run_blocks(x, text, modulation, grid), time, grid)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def trunk(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, fourier_features: Tensor
+    ) -> Tensor:
+        """Return the velocity, (B, C, F, H, W) in fp32: the network behind the shift.
+
+        Args:
+            hidden_states: y - s (B, C, F, H, W), the shifted noisy latent.
+            timestep: as of `forward`.
+            encoder_hidden_states: as of `forward`.
+            fourier_features: (B, C, F, H, W), see `guide`.
+
+        Raises:
             ValueError: shapes do not match each other or the patch.
         """
         grid = self.token_grid(hidden_states.shape)
-        if fourier_features.shape != hidden_states.shape:
-            raise ValueError(
-                f"fourier_features must be like hidden_states, (B, C, F, H, W) = {tuple(hidden_states.shape)}, "
-                f"got {tuple(fourier_features.shape)}"
-            )
-        if timestep.shape != hidden_states.shape[:1]:
-            raise ValueError(f"timestep must be (B,) = ({len(hidden_states)},), got {tuple(timestep.shape)}")
-        x, context, time, modulation = self.embed(
-            hidden_states, timestep, encoder_hidden_states, fourier_features, cache
-        )
-        x = self.run_blocks(x, context, modulation, grid, cache)
-        velocity = self.project(x, time, grid)
-        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+        _check_shape("timestep", timestep, hidden_states.shape[:1])
+        _check_shape("fourier_features", fourier_features, hidden_states.shape)
+        x, text, time, modulation = self._tokens(hidden_states, timestep, encoder_hidden_states, fourier_features)
+        return self.project(self.run_blocks(x, text, modulation, grid), time, grid)
 
     # The three parts of the forward pass; a pipeline stage has some of the blocks, and the first and last part perhaps.
 
@@ -273,37 +294,45 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden_states: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
-        fourier_features: Tensor,
-        cache: CachedStep | None = None,
+        condition: Tensor,
+        low_freq_energy_ratio: float | Tensor = 0.1,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return tokens (B, N, D), text (B, L, D), time (B, D) and its modulation (B, 6, D); arguments of `forward`."""
-        dtype = self.patch_embedding.weight.dtype
-        embedder = self.condition_embedder
-        if cache is None:
-            fourier = self.fourier_embedding(fourier_features.to(dtype))
-            time, modulation, context = embedder(timestep, encoder_hidden_states)
-        else:
-            fourier = remembered(cache.video, "fourier", lambda: self.fourier_embedding(fourier_features.to(dtype)))
-            context = remembered(cache.prompt, "text", lambda: embedder.text_embedder(encoder_hidden_states))
-            times = remembered(
-                cache.video, "time", lambda: embedder.embed_time(cache.timesteps, hidden_states.device)
-            )  # (S, D), (S, 6, D)
-            time, modulation = (table[cache.step].expand(len(timestep), *table.shape[1:]) for table in times)
-        x = rearrange(self.patch_embedding(hidden_states.to(dtype)) + fourier, "b d f h w -> b (f h w) d")
-        return x, context, time, modulation
+        """Return tokens (B, N, D), text (B, L, D), time (B, D) and its modulation (B, 6, D); arguments of `forward`.
 
-    def run_blocks(
-        self,
-        x: Tensor,
-        context: Tensor,
-        modulation: Tensor,
-        grid: tuple[int, int, int],
-        cache: CachedStep | None = None,
-    ) -> Tensor:
+        How the first frame guides the video is here alone: a variant of the method overrides this.
+        """
+        shift, features = self.guide(condition, hidden_states.shape[2], low_freq_energy_ratio)
+        # Rounded to the weights' dtype once, behind the shift.
+        exact = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        return self._tokens(exact - shift, timestep, encoder_hidden_states, features)
+
+    def guide(self, condition: Tensor, num_frames: int, low_freq_energy_ratio: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the first frame contributes: the shift s, and the high-pass features, (B, C, F, H, W) each.
+
+        Gradients flow through the shift only. Both are cheap: at 49x480x832 a thousandth of the whole forward pass.
+        """
+        with torch.no_grad():
+            high, low, _ = split_frequencies(
+                condition[:, :, 0], low_freq_energy_ratio, magnitude=self.config.fft_return_abs
+            )
+        source = low[:, :, None] if self.config.low_freq_proj else condition
+        return self.learnable_proj(source, num_frames), high[:, :, None].expand(-1, -1, num_frames, -1, -1)
+
+    def _tokens(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, fourier_features: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `embed` does; arguments of `trunk`."""
+        dtype = self.patch_embedding.weight.dtype
+        time, modulation, text = self.condition_embedder(timestep, encoder_hidden_states)
+        fourier = self.fourier_embedding(fourier_features.to(dtype))
+        x = rearrange(self.patch_embedding(hidden_states.to(dtype)) + fourier, "b d f h w -> b (f h w) d")
+        return x, text, time, modulation
+
+    def run_blocks(self, x: Tensor, text: Tensor, modulation: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Return the tokens, (B, N, D), behind all blocks; arguments as `embed` returns them."""
         rope = rope_tables(grid, self.config.attention_head_dim, x.device)
-        for number, block in self.blocks.named_children():
-            x = block(x, context, modulation, rope, None if cache is None else cache.of_block(int(number)))
+        for block in self.blocks.children():
+            x = block(x, text, modulation, rope)
         return x
 
     def project(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -345,6 +374,28 @@ class FlashI2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"token grid {(frames, height, width)} exceeds rope_max_seq_len = {self.config.rope_max_seq_len}"
             )
         return frames, height, width
+
+
+def _check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    if tensor.shape != torch.Size(expected):
+        raise ValueError(f"{name} must be {tuple(expected)} beside these hidden_states, got {tuple(tensor.shape)}")
+
+
+@contextmanager
+def _adapters_scaled(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
+    """Weigh the adapters of a model, if it has any, while the block runs."""
+    given = dict(attention_kwargs or {})
+    scale = given.pop("scale", 1.0)
+    if given:
+        raise ValueError(f"attention_kwargs: there is only 'scale', not {', '.join(map(repr, given))}")
+    if scale == 1.0:
+        yield
+        return
+    scale_lora_layers(model, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(model, scale)
 
 
 def _mistyped(directory: Path, variant: str | None) -> list[tuple[str, torch.dtype]]:

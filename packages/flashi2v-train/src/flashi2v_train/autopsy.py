@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError
@@ -36,7 +37,7 @@ class Origin(TypedDict):
 def save_autopsy(
     directory: Path,
     step: int,
-    inputs: Inputs,
+    batch: tuple[Inputs, Tensor],
     keys: Sequence[tuple[int, int]],
     paths: Sequence[str],
     captions: Sequence[str],
@@ -47,7 +48,7 @@ def save_autopsy(
     Args:
         directory: in the run's directory.
         step: number of the step, from 1.
-        inputs: of all its samples at this data parallel place.
+        batch: inputs, and the velocity to learn, of all its samples at this data parallel place.
         keys: (epoch, index) of the samples.
         paths: their videos.
         captions: as they were encoded.
@@ -58,8 +59,10 @@ def save_autopsy(
     """
     path = directory / f"step_{step:07d}_rank_{rank}.safetensors"
     origin = Origin(step=step, rank=rank, keys=[*keys], paths=[*paths], captions=[*captions])
+    inputs, velocity = batch
+    tensors = {field.name: getattr(inputs, field.name) for field in fields(Inputs)} | {"velocity": velocity}
     # Clones, as tensors that share memory cannot be written.
-    tensors = {field.name: getattr(inputs, field.name).detach().cpu().clone().contiguous() for field in fields(Inputs)}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     try:
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, {"origin": json.dumps(origin)})
@@ -71,8 +74,8 @@ def save_autopsy(
     return path
 
 
-def load_autopsy(path: Path) -> tuple[Inputs, Origin]:
-    """Read what `save_autopsy` wrote, onto the CPU.
+def load_autopsy(path: Path) -> tuple[Inputs, Tensor, Origin]:
+    """Read what `save_autopsy` wrote, onto the CPU: inputs, the velocity to learn, and where they come from.
 
     Raises:
         InputError: there is no such file, or it is of another kind.
@@ -81,7 +84,8 @@ def load_autopsy(path: Path) -> tuple[Inputs, Origin]:
         with safe_open(path, framework="pt") as file:
             origin: Origin = json.loads(file.metadata()["origin"])
             inputs = Inputs(**{field.name: file.get_tensor(field.name) for field in fields(Inputs)})
+            velocity = file.get_tensor("velocity")
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not hold the batch of a step: {error}") from None
     origin["keys"] = [(epoch, index) for epoch, index in origin["keys"]]
-    return inputs, origin
+    return inputs, velocity, origin

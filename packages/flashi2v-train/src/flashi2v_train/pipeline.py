@@ -21,17 +21,13 @@ from torch.distributed.pipelining.schedules import (
     ScheduleLoopedBFS,
 )
 
-from flashi2v_model import FlashI2VTransformer3DModel, guide
-from flashi2v_model.scheduler import NUM_TIMESTEPS, interpolate
+from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_train.parallel import World
-from flashi2v_train.step import Inputs, mean_loss, velocity_target
+from flashi2v_train.step import Inputs, mean_loss
 
 
 class Stage(nn.Module):
-    """A stage's part of the computation from inputs to velocity; with one stage all of it.
-
-    A module, so that sharding sees the whole computation: the latent shift is called beside the transformer's own
-    parts.
+    """A stage's part of the transformer's forward pass; with one stage all of it.
 
     Args:
         transformer: with the stage's blocks only, see `keep_layers`.
@@ -51,18 +47,11 @@ class Stage(nn.Module):
         Between stages go tokens (B, N, D), text (B, L, D), time (B, D) and its modulation (B, 6, D), all of them with
         gradients.
         """
-        x, context, time, modulation = self._embed(*tensors) if self.embeds else tensors
-        x = self.transformer.run_blocks(x, context, modulation, self.grid)
+        x, text, time, modulation = self.transformer.embed(*tensors) if self.embeds else tensors
+        x = self.transformer.run_blocks(x, text, modulation, self.grid)
         if self.projects:
             return self.transformer.project(x, time, self.grid)  # (B, C, F, H, W)
-        return tuple(tensor.contiguous() for tensor in (x, context, time, modulation))  # as they are to be sent
-
-    def _embed(
-        self, latents: Tensor, condition: Tensor, context: Tensor, noise: Tensor, sigma: Tensor, ratio: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        guidance = guide(self.transformer, condition, latents.shape[2], ratio)
-        x_t = interpolate(latents, noise, guidance.shift, sigma)
-        return self.transformer.embed(x_t, NUM_TIMESTEPS * sigma, context, guidance.fourier)
+        return tuple(tensor.contiguous() for tensor in (x, text, time, modulation))  # as they are to be sent
 
 
 def keep_layers(
@@ -77,7 +66,7 @@ def keep_layers(
         projects: it has the head, too.
     """
     with torch.device("meta"):
-        part = FlashI2VTransformer3DModel.from_config(whole.config)
+        part = type(whole).from_config(whole.config)
     part.blocks = nn.ModuleDict({str(number): whole.blocks[number] for number in layers})
     for name, kept in (
         ("patch_embedding", embeds),
@@ -97,11 +86,12 @@ class Engine(ABC):
     """What runs the stages of this process, together with those of the others."""
 
     @abstractmethod
-    def train(self, inputs: Inputs | None) -> Tensor:
+    def train(self, batch: tuple[Inputs, Tensor] | None) -> Tensor:
         """Run forward and backward over all micro batches of an optimizer step; gradients are left to be used.
 
         Args:
-            inputs: of all samples of this data parallel place, where the first stage is; elsewhere None.
+            batch: inputs and the velocity to learn, (B, C, F, H, W), of all samples of this data parallel place, where
+                the first stage is; elsewhere None.
 
         Returns:
             the mean loss, a number; 0 where the last stage is not.
@@ -126,11 +116,12 @@ class DirectEngine(Engine):
         self._stage = stage
         self._num_micro_batches = num_micro_batches
 
-    def train(self, inputs: Inputs | None) -> Tensor:
-        assert inputs is not None
-        total = inputs.latents.new_zeros(())
-        for part in inputs.split(self._num_micro_batches):
-            loss = mean_loss(self._stage(*part.tensors()), velocity_target(part)) / self._num_micro_batches
+    def train(self, batch: tuple[Inputs, Tensor] | None) -> Tensor:
+        assert batch is not None
+        inputs, wanted = batch
+        total = wanted.new_zeros(())
+        for part, velocity in zip(inputs.split(self._num_micro_batches), wanted.chunk(self._num_micro_batches)):
+            loss = mean_loss(self._stage(*part.tensors()), velocity) / self._num_micro_batches
             loss.backward()
             total += loss.detach()
         return total
@@ -179,18 +170,18 @@ class PipelineEngine(Engine):
             for stage, number in zip(stages, numbers, strict=True)
         ]
 
-    def train(self, inputs: Inputs | None) -> Tensor:
-        wanted = self._hand_on_target(inputs)
+    def train(self, batch: tuple[Inputs, Tensor] | None) -> Tensor:
+        wanted = self._hand_on_target(None if batch is None else batch[1])
         losses: list[Tensor] = []
-        arguments = () if inputs is None else inputs.tensors()
+        arguments = () if batch is None else batch[0].tensors()
         self._schedule.step(*arguments, target=wanted, losses=losses, return_outputs=False)
         return torch.stack(losses).detach().mean() if losses else torch.zeros((), device=self._world.device)
 
-    def _hand_on_target(self, inputs: Inputs | None) -> Tensor | None:
+    def _hand_on_target(self, wanted: Tensor | None) -> Tensor | None:
         """The first stage has the features, the last one compares."""
         world, last = self._world, self._world.layout.pipeline - 1
-        if inputs is not None:
-            dist.send(velocity_target(inputs).contiguous(), group=world.pipeline_group, group_dst=last)
+        if wanted is not None:
+            dist.send(wanted.contiguous(), group=world.pipeline_group, group_dst=last)
             return None
         if not world.projects:
             return None

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flashi2v_model import FlashI2VTransformer3DModel
-from flashi2v_model.caching import CachedStep
 from flashi2v_model.layers import Attention, rope_tables
 from flashi2v_train.offload import HostMemory
 from flashi2v_train.options import MemoryOptions
@@ -90,13 +89,11 @@ def _run_groups(
     transformer: FlashI2VTransformer3DModel,
     size: int,
     x: Tensor,
-    context: Tensor,
+    text: Tensor,
     modulation: Tensor,
     grid: tuple[int, int, int],
-    cache: CachedStep | None = None,
 ) -> Tensor:
     """`FlashI2VTransformer3DModel.run_blocks` that keeps the input of every `size`-th block only."""
-    assert cache is None, "what is remembered from step to step belongs to sampling"
     rope = rope_tables(grid, transformer.config.attention_head_dim, x.device)
     blocks = [*transformer.blocks.children()]
 
@@ -106,5 +103,5 @@ def _run_groups(
         return x
 
     for first in range(0, len(blocks), size):
-        x = _again(run, blocks[first : first + size], x, context, modulation, rope)
+        x = _again(run, blocks[first : first + size], x, text, modulation, rope)
     return x

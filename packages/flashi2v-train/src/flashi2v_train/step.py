@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashi2v_data.randomness import generator
-from flashi2v_model.scheduler import draw_sigmas, dynamic_shift, target
+from flashi2v_model.scheduler import NUM_TIMESTEPS, draw_sigmas, dynamic_shift, interpolate, target
 from flashi2v_train.config import RunConfig
 from flashi2v_train.features import Features
 
@@ -53,22 +53,20 @@ def draw(config: RunConfig, keys: Sequence[tuple[int, int]]) -> Draws:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the velocity is computed from.
+    """What the transformer's forward pass is given, in its order.
 
     Attributes:
-        latents: (B, C, F, H, W), z.
+        noisy: (B, C, F, H, W) in fp32, sigma * eps + (1 - sigma) * z.
+        timestep: (B,), 1000 * sigma.
+        text: (B, L, text_dim), text states with zeroed padding.
         condition: (B, C, 1, H, W), the first frame's latent.
-        context: (B, L, text_dim), text states with zeroed padding.
-        noise: (B, C, F, H, W), eps.
-        sigma: (B,).
         ratio: (B,), the Fourier cut-off's energy share.
     """
 
-    latents: Tensor
+    noisy: Tensor
+    timestep: Tensor
+    text: Tensor
     condition: Tensor
-    context: Tensor
-    noise: Tensor
-    sigma: Tensor
     ratio: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -80,16 +78,17 @@ class Inputs:
         return [Inputs(*tensors) for tensors in zip(*(tensor.chunk(number) for tensor in self.tensors()), strict=True)]
 
 
-def make_inputs(features: Features, draws: Draws) -> Inputs:
-    """Put a batch's features and draws together, on the features' device."""
+def make_inputs(features: Features, draws: Draws) -> tuple[Inputs, Tensor]:
+    """Put a batch's features and draws together, on the features' device.
+
+    Returns:
+        the inputs, and the velocity to learn, (B, C, F, H, W) in fp32.
+    """
     device = features.latents.device
     noise, sigma, ratio = (tensor.to(device) for tensor in (draws.noise, draws.sigma, draws.ratio))
-    return Inputs(features.latents, features.condition, features.context, noise, sigma, ratio)
-
-
-def velocity_target(inputs: Inputs) -> Tensor:
-    """Return what the velocity should be: (B, C, F, H, W) in fp32."""
-    return target(inputs.latents, inputs.noise)
+    noisy = interpolate(features.latents, noise, sigma)
+    inputs = Inputs(noisy, NUM_TIMESTEPS * sigma, features.context, features.condition, ratio)
+    return inputs, target(features.latents, noise)
 
 
 def mean_loss(velocity: Tensor, wanted: Tensor) -> Tensor:

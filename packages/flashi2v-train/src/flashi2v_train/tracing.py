@@ -58,21 +58,15 @@ def kept_bytes(stage: Stage, config: RunConfig) -> int:
 
 def _inputs(stage: Stage, config: RunConfig, dtype: torch.dtype) -> tuple[Tensor, ...]:
     predictor, batch = config.model.predictor, config.options.micro_batch_size
-    sigma = ratio = torch.full((batch,), 0.5, device="cpu")  # numbers, as they are looked at
     if stage.embeds:
         channels, _, height, width = config.latent_shape
-        shapes = [
-            config.latent_shape,
-            (channels, 1, height, width),
-            (predictor.text_len, predictor.text_dim),
-            config.latent_shape,
-        ]
-        tensors = [torch.empty(batch, *shape) for shape in shapes]
-        return *tensors, sigma, ratio
+        # Noisy latents, timesteps, text, condition, ratios: what the transformer's forward pass is given.
+        shapes = [config.latent_shape, (), (predictor.text_len, predictor.text_dim), (channels, 1, height, width), ()]
+        return tuple(torch.empty(batch, *shape) for shape in shapes)
     dim, tokens = predictor.hidden_size, stage.grid[0] * stage.grid[1] * stage.grid[2]
-    x, context = torch.empty(batch, tokens, dim, dtype=dtype), torch.empty(batch, predictor.text_len, dim, dtype=dtype)
+    x, text = torch.empty(batch, tokens, dim, dtype=dtype), torch.empty(batch, predictor.text_len, dim, dtype=dtype)
     time, modulation = torch.empty(batch, dim), torch.empty(batch, 6, dim)
-    return tuple(tensor.requires_grad_() for tensor in (x, context, time, modulation))
+    return tuple(tensor.requires_grad_() for tensor in (x, text, time, modulation))
 
 
 class _Attention(torch.autograd.Function):

@@ -337,20 +337,20 @@ class Trainer:
         rate = learning_rate(self.step, self.options)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        samples, inputs = None, None
+        samples, batch = None, None
         if self.source is not None:
             watchdog.beat(self.step + 1, "reading and encoding")
             samples = next(self.source)
-            inputs = make_inputs(samples.features, draw(self.config, samples.keys))
+            batch = make_inputs(samples.features, draw(self.config, samples.keys))
         watchdog.beat(self.step + 1, "forward and backward")
-        loss = self.engine.train(inputs)
+        loss = self.engine.train(batch)
         watchdog.beat(self.step + 1, "exchanging gradients")
         verdict = self._agree(loss, samples, stops=stop.received)
         if verdict.is_finite:
             self.skipped_in_a_row = 0
             self._update(verdict)
         else:
-            self._skip(verdict, samples, inputs)
+            self._skip(verdict, samples, batch)
         return verdict, {"loss": verdict.loss, "grad_norm": verdict.norm, "lr": rate}
 
     def _agree(self, loss: Tensor, samples: StepSamples | None, *, stops: bool) -> Verdict:
@@ -380,18 +380,18 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
 
-    def _skip(self, verdict: Verdict, samples: StepSamples | None, inputs: Inputs | None) -> None:
+    def _skip(self, verdict: Verdict, samples: StepSamples | None, batch: tuple[Inputs, Tensor] | None) -> None:
         """Leave a step out whose loss or gradient is not finite, and keep what it was computed from."""
         step, limit = self.step + 1, self.options.max_skipped_steps
         self.skipped_in_a_row += 1
         self.skipped_steps += 1
         place = None
         what = f"loss {verdict.loss}, gradient norm {verdict.norm}"
-        if samples is not None and inputs is not None and self.world.peers.rank() == 0:
+        if samples is not None and batch is not None and self.world.peers.rank() == 0:
             place = save_autopsy(
                 self.options.save / "autopsy",
                 step,
-                inputs,
+                batch,
                 samples.keys,
                 samples.paths,
                 samples.captions,

@@ -6,10 +6,10 @@ Samples are numbered through: number n is the n-th of the data file in its own o
 ones. All random draws belong to a sample, so every validation of a run, on every layout, looks at the same ones.
 """
 
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,12 @@ from flashi2v_data.loader import Batch, StatefulLoader, build_dataloader
 from flashi2v_data.randomness import generator
 from flashi2v_data.strips import film_strip
 from flashi2v_data.video import write_video
-from flashi2v_model.scheduler import inference_sigmas, shift_sigma
+from flashi2v_model.sampling import guided, integrate, set_timesteps
+from flashi2v_model.scheduler import NUM_TIMESTEPS, euler_scheduler, interpolate, target
 from flashi2v_train.config import RunConfig
 from flashi2v_train.features import Features
 from flashi2v_train.parallel import World
-from flashi2v_train.step import Inputs, velocity_target
+from flashi2v_train.step import Inputs
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,10 @@ class _MicroBatch:
     captions: Sequence[str]
     videos: NDArray[np.uint8] | None
 
-    def inputs(self, device: torch.device) -> Inputs:
-        """Return what the velocity is computed from, at sigma 1."""
-        features = self.features
-        tensors = (features.latents, features.condition, features.context, self.noise, torch.ones(len(self.numbers)))
-        return Inputs(*(tensor.to(device) for tensor in (*tensors, self.ratio)))
+    def inputs(self, device: torch.device, noisy: Tensor, timestep: Tensor, ratio: Tensor) -> Inputs:
+        """Return what the transformer is given for a noisy latent (B, C, F, H, W) at a timestep, a number."""
+        text, condition = self.features.context.to(device), self.features.condition.to(device)
+        return Inputs(noisy, timestep.to(device).expand(len(noisy)), text, condition, ratio.to(device))
 
 
 class Validation:
@@ -193,13 +193,17 @@ class Validation:
         # One place for every sample, rather than sums: the mean does not depend on who computed which.
         errors = torch.zeros(len(SIGMAS), self._num_samples, device=device)
         for batch in self._batches[: self._loss_calls]:
-            clean = None if batch is None else batch.inputs(device)
+            if batch is not None:
+                latents, noise = batch.features.latents.to(device), batch.noise.to(device)
             for row, sigma in enumerate(SIGMAS):
-                inputs = None if clean is None else replace(clean, sigma=sigma * clean.sigma)
+                inputs = None
+                if batch is not None:
+                    noisy = interpolate(latents, noise, torch.full((len(latents),), sigma))
+                    inputs = batch.inputs(device, noisy, torch.tensor(NUM_TIMESTEPS * sigma), batch.ratio)
                 velocity = self._velocity(inputs)
-                if batch is None or inputs is None or not self._speaks:
+                if batch is None or not self._speaks:
                     continue
-                every = F.mse_loss(velocity.float(), velocity_target(inputs), reduction="none").mean(dim=(1, 2, 3, 4))
+                every = F.mse_loss(velocity.float(), target(latents, noise), reduction="none").mean(dim=(1, 2, 3, 4))
                 for number, error in zip(batch.numbers, every, strict=True):
                     if number < self._num_samples:
                         errors[row, number] = error
@@ -207,35 +211,27 @@ class Validation:
         return means
 
     def _sample(self, batch: _MicroBatch | None) -> Tensor | None:
-        """Integrate from noise to the latents of a micro batch, (B, C, F, H, W), with Euler's method.
+        """Integrate from noise to the latents of a micro batch, (B, C, F, H, W).
 
-        The network is given x_t = sigma * noise + (1 - sigma) * latents - s; with the state y as both of them, that is
-        y - s, as sampling wants it.
+        Where there is no batch, this process computes its part of the velocities, and its own state means nothing.
         """
-        diffusion = self._config.model.diffusion
-        sigmas = shift_sigma(
-            torch.tensor([*inference_sigmas(self._config.options.eval_steps), 0.0]), diffusion.shift
-        ).tolist()
-        inputs = None if batch is None else batch.inputs(self._world.device)
-        if inputs is not None:
-            inputs = replace(inputs, latents=inputs.noise, ratio=torch.full_like(inputs.ratio, _SAMPLING_RATIO))
-        for sigma, following in itertools.pairwise(sigmas):
-            if inputs is not None:
-                inputs = replace(inputs, sigma=torch.full_like(inputs.sigma, sigma))
-            velocity = self._guided(inputs)
-            if inputs is not None:
-                y = inputs.latents + (following - sigma) * velocity
-                inputs = replace(inputs, latents=y, noise=y)
-        return None if inputs is None else inputs.latents
+        options, device = self._config.options, self._world.device
+        scheduler = euler_scheduler(self._config.model.diffusion.shift)
+        set_timesteps(scheduler, options.eval_steps, device)
+        shape = (options.micro_batch_size, *self._config.latent_shape)
+        noise = torch.zeros(shape) if batch is None else batch.noise
+        latents = integrate(scheduler, partial(self._guided, batch), noise.to(device))
+        return None if batch is None else latents
 
-    def _guided(self, inputs: Inputs | None) -> Tensor:
+    def _guided(self, batch: _MicroBatch | None, y: Tensor, timestep: Tensor) -> Tensor:
         """Return the velocity, away from that of the empty prompt: (B, C, F, H, W) in fp32."""
+        ratio = torch.full((len(y),), _SAMPLING_RATIO)
+        inputs = None if batch is None else batch.inputs(self._world.device, y, timestep, ratio)
         velocity = self._velocity(inputs).float()
         if self._guidance_scale <= 1:
             return velocity
-        negative = None if inputs is None else replace(inputs, context=self._no_text)
-        without = self._velocity(negative).float()
-        return without + self._guidance_scale * (velocity - without)
+        negative = None if inputs is None else replace(inputs, text=self._no_text)
+        return guided(velocity, self._velocity(negative).float(), self._guidance_scale)
 
     def _show(self, step: int, batch: _MicroBatch, latents: Tensor) -> None:
         """Write videos and film strips; neither a full disk nor a broken model ends the run."""

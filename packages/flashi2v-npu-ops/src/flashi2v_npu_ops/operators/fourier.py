@@ -24,7 +24,7 @@ def split_frequencies(
 
     Args:
         latent: (B, C, H, W), any floating dtype; computed in fp32 or better.
-        ratio: in [0, 1], one number or (B,); as its values are looked at, a tensor is best left on the CPU.
+        ratio: in [0, 1], one number or (B,). A tensor on an accelerator is taken as it is: looking at it would wait.
         magnitude: return the high-pass as sqrt(re^2 + im^2 + 1e-12) instead of its real part.
         backend: "auto" or one of `backends("split_frequencies")`.
 
@@ -58,7 +58,9 @@ def _checked_ratio(ratio: float | Tensor, latent: Tensor, dtype: torch.dtype) ->
         return latent.new_full((batch,), ratio, dtype=dtype)
     if ratio.ndim > 1 or (ratio.ndim == 1 and ratio.shape[0] != batch):
         raise ValueError(f"ratio must be one number or (B,) = ({batch},), got {tuple(ratio.shape)}")
-    return _check_values(ratio.detach()).to(latent.device, dtype).expand(batch)
+    # To look at numbers on a device would be to wait for it.
+    shares = _check_values(ratio.detach()) if ratio.device.type == "cpu" else ratio.detach()
+    return shares.to(latent.device, dtype).expand(batch)
 
 
 @torch.library.custom_op("flashi2v::check_ratio", mutates_args=())
