@@ -226,10 +226,10 @@ def test_every_stage_finds_its_weights_on_the_card_and_no_others(model_directory
         assert block["blocks"] == num_bytes(pipe.transformer.blocks[0])
         assert block["ends"] > 0
         assert [place["blocks"] + place["ends"] + place["text encoder"] for place in after] == [0, 0]
+        assert seen["in the latent shift"]["blocks"] == 0
     assert min(place["VAE"] for place in (*after, seen["in the decoder"])) > 0
     assert seen["in the decoder"]["blocks"] == seen["as the free memory is asked for"]["blocks"] == 0
     assert seen["in the latent shift"]["shift"] > 0
-    assert seen["in the latent shift"]["blocks"] == 0
 
 
 def test_every_block_is_compiled_on_its_own(model_directory, sampled, photograph):
