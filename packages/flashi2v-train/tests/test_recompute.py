@@ -83,9 +83,9 @@ def step(model, counted=None) -> dict[str, torch.Tensor]:
             bytes_saved += tensor.untyped_storage().nbytes()
         return tensor
 
-    latents, features = draw(*LATENT), draw(*LATENT)
+    latents, condition = draw(*LATENT), draw(batch, channels, 1, height, width)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(latents, torch.tensor([500.0, 20.0]), draw(batch, 8, 24), features).sample
+        output = model(latents, torch.tensor([500.0, 20.0]), draw(batch, 8, 24), condition).sample
         loss = (output * draw(batch, channels, frames, height, width)).mean()
     if counted is not None:
         counted.saved_bytes = bytes_saved
