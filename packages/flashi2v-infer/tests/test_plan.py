@@ -241,7 +241,7 @@ def test_a_damaged_config_is_one_line(model_directory, tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "vae" / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"--model: .*vae/config\.json is damaged"):
+    with pytest.raises(InputError, match=r"--model: .*vae/config\.json cannot be read"):
         parts_of_model(str(tmp_path), Execution(), "cpu")
 
 
