@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import flashi2v_model
 from flashi2v_data.config import load_config
 from flashi2v_data.errors import InputError
 from flashi2v_infer.config import InferenceConfig
@@ -241,7 +242,7 @@ def test_a_damaged_config_is_one_line(model_directory, tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "vae" / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"--model: .*vae/config\.json cannot be read"):
+    with pytest.raises(flashi2v_model.InputError, match=r"--model: .*vae/config\.json cannot be read"):
         parts_of_model(str(tmp_path), Execution(), "cpu")
 
 
