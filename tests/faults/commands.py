@@ -197,9 +197,9 @@ def _infer(inputs: Path) -> Command:
 
 # What is compared: every name, and under it every record, tensor or byte.
 
-# They say how long something took, or when.
+# They say how long something took, or when, or are of bytes that hold such; checkpoints are read back, and so verified.
 _TIMES = ("seconds", "_per_second", "seconds_stalled_by_checkpoints", "data_wait_share", "peak_memory_bytes")
-_TIMED = ("train_summary.json", "lock.mdb")
+_TIMED = ("train_summary.json", "lock.mdb", "checksums.json")
 
 
 def contents(directory: Path) -> dict[str, str]:
