@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from flashi2v_data import read_frames
 from flashi2v_data.config import load_config
+from flashi2v_data.errors import StorageError
 from flashi2v_infer import InputError, SamplingError, read_record, save_video
 from flashi2v_infer.batch import read_back, read_batch, unfinished, write_together
 from flashi2v_infer.commands import sample_batch, sample_jobs
@@ -84,6 +86,17 @@ def test_a_batch_is_what_its_jobs_are_whatever_their_order_and_number(config, as
     assert write_together(batch) == []
     assert_whole(Path("apart"))
     assert jobs[0].image is jobs[2].image  # read and held once
+
+
+def test_a_disk_that_fills_up_is_one_line_that_says_how_to_go_on(config):
+    settings, limits = config(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write samples/video_0.mp4; .*the same command with --resume"):
+            sample_batch(settings, AS_IT_SAYS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not contents()
 
 
 @pytest.mark.usefixtures("whole")

@@ -127,6 +127,13 @@ def test_a_configuration_cannot_make_a_model_larger_than_its_weights(tmp_path, c
         load_pretrained(cls, str(tmp_path), "ae", torch.float32, torch.device("cpu"))
 
 
+def test_a_configuration_of_other_types_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": "../../.."}))
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(1000))
+    with pytest.raises(InputError, match=r"^ae: cannot load UMT5EncoderModel from"):
+        load_pretrained(UMT5EncoderModel, str(tmp_path), "ae", torch.float32, torch.device("cpu"))
+
+
 def test_the_transformer_of_a_whole_checkpoint_is_read_and_the_rest_named(tmp_path, caplog):
     model = small_model().state_dict()
     weights = convert_state_dict(model, target="main")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.console import configure_logging, one_line
-from flashi2v_data.errors import InputError
+from flashi2v_data.errors import InputError, StorageError
 from flashi2v_data.strips import film_strip
 from flashi2v_data.transforms import center_crop_resize
 from flashi2v_infer.batch import Batch, Job, read_batch, strip_path, unfinished, write_together
@@ -45,6 +45,8 @@ from flashi2v_model.parallel import check_degree
 from flashi2v_model.scheduler import make_scheduler
 
 logger = logging.getLogger(__name__)
+
+_GOES_ON = "the same command with --resume goes on from here"
 
 
 def sample_batch(
@@ -131,7 +133,9 @@ def _sample_batch(
     try:
         sample_jobs(pipeline, processes.share(jobs), execution, processes, meter)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command with --resume goes on from here") from None
+        raise KeyboardInterrupt(_GOES_ON) from None
+    except StorageError as error:
+        raise StorageError(f"{error}; once that is mended, {_GOES_ON}") from error
     if planned is not None:
         print(comparison(planned, meter.read()))
 
