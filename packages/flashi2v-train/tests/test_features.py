@@ -168,7 +168,27 @@ def test_an_interrupted_encoding_goes_on(workspace, monkeypatch, capsys):
     run_encode(workspace, monkeypatch)
     assert len(calls) == 6 + 8 - 4  # four of five were written
     assert (output / "report.json").read_text() == (plain / "report.json").read_text()
-    assert json.loads((output / "report.json").read_text()) == {"clips": 8, "unreadable": [], "captions": 9}
+    report = json.loads((output / "report.json").read_text())
+    assert (report["clips"], report["unreadable"], report["captions"], report["empty_captions"]) == (8, [], 9, 0)
+
+
+def test_an_encoding_killed_while_its_stores_are_made_goes_on_and_counts_what_is_lost_of_captions(
+    workspace, monkeypatch, capsys
+):
+    """What a kill leaves of a store: its directory, its lock, its first pages."""
+    output = workspace.directory / "features"
+    for name in ("process_0000.lmdb", "process_0001.lmdb", "process_0002.lmdb"):
+        (output / name).mkdir(parents=True)
+    (output / "process_0001.lmdb" / "lock.mdb").write_bytes(b"")
+    (output / "process_0002.lmdb" / "data.mdb").write_bytes(b"")
+    with lmdb.open(str(output / "process_0003.lmdb")):
+        pass
+    changes = {"data.dataset_param.tokenizer_max_length": 2, "model.predictor.text_len": 2}
+    assert run_encode(workspace, monkeypatch, changes) == output
+    assert sorted(path.name for path in output.iterdir()) == ["process_0000.lmdb", "report.json"]
+    report = json.loads((output / "report.json").read_text())
+    assert report["cut_captions"] == report["captions"] - 1 > 0
+    assert "have more than the 2 tokens that are read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

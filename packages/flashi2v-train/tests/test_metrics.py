@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flashi2v_train import metrics
 from flashi2v_train.metrics import MetricsLog
 from flashi2v_train.options import TrainOptions
 
@@ -101,6 +102,29 @@ def test_a_run_with_nothing_left_to_do_keeps_its_summary(tmp_path):
                 log.write(numbers(step))
             log.finish("done", {})
     assert (summary(tmp_path)["steps"], summary(tmp_path)["skipped_videos"]) == (2, 1)
+
+
+def test_a_file_of_metrics_that_is_damaged_costs_its_damaged_lines_alone(tmp_path, caplog):
+    good = [json.dumps(numbers(step)).encode() for step in (1, 2, 3)]
+    bad = [b"\xff\xfe\0", b"[1]", b"3", b'{"step": "x"}', b'{"loss": 1, "step": 1}', 5000 * b"[", b"null"]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], *bad, good[1], good[2], b'{"step": 4, "lo']))
+    with MetricsLog(options(tmp_path), 2, {}) as log:
+        log.finish("done", {})
+    assert lines(tmp_path) == [numbers(1), numbers(2)]
+    assert f"{len(bad)} of 11 lines are damaged" in caplog.text
+    assert summary(tmp_path)["least_loss"] == 0.5
+
+
+def test_without_a_terminal_a_line_tells_of_a_step_now_and_then(tmp_path, caplog, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    with MetricsLog(options(tmp_path, log_interval=2), 0, {}) as log, caplog.at_level(logging.INFO):
+        for step in range(1, 11):
+            now[0] += 3
+            log.write(numbers(step))
+    told = [record.message for record in caplog.records if record.message.startswith("step ")]
+    assert [line.split(":")[0] for line in told] == ["step 2 of 300", "step 6 of 300", "step 10 of 300"]
+    assert told[0] == "step 2 of 300: loss 0.5000, gradient norm 0.5, rate 0.0001, 2 s a step, 14:54 left"
 
 
 def test_speed_is_that_of_iterations_100_to_200_and_of_all(tmp_path, caplog):

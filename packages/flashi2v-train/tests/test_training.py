@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -326,6 +327,20 @@ def test_behind_a_damaged_checkpoint_a_run_goes_on_from_the_one_before_as_if_not
     assert losses(damaged) == losses(whole)
     assert_same_weights(whole, damaged)
     assert file.read_bytes() != bytes(content), "it was written anew"
+
+
+def test_two_runs_do_not_write_to_one_directory(workspace, two_steps):
+    holder = "import sys, time; from flashi2v_data.locking import hold\nwith hold(sys.argv[1], 'x'): print(); input()"
+    command = [sys.executable, "-c", holder, str(two_steps / ".lock")]
+    before = sorted(two_steps.iterdir())
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.read(1)
+        with pytest.raises(InputError, match=rf"--save .*run is in use by another process \(process {other.pid} on"):
+            run(workspace, train_iters=3)
+        other.kill()  # the system gives its lock free, whatever it left
+    assert sorted(path for path in two_steps.iterdir() if path.name != ".lock") == before
+    run(workspace, train_iters=3)
+    assert not (two_steps / ".lock").exists()
 
 
 def test_a_run_may_start_from_anothers_checkpoint(workspace, two_steps):

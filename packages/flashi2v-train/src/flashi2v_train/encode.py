@@ -3,7 +3,10 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+import mmap
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ from tqdm import tqdm
 
 import flashi2v_train
 from flashi2v_data.atomic import atomic_file, check_directory
+from flashi2v_data.captions import CaptionCount
 from flashi2v_data.console import configure_logging, run
 from flashi2v_data.dataset import FlashI2VDataset
 from flashi2v_data.errors import DecodeError, InputError
@@ -23,7 +27,7 @@ from flashi2v_data.features import FeatureStore, FeatureWriter, feature_stores, 
 from flashi2v_data.loader import StatefulLoader
 from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
 from flashi2v_data.store import open_store
-from flashi2v_data.tokenizer import Tokenizer
+from flashi2v_data.tokenizer import Tokenizer, find_loss
 from flashi2v_model.fingerprint import fingerprint
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
@@ -64,6 +68,9 @@ class Report(BaseModel):
     clips: int
     unreadable: list[str]
     captions: int
+    empty_captions: int = 0
+    cut_captions: int = 0
+    captions_with_unknown_words: int = 0
 
 
 app = App(
@@ -181,25 +188,38 @@ def _encode(config: RunConfig, output: Path) -> None:
     configure_logging(logging.INFO if processes.is_first() else logging.WARNING)
     # Imported here: the encoders take seconds, and a wrong option should be told at once.
     from flashi2v_model.libraries import quieten
-    from flashi2v_npu_ops.device import claim_device
-    from flashi2v_train.features import Encoders
     from flashi2v_train.parallel import rank_and_size
 
     quieten()
     rank, size = rank_and_size()
+    with ExitStack() as stack:
+        if size > 1:
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+            stack.callback(dist.destroy_process_group)
+        stack.enter_context(processes.hold_directory(output, "--output", dist.group.WORLD if size > 1 else None))
+        if rank == 0:
+            _remove_empty_stores(output)
+        if size > 1:
+            dist.barrier()
+        _encode_share(config, output, rank, size)
+
+
+def _encode_share(config: RunConfig, output: Path, rank: int, size: int) -> None:
+    from flashi2v_npu_ops.device import claim_device
+    from flashi2v_train.features import Encoders
+
     device = claim_device(config.options.device)
     store = open_store(config.data.dataset_param.metafile_or_dir_path)
     dataset = FlashI2VDataset(store, config.data.dataset_param, seed=config.options.seed)
     encoders = Encoders(config, device)
     origin = made_by(config)
     mine = range(rank, len(store), size)
-    captions = _captions(dataset, mine)
+    captions, count = _captions(dataset, mine)
     # Before any process writes: a store is read without locks, and must not be open twice in a process.
     clips, missing = _not_stored(output, origin, dataset, mine, captions)
     if rank == 0:
         (output / REPORT).unlink(missing_ok=True)  # until this end, too, is reached
     if size > 1:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
         dist.barrier()
     loader = StatefulLoader(
         dataset, _Cycle(len(store), config.options.seed, clips), 1, config.data.dataloader_param, device
@@ -207,19 +227,40 @@ def _encode(config: RunConfig, output: Path) -> None:
     with FeatureWriter(output / f"process_{rank:04d}.lmdb", origin) as writer:
         _write_clips(writer, encoders, loader, len(clips), quiet=rank > 0)
         _write_captions(writer, encoders, dataset.tokenizer, missing, quiet=rank > 0)
-    done = [(len(mine), loader.skipped, captions)]
+    done = [(len(mine), loader.skipped, captions, count)]
     if size > 1:
         everyones: list[Any] = [None] * size
         dist.all_gather_object(everyones, done[0])
         done = everyones
-        dist.destroy_process_group()
     if rank == 0:
-        numbers, unreadable, texts = zip(*done, strict=True)
-        report = Report(
-            clips=sum(numbers), unreadable=sorted(set().union(*unreadable)), captions=len(set().union(*texts))
-        )
-        with atomic_file(output / REPORT) as path:
-            path.write_text(report.model_dump_json(indent=1) + "\n")
+        _write_report(output, done)
+
+
+def _write_report(output: Path, done: "Sequence[tuple[int, Collection[str], set[str], CaptionCount]]") -> None:
+    numbers, unreadable, texts, counts = zip(*done, strict=True)
+    count = counts[0]
+    for other in counts[1:]:
+        count.merge(other)
+    for line in count.lines().values():
+        logger.warning(line)
+    report = Report(
+        clips=sum(numbers),
+        unreadable=sorted(set().union(*unreadable)),
+        captions=len(set().union(*texts)),
+        empty_captions=count.empty,
+        cut_captions=count.cut,
+        captions_with_unknown_words=count.unknown,
+    )
+    with atomic_file(output / REPORT) as path:
+        path.write_text(report.model_dump_json(indent=1) + "\n")
+
+
+def _remove_empty_stores(output: Path) -> None:
+    """Remove stores that a killed process had only begun to make: they hold no more than LMDB's own two pages."""
+    for store in output.glob("*.lmdb"):
+        file = store / "data.mdb"
+        if store.is_dir() and (not file.exists() or file.stat().st_size <= 2 * mmap.PAGESIZE):
+            shutil.rmtree(store)
 
 
 def _write_clips(
@@ -268,13 +309,21 @@ def _is_stored(stored: FeatureStore, dataset: FlashI2VDataset, index: int) -> bo
         return False
 
 
-def _captions(dataset: FlashI2VDataset, indices: range) -> set[str]:
-    """Return all captions that training may see of some records, and the empty one, as they are tokenised."""
-    captions = {""}
+def _captions(dataset: FlashI2VDataset, indices: range) -> tuple[set[str], CaptionCount]:
+    """Return all captions that training may see of some records, and the empty one, as they are tokenised.
+
+    The count tells of what the text encoder does not get of them, each counted once.
+    """
+    captions: set[str] = set()
+    count = CaptionCount(dataset.config.tokenizer_max_length)
     for index in indices:
         with contextlib.suppress(DecodeError):  # a record at fault, for which another stands in
-            captions.update(dataset.captions(index))
-    return captions
+            for caption in dataset.captions(index):
+                if caption not in captions:
+                    captions.add(caption)
+                    loss = find_loss(dataset.tokenizer, caption, dataset.tokenizer(caption))
+                    count.add(loss, str(dataset.store[index]["path"]))
+    return captions | {""}, count
 
 
 def main() -> None:

@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float | int]
 
+_SUMMED = {"step", "seconds", "samples_per_second", "peak_memory_bytes"}
+# Without a terminal a line tells of a step at most every so many seconds.
+_SECONDS_BETWEEN_LINES = 10.0
+
 # The reference's script measures its speed over these steps, when everything is warm.
 _TIMED = range(100, 201)
 
@@ -40,7 +44,8 @@ class MetricsLog:
     def __init__(self, options: TrainOptions, first_step: int, config: Mapping[str, Any]) -> None:
         self._options, self._run = options, options.save
         self._started = time.monotonic()
-        self._step = first_step
+        self._step = self._first_step = first_step
+        self._next_line = 0.0
         (self._run / "train_summary.json").unlink(missing_ok=True)  # of an earlier end: the run goes on
         for name in ("metrics.jsonl", "validation.jsonl"):
             _keep_until(self._run / name, first_step)
@@ -70,8 +75,22 @@ class MetricsLog:
             self._send(metrics)
         if step % self._options.tensorboard_log_interval == 0:
             self._draw(step, metrics)
+        self._tell(metrics)
         self._progress.set_postfix_str(_progress_words(metrics), refresh=False)
         self._progress.update()
+
+    def _tell(self, metrics: Metrics) -> None:
+        """Log a line now and then where no terminal shows the progress."""
+        now, step = time.monotonic(), int(metrics["step"])
+        if not self._progress.disable or step % self._options.log_interval or now < self._next_line:
+            return
+        self._next_line = now + _SECONDS_BETWEEN_LINES
+        left = (self._options.train_iters - step) * (now - self._started) / max(1, step - self._first_step)
+        logger.info(
+            "step %d of %d: loss %.4f, gradient norm %.3g, rate %.3g, %.3g s a step, %s left",
+            *(step, self._options.train_iters, metrics["loss"], metrics["grad_norm"], metrics["lr"]),
+            *(metrics["seconds"], tqdm.format_interval(left)),
+        )
 
     def write_validation(self, step: int, metrics: Metrics) -> None:
         """Note the numbers of a validation after a step."""
@@ -97,7 +116,7 @@ class MetricsLog:
             ended: why.
             facts: about the run, to be written too.
         """
-        lines = [json.loads(line) for line in (self._run / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in map(_read_line, _raw_lines(self._run / "metrics.jsonl")) if line and "loss" in line]
         summary = {
             "ended": ended,
             "steps": self._step,
@@ -201,15 +220,31 @@ def _start_wandb(options: TrainOptions, config: Mapping[str, Any]) -> Any:
 
 
 def _keep_until(path: Path, step: int) -> None:
+    """Remove the lines of later steps, and what is no line of numbers: the last of a killed run may be cut off."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    raw = _raw_lines(path)
+    read = [_read_line(line) for line in raw]
+    damaged = sum(line is None for line in read[:-1])
+    if damaged:
+        logger.warning("%s: %d of %d lines are damaged, and are removed", path, damaged, len(read))
+    kept = [line for line, numbers in zip(raw, read) if numbers is not None and numbers["step"] <= step]
     with atomic_file(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines))
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
-def _step_of(line: str) -> float:
+def _raw_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def _read_line(raw: bytes) -> dict[str, Any] | None:
+    """Return a line's numbers by name (None: not finite); None where it is no such line."""
     try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # the last line of a killed run may be cut off
-        return math.inf
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not all(value is None or type(value) in (int, float) for value in line.values()):
+        return None
+    # What a summary needs of a step; a line of a validation has a loss of another name.
+    needed = _SUMMED if "loss" in line else {"step"}
+    return line if all(line.get(name) is not None for name in needed) else None
