@@ -1,0 +1,131 @@
+"""What our transformer does otherwise than diffusers' models: weights and adapters fit exactly or are refused.
+
+And what would have no effect on it is refused too, rather than taken in silence.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import PeftAdapterMixin, WanLoraLoaderMixin
+from diffusers.models.modeling_utils import ModelMixin
+
+from flashi2v_model.errors import InputError
+from flashi2v_model.faults import FLOATS, fault_phrases
+from flashi2v_model.reading import read_state_dict
+
+# Where the name of an adapter's part begins, behind that of its layer.
+_OF_ADAPTER = re.compile(r"\.(?:lora(?:_A|_B|_down|_up|_embedding|_magnitude|\.down|\.up)|lokr_|alpha$)")
+_FETCHING = (
+    *("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder"),
+    *("weight_name", "use_safetensors"),
+)
+
+
+class StrictModel(ModelMixin, PeftAdapterMixin):
+    """A model of diffusers that loads exactly or not at all."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a directory in diffusers' layout or a model of the hub, exactly or not at all.
+
+        Args:
+            pretrained_model_name_or_path: the directory or hub id.
+            kwargs: as of `diffusers.ModelMixin.from_pretrained`, which warns where this one raises.
+
+        Returns:
+            the model in evaluation mode; with `output_loading_info=True` diffusers' report beside it.
+
+        Raises:
+            InputError: listing every missing, unexpected and misshapen key; or `ignore_mismatched_sizes` is asked for.
+            OSError: there are no weights, or they cannot be read.
+        """
+        if kwargs.pop("ignore_mismatched_sizes", False):
+            raise InputError("ignore_mismatched_sizes would leave weights at random numbers: name weights that fit")
+        wants_report = kwargs.pop("output_loading_info", False)
+        path = pretrained_model_name_or_path
+        # Quantised weights have shapes of their own, which diffusers' quantisers check.
+        quantized = {**cls.load_config(path, **kwargs), **kwargs}.get("quantization_config") is not None
+        # Ignoring them makes diffusers report them all instead of stopping at the first.
+        model, report = super().from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=not quantized, **kwargs
+        )
+        missing = set(report.get("missing_keys", ()))
+        misshapen = [(name, tuple(given), tuple(own)) for name, given, own in report.get("mismatched_keys", ())]
+        if kwargs.get("device_map") is None:  # which may leave parameters on the disk
+            missing |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        missing -= {name for name, _, _ in misshapen}
+        faults = fault_phrases(
+            missing=[name for name in model.state_dict() if name in missing],
+            unexpected=sorted(report.get("unexpected_keys", ())),
+            misshapen=misshapen,
+            mistyped=[] if quantized else _mistyped(Path(path, kwargs.get("subfolder") or ""), kwargs.get("variant")),
+        )
+        if faults:
+            raise InputError(f"{path} does not fit the transformer: {'; '.join(faults)}")
+        return (model, report) if wants_report else model
+
+    def load_lora_adapter(
+        self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer", **kwargs: Any
+    ) -> None:
+        """Load a LoRA adapter, exactly or not at all.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: file, directory, hub id or state dict; a file may be in ComfyUI's
+                spelling or another that diffusers knows for Wan.
+            prefix: that the keys of a state dict begin with; None for none.
+            kwargs: as of `diffusers.loaders.PeftAdapterMixin.load_lora_adapter`.
+
+        Raises:
+            InputError: listing every key that this model has no place for.
+        """
+        adapter = pretrained_model_name_or_path_or_dict
+        if not isinstance(adapter, dict):
+            fetching = {key: kwargs.pop(key) for key in _FETCHING if key in kwargs}
+            adapter = WanLoraLoaderMixin.lora_state_dict(adapter, **fetching)
+        start = f"{prefix}." if prefix else ""
+        modules = dict(self.named_modules())
+        unread = [
+            key
+            for key in adapter
+            if not key.startswith(start)
+            or (part := _OF_ADAPTER.split(key.removeprefix(start), maxsplit=1))[0] not in modules
+            or len(part) == 1
+        ]
+        if unread or not adapter:
+            faults = "; ".join(fault_phrases(unexpected=unread)) or "it is empty"
+            raise InputError(f"this is no adapter of this transformer (prefix {prefix!r}): {faults}")
+        super().load_lora_adapter(adapter, prefix=prefix, **kwargs)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Refuse one of diffusers' attention backends: attention here is an operator of `flashi2v_npu_ops`."""
+        raise NotImplementedError(
+            f"diffusers' attention backend {backend!r} has no effect on this transformer, whose attention is an "
+            "operator of flashi2v_npu_ops: choose its kernel by flashi2v_npu_ops.set_backend('attention', ...) or by "
+            "FLASHI2V_OPS_BACKEND=attention=...; flashi2v-npu-ops doctor lists them"
+        )
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """Refuse xformers, as `set_attention_backend` does; to do without it changes nothing."""
+        if valid:
+            self.set_attention_backend("xformers")
+
+    def set_use_npu_flash_attention(self, valid: bool) -> None:
+        """Refuse diffusers' way to the NPU's attention, which is taken here by itself."""
+        if valid:
+            self.set_attention_backend("_native_npu")
+
+    def set_use_xla_flash_attention(self, use_xla_flash_attention: bool, *args: Any, **kwargs: Any) -> None:
+        """Refuse XLA's attention, as `set_attention_backend` does."""
+        if use_xla_flash_attention:
+            self.set_attention_backend("_native_xla")
+
+
+def _mistyped(directory: Path, variant: str | None) -> list[tuple[str, torch.dtype]]:
+    """Return the tensors of a directory that are no floats of 16 bits or more, which diffusers would cast."""
+    if not directory.is_dir():
+        return []  # a hub id
+    stored = read_state_dict(directory, device="meta", variant=variant)
+    return [(name, tensor.dtype) for name, tensor in stored.items() if tensor.dtype not in FLOATS]
