@@ -9,7 +9,7 @@ import pytest
 from cyclopts import App, Parameter
 from pydantic import BaseModel, Field
 
-from flashi2v_data.console import run
+from flashi2v_data.console import one_line, run
 from flashi2v_data.errors import InputError
 
 
@@ -38,7 +38,7 @@ def command(mode: str, *, options: Annotated[Options | None, Parameter(name="*")
     if mode == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "videos/a.mp4")
     if mode == "controls":
-        raise InputError("\x1b[2J" + 600 * "x")
+        raise InputError("\x1b[2J" + 300 * "xxx ")
     if mode == "captions":
         for _ in range(2000):
             print("夜空中的 star")
@@ -113,9 +113,9 @@ def test_what_the_machine_refuses_is_told_in_words_that_name_the_file(monkeypatc
 def test_a_printed_error_is_one_short_line_without_control_characters(monkeypatch, capsys):
     code, _, err = _run(monkeypatch, capsys, "controls")
     assert code == 2
-    assert err.startswith("tool: \\x1b[2Jxxx")
+    assert err.startswith("tool: \\x1b[2Jxxx xxx")
     assert len(err) == 501
-    assert err.endswith("xxx...\n")
+    assert err.endswith("...\n")
 
 
 def test_standard_output_takes_any_character_and_outlives_its_reader():
@@ -143,6 +143,15 @@ def test_a_full_disk_behind_standard_output_is_one_line():
 def test_an_interrupt_exits_130_with_one_line(monkeypatch, capsys):
     code, _, err = _run(monkeypatch, capsys, "interrupt")
     assert (code, err) == (130, "tool: interrupted\n")
+
+
+def test_a_long_path_does_not_hide_what_is_wrong_with_it():
+    line = one_line(f"tool: /data/{'deep/' * 900}a.json: no such\nfile")
+    assert len(line) < 200
+    assert line.startswith("tool: /data/deep/deep/")
+    assert line.endswith("deep/a.json: no such file")
+    assert len(one_line("word " * 900)) == 500
+    assert one_line("a" * 480) == "a" * 480
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 import time
 from typing import Any, NoReturn
@@ -129,8 +130,13 @@ def _usage_fault(error: cyclopts.CycloptsError) -> str:
 
 
 def one_line(text: str, limit: int = 500) -> str:
-    """Return text as one line that any terminal may be given: control characters escaped, cut behind `limit`."""
+    """Return text as one line that any terminal may be given: control characters escaped, cut behind `limit`.
+
+    Where that is not enough, long words (paths, mostly) lose their middle first: the reason stands behind them.
+    """
     line = escaped(" ".join(text.split()))
+    if len(line) > limit:
+        line = re.sub(r"(\S{60})\S{40,}(\S{60})", r"\1...\2", line)
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
