@@ -19,6 +19,7 @@ from flashi2v_data import lmdb_files
 from flashi2v_data.errors import InputError, RecordError, StorageError
 from flashi2v_data.features import FeatureWriter
 from flashi2v_data.lmdb_files import check_file
+from flashi2v_data.probe_cache import ProbeCache
 from flashi2v_data.store import open_store, write_store
 from flashi2v_data.store_writer import StoreWriter
 from flashi2v_data.values import ValueCodec
@@ -479,3 +480,14 @@ def test_a_directory_that_is_removed_while_it_is_written_is_one_line(tmp_path):
         shutil.rmtree(tmp_path / "lmdb")
         with pytest.raises(StorageError, match=r"part: is gone, someone has removed it$"):
             writer.finish(tmp_path / "lmdb/a.lmdb", None, {})
+
+
+def test_what_a_kill_leaves_of_the_first_pages_of_an_lmdb_is_begun_anew(tmp_path):
+    for name in ("part", "cache"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.mdb").write_bytes(bytes(16) + b"half")
+    with StoreWriter(tmp_path / "part", resume=True) as writer:
+        writer.append([b"value"])
+        writer.finish(tmp_path / "clips.lmdb", None, {})
+    assert len(open_store(tmp_path / "clips.lmdb")) == 1
+    ProbeCache(tmp_path / "cache").close()

@@ -6,6 +6,7 @@ looked at before it is mapped. LMDB has no checksums either; `seal` appends one 
 
 import errno
 import logging
+import mmap
 import os
 import shutil
 import struct
@@ -74,6 +75,9 @@ _META = struct.Struct("=8x2xHHH IIQQ IHHQQQQQ IHHQQQQQ QQ")
 _MAGIC, _IS_META, _NO_ROOT = 0xBEEFC0DE, 0x08, 2**64 - 1
 
 
+_MAX_PAGE_SIZE = 1 << 15  # of LMDB, also where the system's pages are larger
+
+
 def check_file(path: str | os.PathLike[str]) -> None:
     """Refuse an LMDB that must not be mapped, before it is; one that is not there, or still empty, passes.
 
@@ -89,6 +93,13 @@ def check_file(path: str | os.PathLike[str]) -> None:
             _check_pages(file, descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_unbegun(directory: Path) -> None:
+    """Remove the file of an LMDB whose making was cut short: without its first two pages it is none."""
+    file = directory / "data.mdb"
+    if file.is_file() and file.stat().st_size < 2 * min(mmap.PAGESIZE, _MAX_PAGE_SIZE):
+        file.unlink()
 
 
 def _check_pages(file: str, descriptor: int) -> None:

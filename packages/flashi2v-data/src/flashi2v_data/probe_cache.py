@@ -11,7 +11,7 @@ import msgspec
 
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.lmdb_files import FIRST_MAP_SIZE, check_file, seal, storage, unseal, write
+from flashi2v_data.lmdb_files import FIRST_MAP_SIZE, check_file, remove_unbegun, seal, storage, unseal, write
 from flashi2v_data.probe import VideoInfo, probe
 
 # What a disk or a network says of itself, not of a file: it is not kept, and the next filter tries again.
@@ -36,6 +36,7 @@ class ProbeCache:
         if not readonly:
             check_directory(path, "probe_cache_path")
             path.mkdir(parents=True, exist_ok=True)
+            remove_unbegun(path)
         try:
             check_file(path)
         except InputError as error:

@@ -11,7 +11,16 @@ import lmdb
 import msgspec
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.lmdb_files import CHECKSUM, FIRST_MAP_SIZE, check_file, seal, storage, unseal_header, write
+from flashi2v_data.lmdb_files import (
+    CHECKSUM,
+    FIRST_MAP_SIZE,
+    check_file,
+    remove_unbegun,
+    seal,
+    storage,
+    unseal_header,
+    write,
+)
 from flashi2v_data.locking import hold
 from flashi2v_data.values import Compression
 
@@ -60,6 +69,7 @@ class StoreWriter:
             if part.exists() and not resume:
                 raise InputError(f"{part} is what an unfinished run left: continue it by --resume, or remove it")
             part.mkdir(exist_ok=True)
+            remove_unbegun(part)
             check_file(part)
             # Without sync after every batch: nothing may be read before the rename, and a last sync precedes it. Never
             # with a writable map, through which a full disk would kill the process.
