@@ -47,7 +47,7 @@ def _write(place: Path, entries: list) -> Path:
 def _complete(num: int) -> list:
     size = {"height": 32, "width": 48}
     return [
-        {"path": f"{n}.mp4", "cap": f"{n} " * 100, "resolution": size, "fps": 16, "num_frames": 4 + n % 9}
+        {"path": f"{n}.mp4", "cap": f"clip {n} " * 60, "resolution": size, "fps": 16, "num_frames": 4 + n % 9}
         for n in range(num)
     ]
 
