@@ -22,7 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_model import FlashI2VTransformer3DModel
-from flashi2v_model.checkpoint import LATEST, newest_checkpoint
+from flashi2v_model.checkpoint import LATEST, SafeReader, newest_checkpoint
 from flashi2v_model.checksums import CHECKSUMS
 from flashi2v_model.cli import convert
 from flashi2v_model.errors import InputError as ModelInputError
@@ -584,3 +584,15 @@ def test_a_process_that_dies_while_all_save_holds_nobody_up_and_costs_no_checkpo
     found = _numbers(0.0)
     assert load(newest_checkpoint(tmp_path), found, {}, alone) == {"iteration": 1}
     assert all((tensor == 1).all() for tensor in found.values())
+
+
+def test_an_interrupt_while_a_checkpoint_is_read_is_an_interrupt(tmp_path, alone, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    _save_two(tmp_path, alone)
+    monkeypatch.setattr(SafeReader, "read_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(tmp_path / "iter_0000002", _numbers(0.0), {"num_layers": 2}, alone)
+    with pytest.raises(KeyboardInterrupt):
+        read_state_dict(tmp_path, ema=False)

@@ -161,11 +161,26 @@ def load_stored(path: Path, into: Mapping[str, Tensor]) -> None:
             warn_unverified(path)
             load(dict(into), storage_reader=SafeReader(path), no_dist=True)
     except (CheckpointException, *UNREADABLE) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        cause = cause_of(error)
         if isinstance(cause, DamagedError):
             raise DamagedError(f"{cause}: take another checkpoint of the run") from error
         reason = reason_of(cause)
         raise InputError(f"{path} is damaged or holds more than tensors, and is not loaded: {reason}") from error
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return what made DCP fail, in whichever process: damage, if that is among several causes.
+
+    Raises:
+        KeyboardInterrupt: that was it; DCP takes it for a failure like others.
+    """
+    if not isinstance(error, CheckpointException):
+        return error
+    causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from error
+    return next((cause for cause in causes if isinstance(cause, DamagedError)), causes[0])
 
 
 class SafeReader(FileSystemReader):

@@ -31,7 +31,14 @@ from torch.futures import Future as TorchFuture
 
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError, StorageError
-from flashi2v_model.checkpoint import LATEST, SafeReader, checkpoints_of, missing_part, newest_checkpoint
+from flashi2v_model.checkpoint import (
+    LATEST,
+    SafeReader,
+    cause_of,
+    checkpoints_of,
+    missing_part,
+    newest_checkpoint,
+)
 from flashi2v_model.checksums import CHECKSUMS, FileSums, HashingFiles, describe, sums_of, warn_unverified
 from flashi2v_model.errors import DamagedError
 from flashi2v_train.ema import EMA
@@ -207,6 +214,7 @@ class Checkpoints:
             texts = {**texts, CHECKSUMS: _checksums(everyones, texts)}
             self._by_first(lambda: self._complete(partial, final, texts))
         except (OSError, CheckpointException) as error:
+            cause_of(error)  # an interrupt is none of the disk
             last = "there is none before it" if self.latest is None else f"{self.latest} is the last whole one"
             raise StorageError(
                 f"{final} could not be written: {_reason(error)}; {last}: make room there, or mend what is wrong, and "
@@ -372,10 +380,8 @@ def _load(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any
     try:
         load_tensors(dict(state), storage_reader=reader, process_group=world.control)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, CheckpointException):
-            for cause, _ in error.failures.values():
-                if isinstance(cause, DamagedError):
-                    raise cause from error
+        if isinstance(cause := cause_of(error), DamagedError):
+            raise cause from error
         raise InputError(f"{directory} is damaged or of another model: {_reason(error)}") from error
     return progress
 
