@@ -68,7 +68,7 @@ def test_a_store_is_never_to_be_seen_without_its_header(tmp_path, monkeypatch):
         raise lmdb.DiskError("No space left on device")
 
     monkeypatch.setattr("flashi2v_data.features.seal", refused)
-    with pytest.raises(StorageError, match="No space left on device; free some space and run again"):
+    with pytest.raises(StorageError, match="the disk is full; free some space and run again"):
         FeatureWriter(tmp_path / "features.lmdb", MADE_BY)
     assert not any(tmp_path.iterdir())
 

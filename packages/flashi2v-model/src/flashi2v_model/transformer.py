@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from einops import rearrange
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from flashi2v_model.strict import StrictModel
 from flashi2v_npu_ops import layer_norm_modulate, split_frequencies
 
 
-class FlashI2VTransformer3DModel(StrictModel, ConfigMixin):
+class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffusers looks for its own in this module
     """Velocity network of FlashI2V.
 
     Parameter and config names follow diffusers' `WanTransformer3DModel`, plus `learnable_proj` (the latent shift phi)
