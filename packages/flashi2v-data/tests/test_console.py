@@ -3,13 +3,14 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from typing import Annotated, Literal
 
 import pytest
 from cyclopts import App, Parameter
 from pydantic import BaseModel, Field
 
-from flashi2v_data.console import one_line, run
+from flashi2v_data.console import configure_logging, one_line, run
 from flashi2v_data.errors import InputError
 
 
@@ -160,8 +161,24 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         run(app)
 
 
+def test_what_the_machine_refuses_to_a_thread_is_one_line_and_a_bug_there_keeps_its_traceback(capsys):
+    def fail(error):
+        raise error
+
+    configure_logging()
+    for error in (OSError(errno.ENOSPC, "No space", "events"), ValueError("a bug")):
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "ERROR the disk is full: events"
+    assert rest[-1] == "ValueError: a bug"
+    assert any("Traceback" in line for line in rest)
+
+
 @pytest.fixture(autouse=True)
-def _restore_logging():
+def _restore_logging(monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from typing import Any, NoReturn
 
@@ -32,6 +33,15 @@ def configure_logging(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers = [kept for kept in root.handlers if not isinstance(kept, _Handler)] + [handler]
     root.setLevel(level)
+    threading.excepthook = _thread_failed
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """Say in one line what the machine refused to a thread of some library; anything else is a bug."""
+    if isinstance(failure.exc_value, OSError) and failure.exc_value.errno in _MACHINE_FAULTS:
+        logging.getLogger(__name__).error(machine_fault(failure.exc_value))
+    else:
+        threading.__excepthook__(failure)
 
 
 def run(app: cyclopts.App) -> NoReturn:

@@ -134,8 +134,10 @@ class StoreWriter:
         with storage(self._part, _ADVICE):
             self._environment.sync(True)
             self._environment.close()
+            # Before the rename, so that a kill leaves no lock beside a finished store. Who took the part in between
+            # would find it whole, and then the store there.
+            self.close()
             os.rename(self._part, final)
-        self.close()
 
     def _commit(self, header: bytes | None = None) -> None:
         """Write what waits, from where to go on behind it, and the header, all or nothing."""
