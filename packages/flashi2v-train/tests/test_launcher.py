@@ -84,6 +84,7 @@ def test_a_backend_of_operators_that_does_not_exist_is_refused_before_a_model_is
 def test_the_references_whole_script_starts_and_each_foreign_option_is_answered_once(
     workspace, trained, monkeypatch, capsys
 ):
+    pytest.importorskip("wandb")  # which the script asks for
     options = [str(workspace.directory / "save") if part == "SAVE" else part for part in REFERENCE_OPTIONS]
     files = [part for name, path in workspace.files().items() for part in (f"--{name}", str(path))]
     assert main(monkeypatch, *files, "--device", "cpu", *options) == 0
@@ -155,7 +156,7 @@ def test_help_and_mistakes_are_told_before_torch_is_imported(workspace):
     assert re.findall("code .*", done.stdout) == ["code 0", "code 2", "code 2"], done.stderr
     wrong_key, wrong_option = done.stderr.splitlines()
     assert "'hidden_size'" in wrong_key
-    assert "Unknown option: --sav" in wrong_option
+    assert re.search('Unknown option: "?--sav', wrong_option)  # as cyclopts says it, older or newer
 
 
 def test_launch_options_reach_torchs_launcher(tmp_path):
