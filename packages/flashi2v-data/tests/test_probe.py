@@ -209,12 +209,13 @@ def test_what_is_no_cache_says_so(tmp_path):
 def test_a_cache_that_was_cut_short_says_so_and_is_not_mapped(tmp_path, video):
     assert _probe_all([video], tmp_path / "cache") == [INFO]
     data = tmp_path / "cache/data.mdb"
-    for size in (data.stat().st_size - 1, 8192, 4096, 100):
+    for size in (data.stat().st_size - 1, 8192):
         os.truncate(data, size)
         with pytest.raises(InputError, match="is no probe cache, or damaged: remove it"):
             _probe_all([video], tmp_path / "cache")
-    os.truncate(data, 0)
-    assert _probe_all([video], tmp_path / "cache") == [INFO]
+    for size in (4096, 100, 0):  # a run was killed as it made the cache, of which nothing is lost
+        os.truncate(data, size)
+        assert _probe_all([video], tmp_path / "cache") == [INFO]
 
 
 @pytest.mark.parametrize("garbage", [b"\xff" * 4096, bytes(4096), b"\x10" * 4096])

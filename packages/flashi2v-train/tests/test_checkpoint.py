@@ -353,6 +353,12 @@ def test_the_newest_checkpoints_are_kept(tmp_path, alone):
         assert found["model.a"].mean() == 6
     assert _names(tmp_path) == ["iter_0000012"]
 
+    # Killed between the last checkpoint and the end of the one before it; started again, the run has nothing to save.
+    shutil.copytree(tmp_path / "iter_0000012", tmp_path / "iter_0000011")
+    with Checkpoints(tmp_path, alone, keep=1, asynchronous=False):
+        pass
+    assert _names(tmp_path) == ["iter_0000012"]
+
 
 def test_what_killed_processes_left_is_removed_at_the_next_start(tmp_path, alone):
     for name in (".iter_0000003.incomplete", ".iter_0000001.deleted", f".{LATEST}.x1"):

@@ -95,10 +95,16 @@ def check_file(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def remove_unbegun(directory: Path) -> None:
-    """Remove the file of an LMDB whose making was cut short: without its first two pages it is none."""
+def is_begun(directory: Path) -> bool:
+    """Return whether a directory holds an LMDB: without its first two pages, cut short in the making, it is none."""
     file = directory / "data.mdb"
-    if file.is_file() and file.stat().st_size < 2 * min(mmap.PAGESIZE, _MAX_PAGE_SIZE):
+    return file.is_file() and file.stat().st_size >= 2 * min(mmap.PAGESIZE, _MAX_PAGE_SIZE)
+
+
+def remove_unbegun(directory: Path) -> None:
+    """Remove the file of an LMDB whose making was cut short."""
+    file = directory / "data.mdb"
+    if file.is_file() and not is_begun(directory):
         file.unlink()
 
 

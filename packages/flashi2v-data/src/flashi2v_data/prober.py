@@ -4,6 +4,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.lmdb_files import is_begun
 from flashi2v_data.probe import VideoInfo
 from flashi2v_data.probe_cache import ProbeCache, Probed, ProbeFile, damaged
 from flashi2v_data.workers import Limits, Task, WorkerLost, WorkerPool
@@ -28,8 +29,7 @@ class Prober:
     def __init__(
         self, jobs: int, timeout: float = PROBE_TIMEOUT_SECONDS, cache: Path | None = None, *, readonly: bool = False
     ) -> None:
-        data = None if cache is None else cache / "data.mdb"
-        self._is_filled = data is not None and data.exists() and data.stat().st_size > 0
+        self._is_filled = cache is not None and is_begun(cache)
         if readonly and not self._is_filled:
             cache = None
         self._path = cache

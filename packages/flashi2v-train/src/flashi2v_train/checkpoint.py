@@ -133,6 +133,8 @@ class Checkpoints:
     ) -> None:
         try:
             self.wait()
+            if error is None and self.latest is not None and self._world.is_first:
+                self._delete_before(self.latest)  # what a run left that was killed before it came to this
         except RuntimeError as failure:
             if error is None:
                 raise
@@ -259,7 +261,10 @@ class Checkpoints:
         partial.rename(final)
         with atomic_file(self._run / LATEST) as pointer:
             pointer.write_text(f"{int(final.name.removeprefix('iter_'))}\n")
-        for old in self._outdated(final):
+        self._delete_before(final)
+
+    def _delete_before(self, newest: Path) -> None:
+        for old in self._outdated(newest):
             try:
                 _delete(old)
             except OSError as error:
