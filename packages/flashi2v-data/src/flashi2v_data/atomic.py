@@ -54,14 +54,21 @@ def _directory_beside(path: Path) -> Iterator[Path]:
     remove_leftovers(path.parent)
     while True:
         directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent))
-        lock = _lock(directory)
+        try:
+            lock = _lock(directory)
+        except OSError:
+            directory.rmdir()
+            raise
         if lock is not None:
             break
         # Between those two calls another process took it for a leftover: it removes it.
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            directory.rmdir()  # empty, where the block succeeded
+        except OSError:
+            shutil.rmtree(directory, ignore_errors=True)
         if lock >= 0:
             os.close(lock)
 
