@@ -23,7 +23,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # Other libraries speak only when something is wrong.
         if record.levelno >= logging.WARNING or record.name.startswith("flashi2v"):
-            tqdm.write(escaped(self.format(record)), file=sys.stderr)
+            tqdm.write(f"{escaped(self.format(record))}\n", file=sys.stderr, end="")  # in one: threads speak too
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -163,7 +163,7 @@ def _fail(app: cyclopts.App, message: str, code: int) -> NoReturn:
         # What all processes of torchrun would say alike is said by the first: when it ends, torchrun ends the others.
         # What is wrong in this one alone (a file that its machine lacks) is said after a while.
         time.sleep(5)
-    print(one_line(f"{app.name[0]}: {message}"), file=sys.stderr)
+    sys.stderr.write(one_line(f"{app.name[0]}: {message}") + "\n")
     try:
         sys.stdout.flush()
     except OSError:  # what could not be written is not tried again, with a traceback, when Python ends
