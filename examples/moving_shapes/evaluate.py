@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from flashi2v_data.randomness import generator
-from flashi2v_data.shapes import BACKGROUNDS, Scene, centres, render, sample_scene
-from flashi2v_data.strips import film_strip, stack
-from flashi2v_data.tracking import look, surroundings, track
+from flashi2v_data.shapes.scenes import BACKGROUNDS, Scene, centres, render, sample_scene
+from flashi2v_data.shapes.tracking import look, surroundings, track
+from flashi2v_data.video.strips import film_strip, stack
 from flashi2v_infer import FlashI2VPipeline, demo, save_video, video_grid
-from flashi2v_infer.sample import psnr
+from flashi2v_infer.commands.sampler import psnr
 from flashi2v_model.encoders import decode_video, encode_video
 
 SEED = 2  # of the scenes; training's are 0 and 2026

@@ -25,7 +25,7 @@ from matplotlib import pyplot
 from PIL import Image
 
 from flashi2v_data import read_frames
-from flashi2v_data.strips import film_strip, stack
+from flashi2v_data.video.strips import film_strip, stack
 from flashi2v_infer import demo
 
 HERE = Path("examples/moving_shapes")

@@ -24,7 +24,7 @@ from tqdm import trange
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from flashi2v_data.randomness import generator
-from flashi2v_data.shapes import BACKGROUNDS, COLOURS, DIRECTIONS, DISTANCES, RADII, SHAPES, render, sample_scene
+from flashi2v_data.shapes.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, DISTANCES, RADII, SHAPES, render, sample_scene
 
 SEED = 2026
 SIZE, FRAMES = 64, 17

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from cyclopts import App
 
-from flashi2v_data.config import DataConfig, FilterConfig, load_config
+from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.errors import InputError
+from flashi2v_data.loading.config import DataConfig
 from flashi2v_data.records import read_annotations
+from flashi2v_data.settings import load_config
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_train.config import RunConfig, TrainModelConfig
 from flashi2v_train.options import TrainOptions

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flashi2v_data import read_frames
-from flashi2v_data.probe import probe
+from flashi2v_data.video.probe import probe
 
 EXAMPLES = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent

@@ -48,10 +48,10 @@ def run(command: Command) -> int:
 def import_all() -> None:
     """Import what the commands do, so that forks start at once."""
     for name in (
-        "flashi2v_data.filtering",
+        "flashi2v_data.curation.filter",
         "flashi2v_train.trainer",
         "flashi2v_train.encode",
-        "flashi2v_infer.commands",
+        "flashi2v_infer.commands.run",
     ):
         import_module(name)
 
@@ -60,7 +60,7 @@ def warm_up(inputs: Path) -> None:
     """Let libraries fill their caches: transformers compiles a thousand regular expressions before its first model."""
     from transformers import UMT5EncoderModel
 
-    from flashi2v_model.libraries import quieten
+    from flashi2v_model.weights.libraries import quieten
 
     quieten()
     UMT5EncoderModel.from_pretrained(inputs / "model/text_encoder")
@@ -70,7 +70,7 @@ def prepare(inputs: Path) -> list[Command]:
     """Write videos, a model, a store and configuration files into a new directory; return the commands on them."""
     import torch
 
-    from flashi2v_data.shapes import write_shapes
+    from flashi2v_data.shapes.scenes import write_shapes
     from flashi2v_model import presets
 
     write_shapes(inputs / "shapes", VIDEOS, 0, SIZE, SIZE, FRAMES)
@@ -118,9 +118,10 @@ def _settings(inputs: Path, example: str, changes: dict[str, Any], name: str = "
 
 def _train(inputs: Path) -> Iterator[Command]:
     """Encoding, and training in one process and two: from videos, with every step saved."""
-    from flashi2v_data.config import FilterConfig, load_config
-    from flashi2v_data.filter import filter_records
-    from flashi2v_data.store import write_store
+    from flashi2v_data.curation.config import FilterConfig
+    from flashi2v_data.curation.stream import filter_records
+    from flashi2v_data.settings import load_config
+    from flashi2v_data.store.reader import write_store
 
     known = json.loads((inputs / "shapes/videos.json").read_text())
     entries = [entry | {"path": str(inputs / "shapes" / entry["path"])} for entry in known]

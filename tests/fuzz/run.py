@@ -239,13 +239,19 @@ def build_guard(folder: Path) -> None:
 
 def import_all() -> None:
     for name in (
-        "flashi2v_data.filtering",
-        "flashi2v_data.inspection",
+        "flashi2v_data.curation.filter",
+        "flashi2v_data.curation.inspection",
         "flashi2v_train.trainer",
         "flashi2v_train.encode",
     ):
         import_module(name)
-    for name in ("flashi2v_infer.commands", "flashi2v_model.cli", "flashi2v_infer.export", "diffusers", "transformers"):
+    for name in (
+        "flashi2v_infer.commands.run",
+        "flashi2v_model.cli",
+        "flashi2v_infer.files.export",
+        "diffusers",
+        "transformers",
+    ):
         import_module(name)
 
 

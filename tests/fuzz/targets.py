@@ -141,12 +141,12 @@ class Meta(Target):
         return "videos.json", text
 
     def read(self, path: Path) -> object:
-        from flashi2v_data.config import FilterConfig
-        from flashi2v_data.filter import _JudgePiece
-        from flashi2v_data.judge import Judge
-        from flashi2v_data.meta import read_entries, read_pieces
+        from flashi2v_data.curation.config import FilterConfig
+        from flashi2v_data.curation.judge import Judge
+        from flashi2v_data.curation.meta import read_entries, read_pieces
+        from flashi2v_data.curation.stream import _JudgePiece
         from flashi2v_data.records import Annotation
-        from flashi2v_data.values import ValueCodec
+        from flashi2v_data.store.codec import ValueCodec
 
         judge, codec, annotation = Judge(FilterConfig(**LIMITS)), ValueCodec(), Annotation("/videos", str(path))
         for entry in read_entries(annotation):
@@ -174,7 +174,7 @@ class Lists(Target):
 
     def read(self, path: Path) -> object:
         from flashi2v_data.records import read_annotations
-        from flashi2v_infer.inputs import read_lines
+        from flashi2v_infer.files.inputs import read_lines
 
         with _declared():
             read_annotations(path)
@@ -223,7 +223,9 @@ class Configuration(Target):
         return f"{name}.json", _chosen({name: valid[name]}, chance)
 
     def read(self, path: Path) -> object:
-        from flashi2v_data.config import DataConfig, FilterConfig, load_config
+        from flashi2v_data.curation.config import FilterConfig
+        from flashi2v_data.loading.config import DataConfig
+        from flashi2v_data.settings import load_config
         from flashi2v_infer.config import InferenceConfig
         from flashi2v_train.config import TrainModelConfig
 
@@ -278,8 +280,8 @@ class Store(Target):
         return folder / "a.lmdb"
 
     def read(self, path: Path) -> object:
-        from flashi2v_data.inspection import describe_store, inspect_store
-        from flashi2v_data.store import open_store
+        from flashi2v_data.curation.inspection import describe_store, inspect_store
+        from flashi2v_data.store.reader import open_store
 
         store = open_store(path)
         for index in range(min(len(store), 3)):
@@ -328,7 +330,7 @@ class Records(Target):
     def prepare(self, inputs: Path) -> dict[str, Any]:
         import numpy as np
 
-        from flashi2v_data.video import write_video
+        from flashi2v_data.video.write import write_video
 
         write_video(inputs / "a.mp4", np.full((12, 32, 32, 3), 90, np.uint8), 16)
         record = {"path": str(inputs / "a.mp4"), "cap": ["a boat"], "resolution": {"height": 32, "width": 32}}
@@ -348,9 +350,9 @@ class Records(Target):
         return folder / "a.lmdb"
 
     def read(self, path: Path) -> object:
-        from flashi2v_data.config import DatasetParam
-        from flashi2v_data.dataset import FlashI2VDataset
-        from flashi2v_data.store import open_store
+        from flashi2v_data.loading.config import DatasetParam
+        from flashi2v_data.loading.dataset import FlashI2VDataset
+        from flashi2v_data.store.reader import open_store
 
         video = [
             {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [32, 32]}},
@@ -375,7 +377,7 @@ class Records(Target):
 def _tokens(text: str) -> Any:
     import torch
 
-    from flashi2v_data.tokenizer import TextTokens
+    from flashi2v_data.captions.tokenizer import TextTokens
 
     return TextTokens(torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.int64))
 
@@ -421,7 +423,7 @@ class Videos(Target):
 
     def read(self, path: Path) -> object:
         from flashi2v_data import read_frames
-        from flashi2v_data.probe import probe
+        from flashi2v_data.video.probe import probe
 
         with _declared():
             probe(path)
@@ -472,7 +474,7 @@ class Images(Target):
         return {path.name: path.read_bytes() for path in sorted(inputs.iterdir())}
 
     def read(self, path: Path) -> object:
-        from flashi2v_infer.pictures import read_image
+        from flashi2v_infer.files.pictures import read_image
 
         return read_image(path, "--image")
 
@@ -594,7 +596,7 @@ class Weights(Target):
         return {path.name: path.read_bytes() for path in sorted(inputs.iterdir())}
 
     def read(self, path: Path) -> object:
-        from flashi2v_model.weights import convert_state_dict, read_state_dict
+        from flashi2v_model.weights.conversion import convert_state_dict, read_state_dict
 
         return convert_state_dict(read_state_dict(path))
 
@@ -629,7 +631,7 @@ class Checkpoints(Target):
     def read(self, path: Path) -> object:
         import torch
 
-        from flashi2v_model.checkpoint import load_stored, newest_checkpoint, stored_weights
+        from flashi2v_model.weights.checkpoint import load_stored, newest_checkpoint, stored_weights
 
         checkpoint = newest_checkpoint(path)
         if checkpoint is None:
@@ -650,7 +652,7 @@ class Features(Target):
         import lmdb
         import torch
 
-        from flashi2v_data.features import FeatureWriter, text_key
+        from flashi2v_data.store.features import FeatureWriter, text_key
 
         with FeatureWriter(inputs / "a.lmdb", {"size": [5, 32, 32], "vae": "x"}) as writer:
             writer.put({text_key("a"): {"context": torch.rand(3, 4)}})
@@ -675,7 +677,7 @@ class Features(Target):
         return folder / "a.lmdb"
 
     def read(self, path: Path) -> object:
-        from flashi2v_data.features import FeatureStore, text_key
+        from flashi2v_data.store.features import FeatureStore, text_key
 
         return FeatureStore(path).get(text_key("a"))
 

@@ -18,7 +18,7 @@ import torch
 from scene import write_scene
 
 from flashi2v_data import build_transform, read_frames
-from flashi2v_data.config import TransformPipeline
+from flashi2v_data.loading.config import TransformPipeline
 
 FRAMES, HEIGHT, WIDTH, ROUNDS = 49, 480, 832, 9
 RESIZE = {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [HEIGHT, WIDTH], "antialias": True}}

@@ -101,8 +101,8 @@ def straightforward(directory: Path) -> int:
 
 def this_package(directory: Path) -> int:
     """Filter by the command's own function, with its default number of processes."""
-    from flashi2v_data.config import FilterConfig
-    from flashi2v_data.filtering import filter_files
+    from flashi2v_data.curation.config import FilterConfig
+    from flashi2v_data.curation.filter import filter_files
 
     paths = {"ann_txt_path": str(directory / "videos.txt"), "save_path": str(directory / "lmdb")}
     jobs = len(os.sched_getaffinity(0))
@@ -117,7 +117,7 @@ def measure(name: str, directory: Path) -> None:
     import tqdm  # noqa: F401
 
     if name == "this package":
-        import flashi2v_data.filtering  # noqa: F401
+        import flashi2v_data.curation.filter  # noqa: F401
     begin = time.perf_counter()
     kept = run(directory)
     seconds = time.perf_counter() - begin

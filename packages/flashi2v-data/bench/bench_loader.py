@@ -9,8 +9,8 @@ import torch
 from scene import write_scene
 
 from flashi2v_data import FlashI2VDataset, StatefulDistributedSampler, StatefulLoader, open_store, write_store
-from flashi2v_data.config import DataConfig
-from flashi2v_data.tokenizer import TextTokens
+from flashi2v_data.captions.tokenizer import TextTokens
+from flashi2v_data.loading.config import DataConfig
 
 FRAMES, HEIGHT, WIDTH, NUM_CLIPS, ROUNDS = 49, 480, 832, 8, 3
 WORKERS = (0, 1, 2)

@@ -10,7 +10,7 @@ import numpy as np
 from bench_filter import entries
 
 from flashi2v_data import open_store, write_store
-from flashi2v_data.lmdb_files import open_shared
+from flashi2v_data.store.environments import open_shared
 
 NUM_RECORDS, NUM_READS, NUM_ROUNDS = 100_000, 100_000, 5
 

@@ -7,12 +7,13 @@ import av
 import pytest
 from hypothesis import settings
 
-from flashi2v_data.config import DataConfig, FilterConfig
-from flashi2v_data.filter import filter_records
-from flashi2v_data.meta import read_entries
+from flashi2v_data.curation.config import FilterConfig
+from flashi2v_data.curation.meta import read_entries
+from flashi2v_data.curation.stream import filter_records
+from flashi2v_data.loading.config import DataConfig
 from flashi2v_data.records import Annotation
-from flashi2v_data.shapes import write_shapes
-from flashi2v_data.store import write_store
+from flashi2v_data.shapes.scenes import write_shapes
+from flashi2v_data.store.reader import write_store
 
 # No example has to be quick, and a failure on one machine is one on all.
 settings.register_profile("every machine", deadline=None, derandomize=True, database=None)

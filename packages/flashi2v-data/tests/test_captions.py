@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashi2v_data.captions import CaptionCount, TextLoss, becomes_empty, clean_caption, has_words
+from flashi2v_data.captions.cleaning import CaptionCount, TextLoss, becomes_empty, clean_caption, has_words
 
 PAIRS = json.loads(Path(__file__).with_name("data_cases.json").read_text(encoding="utf-8"))["text_preprocessing"]
 WITH_CHINESE = ["中文 test", "test"]

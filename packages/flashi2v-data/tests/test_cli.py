@@ -9,8 +9,8 @@ import forked
 import lmdb
 import pytest
 
-from flashi2v_data.inspection import _edges
-from flashi2v_data.store import open_store, write_store
+from flashi2v_data.curation.inspection import _edges
+from flashi2v_data.store.reader import open_store, write_store
 
 FILTER = """\
 ann_txt_path: shapes/videos.txt # as the reference's file

@@ -4,8 +4,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from flashi2v_data.config import DataConfig, FilterConfig, load_config
+from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.errors import InputError
+from flashi2v_data.loading.config import DataConfig
+from flashi2v_data.settings import load_config
 
 FILTER = """\
 ann_txt_path: 'examples/videos.txt' # Annotation txt of video jsons.

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from flashi2v_data.config import DatasetParam
-from flashi2v_data.dataset import FlashI2VDataset
-from flashi2v_data.decode import read_frames
+from flashi2v_data.captions.tokenizer import TextTokens
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.sampler import SampleKey
-from flashi2v_data.store import open_store, write_store
-from flashi2v_data.tokenizer import TextTokens
-from flashi2v_data.video import write_video
+from flashi2v_data.loading.config import DatasetParam
+from flashi2v_data.loading.dataset import FlashI2VDataset
+from flashi2v_data.loading.sampler import SampleKey
+from flashi2v_data.store.reader import open_store, write_store
+from flashi2v_data.video.decode import read_frames
+from flashi2v_data.video.write import write_video
 
 
 def _tokenize(text: str) -> TextTokens:
@@ -265,7 +265,7 @@ def test_a_record_at_fault_is_not_read_twice_and_stands_for_no_other_record_of_i
     first = data[0]
     opened = []
     monkeypatch.setattr(
-        "flashi2v_data.dataset.read_frames",
+        "flashi2v_data.loading.dataset.read_frames",
         lambda *given, **named: opened.append(given) or read_frames(*given, **named),
     )
     again = data[0]

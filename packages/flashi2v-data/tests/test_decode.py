@@ -12,11 +12,11 @@ import av
 import numpy as np
 import pytest
 
-from flashi2v_data import decode, pyav
-from flashi2v_data.decode import read_frames, resolve_backend
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.probe import VideoInfo, probe
-from flashi2v_data.video import write_video
+from flashi2v_data.video import decode, pyav
+from flashi2v_data.video.decode import read_frames, resolve_backend
+from flashi2v_data.video.probe import VideoInfo, probe
+from flashi2v_data.video.write import write_video
 
 NUM_FRAMES = 300
 

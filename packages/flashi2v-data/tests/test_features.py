@@ -8,10 +8,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from flashi2v_data import lmdb_files
 from flashi2v_data.errors import InputError, StorageError
-from flashi2v_data.features import FeatureStore, FeatureWriter, text_key, video_key
-from flashi2v_data.store import open_store, write_store
+from flashi2v_data.store import environments
+from flashi2v_data.store.features import FeatureStore, FeatureWriter, text_key, video_key
+from flashi2v_data.store.reader import open_store, write_store
 
 MADE_BY = {"vae": "wan2.1", "size": (5, 32, 48), "dtype": "bf16"}
 TENSORS = {
@@ -67,7 +67,7 @@ def test_a_store_is_never_to_be_seen_without_its_header(tmp_path, monkeypatch):
     def refused(*arguments):
         raise lmdb.DiskError("No space left on device")
 
-    monkeypatch.setattr("flashi2v_data.features.seal", refused)
+    monkeypatch.setattr("flashi2v_data.store.features.seal", refused)
     with pytest.raises(StorageError, match="the disk is full; free some space and run again"):
         FeatureWriter(tmp_path / "features.lmdb", MADE_BY)
     assert not any(tmp_path.iterdir())
@@ -166,7 +166,7 @@ def test_every_flipped_bit_of_features_is_noticed(store):
             InputError, match=rf"features\.lmdb: the features {key.hex()} are damaged .*checksum.*: copy"
         ):
             FeatureStore(store).get(key)
-        lmdb_files._environments.clear()
+        environments._environments.clear()
 
 
 def test_features_without_checksums_are_read_with_one_warning_and_not_added_to(tmp_path, caplog):
@@ -178,7 +178,7 @@ def test_features_without_checksums_are_read_with_one_warning_and_not_added_to(t
         assert FeatureStore(tmp_path / "old.lmdb", {}).get(text_key(""))["x"].item() == 1
     (message,) = caplog.messages
     assert "old.lmdb: no checksums, so damage to a value may go unnoticed; encode again" in message
-    lmdb_files._environments.clear()
+    environments._environments.clear()
     with pytest.raises(InputError, match="has no checksums, so nothing is added to it"):
         FeatureWriter(tmp_path / "old.lmdb", {})
 

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashi2v_data.config import FilterConfig
-from flashi2v_data.filter import FileFilter, filter_records
-from flashi2v_data.frames import frame_indices, frame_interval
-from flashi2v_data.judge import Judge
-from flashi2v_data.limits import Drop, Length, Limits, Miss, num_frames_available
-from flashi2v_data.meta import BrokenMetaError, read_entries
-from flashi2v_data.probe import VideoInfo
-from flashi2v_data.prober import Prober
+from flashi2v_data.curation.config import FilterConfig
+from flashi2v_data.curation.judge import Judge
+from flashi2v_data.curation.meta import BrokenMetaError, read_entries
+from flashi2v_data.curation.probing import Prober
+from flashi2v_data.curation.report import FilterReport
+from flashi2v_data.curation.rules import Drop, Length, Limits, Miss, num_frames_available
+from flashi2v_data.curation.stream import FileFilter, filter_records
 from flashi2v_data.records import Annotation
-from flashi2v_data.report import FilterReport
-from flashi2v_data.values import ValueCodec
+from flashi2v_data.store.codec import ValueCodec
+from flashi2v_data.video.frames import frame_indices, frame_interval
+from flashi2v_data.video.probe import VideoInfo
 
 CASES = json.loads(Path(__file__).with_name("filter_cases.json").read_text())
 CONFIG = FilterConfig(ann_txt_path="videos.txt", save_path="lmdb", **CASES["config"])
@@ -161,7 +161,7 @@ def test_rows_of_a_table_are_read_as_what_they_mean():
 
 
 def test_an_entry_that_can_be_read_but_not_sent_on_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("flashi2v_data.meta.PIECE_BYTES", 2000)
+    monkeypatch.setattr("flashi2v_data.curation.meta.PIECE_BYTES", 2000)
     deep = "[" * 600 + "]" * 600
     entry = f'{{"path": "a.mp4", "cap": "a", "id": {deep}}}'
     (tmp_path / "meta.json").write_text(f"[{entry}, {entry}]")
@@ -323,7 +323,7 @@ def test_entries_are_taken_as_they_are_needed(filter_config):
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("kind", ["plain", "further keys", "lines", "nested lists"])
 def test_files_give_the_same_in_processes_as_entry_by_entry(tmp_path, monkeypatch, kind, compression):
-    monkeypatch.setattr("flashi2v_data.meta.PIECE_BYTES", 2000)
+    monkeypatch.setattr("flashi2v_data.curation.meta.PIECE_BYTES", 2000)
     entries = [
         {**GOOD, "path": f"{number}.mp4", "num_frames": 60 + number, "motion": number / 50, "cut": [number, 999]}
         for number in range(100)

@@ -13,7 +13,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from flashi2v_data.store import open_store
+from flashi2v_data.store.reader import open_store
 
 FILTER = """\
 ann_txt_path: videos.txt

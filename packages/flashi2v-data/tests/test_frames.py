@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashi2v_data.dataset import temporal_crop
-from flashi2v_data.frames import frame_indices, frame_interval
+from flashi2v_data.loading.dataset import temporal_crop
+from flashi2v_data.video.frames import frame_indices, frame_interval
 
 CASES = json.loads(Path(__file__).with_name("data_cases.json").read_text(encoding="utf-8"))
 

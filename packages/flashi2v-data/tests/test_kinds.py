@@ -13,9 +13,9 @@ import av
 import numpy as np
 import pytest
 
-from flashi2v_data.decode import read_frames, resolve_backend
 from flashi2v_data.errors import InputError
-from flashi2v_data.probe import probe
+from flashi2v_data.video.decode import read_frames, resolve_backend
+from flashi2v_data.video.probe import probe
 
 HEIGHT, WIDTH, NUM_FRAMES, LENGTH = 64, 96, 30, 9
 EVEN = [10 * number for number in range(NUM_FRAMES)]

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.legacy import PickleRefused, load_plain_pickle, load_value
-from flashi2v_data.store import open_store, write_store
+from flashi2v_data.store.legacy import PickleRefused, load_plain_pickle, load_value
+from flashi2v_data.store.reader import open_store, write_store
 
 RECORD = {
     "path": "/videos/a.mp4",

@@ -17,16 +17,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from flashi2v_data.captions import CaptionCount
-from flashi2v_data.dataset import FlashI2VDataset
+from flashi2v_data.captions.cleaning import CaptionCount
+from flashi2v_data.captions.tokenizer import TextTokens
+from flashi2v_data.curation.report import FilterReport
+from flashi2v_data.curation.stream import filter_records
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.features import FeatureWriter, text_key, video_key
-from flashi2v_data.filter import filter_records
-from flashi2v_data.loader import StatefulLoader, build_dataloader, collate
-from flashi2v_data.report import FilterReport
-from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
-from flashi2v_data.store import open_store, write_store
-from flashi2v_data.tokenizer import TextTokens
+from flashi2v_data.loading.dataset import FlashI2VDataset
+from flashi2v_data.loading.loader import StatefulLoader, build_dataloader, collate
+from flashi2v_data.loading.sampler import SampleKey, StatefulDistributedSampler
+from flashi2v_data.store.features import FeatureWriter, text_key, video_key
+from flashi2v_data.store.reader import open_store, write_store
 
 
 def _equal(one, other) -> bool:

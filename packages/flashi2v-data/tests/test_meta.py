@@ -8,9 +8,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashi2v_data import meta
+from flashi2v_data.curation import meta
+from flashi2v_data.curation.meta import MetaParser, read_entries, read_pieces
 from flashi2v_data.errors import InputError
-from flashi2v_data.meta import MetaParser, read_entries, read_pieces
 from flashi2v_data.records import Annotation
 
 ENTRIES = [{"path": "a.mp4", "cap": "é", "fps": 29.97, "cut": [0, 5]}, {"path": "/abs/b.mp4"}, {"cap": "no path"}, 5]
@@ -193,7 +193,7 @@ def test_memory_does_not_grow_with_the_meta_json(tmp_path):
     # A process of its own: peak memory never falls again.
     program = (
         "import resource, sys\n"
-        "from flashi2v_data.meta import read_entries\n"
+        "from flashi2v_data.curation.meta import read_entries\n"
         "from flashi2v_data.records import Annotation\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); count = sum(1 for _ in read_entries(Annotation('', sys.argv[1])))\n"

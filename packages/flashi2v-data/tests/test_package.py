@@ -19,8 +19,14 @@ def test_every_public_name_can_be_imported():
     ("statement", "heavy"),
     [
         ("import flashi2v_data", {"torch", "av", "numpy", "lmdb", "pydantic", "transformers", "decord"}),
-        ("import flashi2v_data.cli, flashi2v_data.filter", {"torch", "av", "transformers", "decord", "matplotlib"}),
-        ("import flashi2v_data.dataset, flashi2v_data.loader", {"av", "decord", "transformers", "matplotlib"}),
+        (
+            "import flashi2v_data.cli, flashi2v_data.curation.stream",
+            {"torch", "av", "transformers", "decord", "matplotlib"},
+        ),
+        (
+            "import flashi2v_data.loading.dataset, flashi2v_data.loading.loader",
+            {"av", "decord", "transformers", "matplotlib"},
+        ),
     ],
 )
 def test_importing_is_light(statement, heavy):

@@ -10,11 +10,11 @@ import av
 import numpy as np
 import pytest
 
+from flashi2v_data.curation.probe_cache import ProbeCache, Probed, ProbeFile
+from flashi2v_data.curation.probing import Prober
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.probe import VideoInfo, probe
-from flashi2v_data.probe_cache import ProbeCache, Probed, ProbeFile
-from flashi2v_data.prober import Prober
-from flashi2v_data.video import write_video
+from flashi2v_data.video.probe import VideoInfo, probe
+from flashi2v_data.video.write import write_video
 
 INFO = VideoInfo(32, 48, 16.0, 13)
 
@@ -263,7 +263,7 @@ def test_what_a_disk_says_of_itself_is_not_kept_of_a_video(video, monkeypatch):
     def fail(path):
         raise DecodeError(path, "Input/output error") from OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("flashi2v_data.probe_cache.probe", fail)
+    monkeypatch.setattr("flashi2v_data.curation.probe_cache.probe", fail)
     with pytest.raises(DecodeError, match="Input/output error"):
         ProbeFile(None)(str(video))
 

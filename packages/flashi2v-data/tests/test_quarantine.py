@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.quarantine import Quarantine
+from flashi2v_data.loading.quarantine import Quarantine
 
 
 def test_what_was_listed_is_known_to_the_next_run(tmp_path):

@@ -1,8 +1,8 @@
 import json
 
-from flashi2v_data.config import FilterConfig
-from flashi2v_data.limits import Drop, Miss
-from flashi2v_data.report import MAX_GROUPS, FilterReport, write_report
+from flashi2v_data.curation.config import FilterConfig
+from flashi2v_data.curation.report import MAX_GROUPS, FilterReport, write_report
+from flashi2v_data.curation.rules import Drop, Miss
 
 CONFIG = FilterConfig(
     ann_txt_path="videos.txt",

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashi2v_data.errors import InputError
+from flashi2v_data.loading.sampler import SampleKey, StatefulDistributedSampler
 from flashi2v_data.randomness import generator
-from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
 
 SIZES = st.integers(1, 40)
 RANKS = st.integers(1, 8)

@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from flashi2v_data.decode import read_frames
+from flashi2v_data.curation.meta import read_entries
 from flashi2v_data.errors import InputError
-from flashi2v_data.meta import read_entries
 from flashi2v_data.records import Annotation, read_annotations
-from flashi2v_data.shapes import (
+from flashi2v_data.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -24,6 +23,7 @@ from flashi2v_data.shapes import (
     velocity,
     write_shapes,
 )
+from flashi2v_data.video.decode import read_frames
 
 SCENE = Scene("circle", "red", "small", "dark blue", "upper left", "slowly", 0.2, (0.5, 0.5))
 
@@ -175,7 +175,7 @@ def test_the_directory_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise RuntimeError("disk full")
 
-    monkeypatch.setattr("flashi2v_data.shapes.write_video", fail_at_third)
+    monkeypatch.setattr("flashi2v_data.shapes.scenes.write_video", fail_at_third)
     with pytest.raises(RuntimeError, match="disk full"):
         write_shapes(tmp_path / "new", 5, 0, 32, 32, 5)
     assert list(tmp_path.iterdir()) == []

@@ -15,14 +15,14 @@ import msgspec
 import pytest
 import zstandard
 
-from flashi2v_data import lmdb_files
+from flashi2v_data.curation.probe_cache import ProbeCache
 from flashi2v_data.errors import InputError, RecordError, StorageError
-from flashi2v_data.features import FeatureWriter
-from flashi2v_data.lmdb_files import check_file
-from flashi2v_data.probe_cache import ProbeCache
-from flashi2v_data.store import open_store, write_store
-from flashi2v_data.store_writer import StoreWriter
-from flashi2v_data.values import ValueCodec
+from flashi2v_data.store import environments
+from flashi2v_data.store.codec import ValueCodec
+from flashi2v_data.store.environments import check_file
+from flashi2v_data.store.features import FeatureWriter
+from flashi2v_data.store.reader import open_store, write_store
+from flashi2v_data.store.writer import StoreWriter
 
 
 def _records(num: int, name: str = "v") -> list[dict]:
@@ -229,7 +229,7 @@ def test_every_flipped_bit_of_a_record_and_of_the_header_is_noticed(tmp_path):
             _put(path, key, good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
             with pytest.raises(InputError, match=expected or r"a\.lmdb: its header is damaged: copy the store again"):
                 list(open_store(path))
-            lmdb_files._environments.clear()
+            environments._environments.clear()
         _put(path, key, good)
     assert list(open_store(path)) == _records(2)
 
@@ -408,10 +408,10 @@ def test_a_writer_that_is_killed_while_it_finishes_can_be_resumed(tmp_path, stag
     code = f"""
 import os
 from pathlib import Path
-from flashi2v_data import store_writer
-with store_writer.StoreWriter(Path("part"), {{"limit": 1}}) as writer:
+from flashi2v_data.store import writer as module
+with module.StoreWriter(Path("part"), {{"limit": 1}}) as writer:
     writer.append({values!r}, lambda: "all")
-    store_writer.{stage} = lambda *arguments: os._exit(9)
+    module.{stage} = lambda *arguments: os._exit(9)
     writer.finish(Path("a.lmdb"), None, {{}})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 9
@@ -449,7 +449,7 @@ def test_a_store_of_features_is_no_store_of_clips(tmp_path):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from flashi2v_data.store_writer import StoreWriter
+from flashi2v_data.store.writer import StoreWriter
 writer = StoreWriter(Path("part"))
 child = os.fork()
 if child:

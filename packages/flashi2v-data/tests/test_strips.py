@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.strips import film_strip, stack
+from flashi2v_data.video.strips import film_strip, stack
 
 COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 200, 200]], np.uint8)
 CONDITION = 2

@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flashi2v_data.shapes import COLOURS, DIRECTIONS, SHAPES, Scene, centres, render, sample_scene
-from flashi2v_data.tracking import look, name_motion, surroundings, track
+from flashi2v_data.shapes.scenes import COLOURS, DIRECTIONS, SHAPES, Scene, centres, render, sample_scene
+from flashi2v_data.shapes.tracking import look, name_motion, surroundings, track
 
 SIZE, FRAMES, FPS = 64, 17, 16
 SCENE = Scene("star", "red", "small", "grey", "upper left", "slowly", 0.2, (0.5, 0.5))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flashi2v_data.config import TransformPipeline
 from flashi2v_data.errors import InputError
-from flashi2v_data.transforms import build_transform, center_crop_resize, normalise, to_tensor
+from flashi2v_data.loading.config import TransformPipeline
+from flashi2v_data.loading.transforms import build_transform, center_crop_resize, normalise, to_tensor
 
 REFERENCE = np.load(Path(__file__).with_name("transforms.npz"))
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.probe import VideoInfo, probe
-from flashi2v_data.video import write_video
+from flashi2v_data.video.probe import VideoInfo, probe
+from flashi2v_data.video.write import write_video
 
 FRAMES = np.full((5, 32, 48, 3), (200, 60, 30), dtype=np.uint8)
 

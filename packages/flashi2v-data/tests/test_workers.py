@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashi2v_data.shared_memory import SharedArray
+from flashi2v_data.loading.shared_memory import SharedArray
 from flashi2v_data.workers import Limits, WorkerError, WorkerLost, WorkerPool, quick_start
 
 GENEROUS = Limits(timeout_seconds=1000, memory_bytes=8 << 30)

@@ -14,15 +14,15 @@ from forked import Command
 from PIL import Image
 
 from flashi2v_data import read_frames
-from flashi2v_data.config import load_config
 from flashi2v_data.errors import StorageError
+from flashi2v_data.settings import load_config
 from flashi2v_infer import InputError, SamplingError, read_record, save_video
-from flashi2v_infer.batch import read_back, read_batch, unfinished, write_together
-from flashi2v_infer.commands import sample_batch, sample_jobs
+from flashi2v_infer.commands.batch import read_back, read_batch, unfinished, write_together
+from flashi2v_infer.commands.run import sample_batch, sample_jobs
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import load_from_config
-from flashi2v_infer.measured import Meter
+from flashi2v_infer.plan.measured import Meter
 from flashi2v_infer.processes import Processes
 
 SAMPLES, WHOLE = Path("samples"), Path("whole")
@@ -102,7 +102,7 @@ def test_a_disk_that_fills_up_is_one_line_that_says_how_to_go_on(config):
 @pytest.mark.usefixtures("whole")
 def test_resuming_a_finished_batch_samples_nothing_and_shows_all(config, assert_whole, capsys, monkeypatch):
     # Nothing to sample: the model is not even loaded.
-    monkeypatch.setattr("flashi2v_infer.commands.load_from_config", None)
+    monkeypatch.setattr("flashi2v_infer.commands.run.load_from_config", None)
     Path("samples/video_grid.mp4").unlink()
     sample_batch(config(), AS_IT_SAYS, resume=True, strips=Path("strips"))
     assert_whole()

@@ -80,8 +80,8 @@ def test_a_batch_and_its_first_video_alone(job, model_directory):
 
 
 def test_prompts_are_preprocessed_when_the_file_says_so(job, monkeypatch):
-    from flashi2v_data.config import load_config
-    from flashi2v_infer.commands import sample_batch
+    from flashi2v_data.settings import load_config
+    from flashi2v_infer.commands.run import sample_batch
     from flashi2v_infer.config import InferenceConfig
     from flashi2v_infer.execution import Execution
 

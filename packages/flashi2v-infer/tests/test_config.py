@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flashi2v_data.config import load_config
+from flashi2v_data.settings import load_config
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.settings import InputError, SamplingSettings
 

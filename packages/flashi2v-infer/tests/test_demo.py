@@ -12,10 +12,10 @@ from PIL import Image
 
 from flashi2v_data import read_frames
 from flashi2v_data.randomness import generator
-from flashi2v_data.shapes import DIRECTIONS, Scene, centres, render
-from flashi2v_data.tracking import look, track
+from flashi2v_data.shapes.scenes import DIRECTIONS, Scene, centres, render
+from flashi2v_data.shapes.tracking import look, track
 from flashi2v_infer import FlashI2VPipeline, demo
-from flashi2v_infer.sample import psnr
+from flashi2v_infer.commands.sampler import psnr
 
 # The bundled image; a pair of shape and colour that training did not show.
 STAR = Scene("star", "pink", "large", "dark blue", "upper right", "quickly", 0.45 * 16 / 17, (0.0, 1.0))

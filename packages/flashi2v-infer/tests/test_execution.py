@@ -12,13 +12,13 @@ from diffusers import AutoencoderKLWan
 
 import flashi2v_infer.decoding
 from flashi2v_data.errors import InputError
+from flashi2v_infer.commands.sampler import psnr
 from flashi2v_infer.decoding import Decoding, choose_decoding, decode_within_memory, decoding_as, predicted_peak
 from flashi2v_infer.execution import LOW_MEMORY_BUDGET, Execution
 from flashi2v_infer.load import load_from_pretrained
 from flashi2v_infer.pipeline import prepare_image
 from flashi2v_infer.placement import encode_prompts, place, put_away_text_encoder
-from flashi2v_infer.sample import psnr
-from flashi2v_infer.tracing import num_bytes, tracing
+from flashi2v_infer.plan.tracing import num_bytes, tracing
 from flashi2v_model.encoders import decode_video, encode_video
 
 CPU = torch.device("cpu")

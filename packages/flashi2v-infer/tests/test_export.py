@@ -14,7 +14,7 @@ from PIL import Image
 from flashi2v_data import read_frames
 from flashi2v_data.errors import DecodeError, StorageError
 from flashi2v_infer import InputError, read_record, save_video, write_mp4
-from flashi2v_infer.export import check_output, check_picture, durations, record_path, write_picture
+from flashi2v_infer.files.export import check_output, check_picture, durations, record_path, write_picture
 
 RECORD = {"prompt": "a “red” circle\nmoves \0 <&", "seed": 3, "settings": {"height": 32}, "image": "ä b.png"}
 OUTPUTS = ["a b.mp4", "ä.gif", "c.webp", "frames", "frames.v2/"]

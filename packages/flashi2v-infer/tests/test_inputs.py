@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flashi2v_infer.inputs import clean_prompt, read_lines, read_pairs, tidy
+from flashi2v_infer.files.inputs import clean_prompt, read_lines, read_pairs, tidy
 from flashi2v_infer.settings import InputError
 
 

@@ -11,13 +11,13 @@ import torch
 from ruamel.yaml import YAML
 
 import flashi2v_model
-from flashi2v_data.config import load_config
-from flashi2v_data.transforms import center_crop_resize
+from flashi2v_data.loading.transforms import center_crop_resize
+from flashi2v_data.settings import load_config
 from flashi2v_infer import InputError
-from flashi2v_infer.batch import Batch, read_batch
+from flashi2v_infer.commands.batch import Batch, read_batch
 from flashi2v_infer.config import InferenceConfig
+from flashi2v_infer.files.pictures import read_image
 from flashi2v_infer.load import load_from_config
-from flashi2v_infer.pictures import read_image
 
 
 class Run:

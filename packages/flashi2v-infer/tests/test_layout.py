@@ -1,6 +1,6 @@
 import numpy as np
 
-from flashi2v_infer.layout import video_grid
+from flashi2v_infer.files.video_grid import video_grid
 
 COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [200, 200, 30], [30, 200, 200]], np.uint8)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flashi2v_data.config import load_config
+from flashi2v_data.settings import load_config
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import load_from_config, load_from_pretrained, settled_device

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from flashi2v_infer import InputError
-from flashi2v_infer.pictures import as_pixels, read_image
+from flashi2v_infer.files.pictures import as_pixels, read_image
 
 # Primaries adapted to D50, by column X, Y, Z.
 DISPLAY_P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))

@@ -13,8 +13,8 @@ from diffusers.models.attention_dispatch import attention_backend
 from PIL import Image
 from torch.testing import assert_close
 
-from flashi2v_data.config import TransformPipeline
-from flashi2v_data.transforms import build_transform
+from flashi2v_data.loading.config import TransformPipeline
+from flashi2v_data.loading.transforms import build_transform
 from flashi2v_infer import FlashI2VPipeline, InputError
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.pipeline import prepare_image

@@ -7,17 +7,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashi2v_model
-from flashi2v_data.config import load_config
 from flashi2v_data.errors import InputError
+from flashi2v_data.settings import load_config
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import load_from_pretrained
-from flashi2v_infer.measured import Measured, Meter, comparison
-from flashi2v_infer.parts import Parts, build_parts, parts_of_config, parts_of_model
 from flashi2v_infer.placement import place
-from flashi2v_infer.plan import group_sizes, make_plan, target_device
+from flashi2v_infer.plan.measured import Measured, Meter, comparison
+from flashi2v_infer.plan.plan import group_sizes, make_plan, target_device
+from flashi2v_infer.plan.skeleton import Parts, build_parts, parts_of_config, parts_of_model
+from flashi2v_infer.plan.tracing import FORMULAS, num_bytes, tracing
 from flashi2v_infer.settings import SamplingSettings
-from flashi2v_infer.tracing import FORMULAS, num_bytes, tracing
 from flashi2v_model import FlashI2VTransformer3DModel, presets
 from flashi2v_model.caching import text_kept
 from flashi2v_model.sampling import velocity_field
@@ -173,7 +173,7 @@ _GROWTH = """
 import ctypes
 
 import torch
-from flashi2v_infer.tracing import num_bytes, tracing
+from flashi2v_infer.plan.tracing import num_bytes, tracing
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.sampling import velocity_field
 from flashi2v_npu_ops.device import peak_memory, reset_peak_memory

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from flashi2v_infer.records import Source, differences, origin
+from flashi2v_infer.files.records import Source, differences, origin
 from flashi2v_infer.settings import Request, SamplingSettings
 
 SOURCE = Source("tiny", {"predictor": {"patch_size": (1, 2, 2), "eps": 1e-6}}, {"predictor": "blake2b:1"})

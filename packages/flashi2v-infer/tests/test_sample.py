@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flashi2v_data.transforms import center_crop_resize
+from flashi2v_data.loading.transforms import center_crop_resize
+from flashi2v_infer.commands.sampler import Sample, Sampler, psnr
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.pipeline import prepare_image
-from flashi2v_infer.sample import Sample, Sampler, psnr
 from flashi2v_infer.settings import InputError, Request, SamplingSettings
 
 REQUEST = Request(
@@ -68,7 +68,7 @@ def test_the_vae_alone_decodes_as_the_video_was_decoded(pipe, image, monkeypatch
 
 
 def test_a_video_that_starts_elsewhere_is_warned_about(pipe, image, caplog, monkeypatch):
-    import flashi2v_infer.sample as module
+    import flashi2v_infer.commands.sampler as module
 
     sample = sampler_of(pipe)(REQUEST, image)
     monkeypatch.setattr(module, "_reconstruct", lambda pipeline, image: image)  # as a perfect VAE would

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoin
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flashi2v_model import FlashI2VTransformer3DModel, InputError, cli, convert_state_dict, load_weights
-from flashi2v_model.layouts import NEW_LAYERS
 from flashi2v_model.presets import TRANSFORMERS
-from flashi2v_model.weights import read_state_dict
+from flashi2v_model.weights.conversion import read_state_dict
+from flashi2v_model.weights.layouts import NEW_LAYERS
 
 SCRIPT = Path(sys.executable).with_name("flashi2v-model")
 Run = Callable[..., str]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashi2v_model.fingerprint import fingerprint
+from flashi2v_model.weights.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize(

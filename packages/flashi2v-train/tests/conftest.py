@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from flashi2v_data.config import FilterConfig
-from flashi2v_data.filter import filter_records
-from flashi2v_data.meta import read_entries
+from flashi2v_data.curation.config import FilterConfig
+from flashi2v_data.curation.meta import read_entries
+from flashi2v_data.curation.stream import filter_records
 from flashi2v_data.records import read_annotations
-from flashi2v_data.shapes import write_shapes
-from flashi2v_data.store import write_store
+from flashi2v_data.shapes.scenes import write_shapes
+from flashi2v_data.store.reader import write_store
 from flashi2v_model import presets
 
 # No example has to be quick, and a failure on one machine is one on all.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.store import open_store, write_store
+from flashi2v_data.store.reader import open_store, write_store
 from flashi2v_train import encode, features
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.encode import made_by

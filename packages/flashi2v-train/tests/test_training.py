@@ -10,11 +10,11 @@ import forked
 import pytest
 import torch
 
-from flashi2v_data.config import load_config
 from flashi2v_data.errors import InputError
+from flashi2v_data.settings import load_config
 from flashi2v_model import FlashI2VTransformer3DModel, convert_state_dict
-from flashi2v_model.checksums import CHECKSUMS
-from flashi2v_model.weights import read_state_dict
+from flashi2v_model.weights.checksums import CHECKSUMS
+from flashi2v_model.weights.conversion import read_state_dict
 from flashi2v_train.config import TrainModelConfig, TrainOptions, read_run_config
 from flashi2v_train.trainer import train
 
@@ -135,7 +135,7 @@ def test_a_run_leaves_what_it_promises(workspace):
 
 
 def test_an_unreadable_video_is_skipped_counted_and_named(workspace, inputs, tmp_path, caplog):
-    from flashi2v_data.store import open_store, write_store
+    from flashi2v_data.store.reader import open_store, write_store
 
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"not a video")
@@ -152,7 +152,7 @@ def test_an_unreadable_video_is_skipped_counted_and_named(workspace, inputs, tmp
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_set_of_which_nothing_can_be_read_is_one_line(workspace, inputs, tmp_path, monkeypatch, capsys, num_workers):
-    from flashi2v_data.store import open_store, write_store
+    from flashi2v_data.store.reader import open_store, write_store
     from flashi2v_train import launcher
 
     store = open_store(inputs / "store")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from flashi2v_data import FeatureWriter, FlashI2VDataset, generator, open_store
 from flashi2v_data.errors import InputError
-from flashi2v_data.features import video_key
-from flashi2v_data.loader import Batch
-from flashi2v_data.sampler import SampleKey
+from flashi2v_data.loading.loader import Batch
+from flashi2v_data.loading.sampler import SampleKey
+from flashi2v_data.store.features import video_key
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.encoders import decode_video, encode_text, encode_video, load_text_encoder, load_vae
 from flashi2v_model.scheduler import NUM_TIMESTEPS, euler_scheduler, inference_sigmas, interpolate

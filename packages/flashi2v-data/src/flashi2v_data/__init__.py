@@ -4,38 +4,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashi2v_data.config import DataConfig, FilterConfig, load_config
-    from flashi2v_data.dataset import FlashI2VDataset
-    from flashi2v_data.decode import read_frames
+    from flashi2v_data.curation.config import FilterConfig
+    from flashi2v_data.curation.report import FilterReport
+    from flashi2v_data.curation.stream import filter_records
     from flashi2v_data.errors import DecodeError, InputError, StorageError
-    from flashi2v_data.features import FeatureStore, FeatureWriter
-    from flashi2v_data.filter import filter_records
-    from flashi2v_data.loader import StatefulLoader, build_dataloader, collate
+    from flashi2v_data.loading.config import DataConfig
+    from flashi2v_data.loading.dataset import FlashI2VDataset
+    from flashi2v_data.loading.loader import StatefulLoader, build_dataloader, collate
+    from flashi2v_data.loading.sampler import SampleKey, StatefulDistributedSampler
+    from flashi2v_data.loading.transforms import build_transform, center_crop_resize, normalise, to_tensor
     from flashi2v_data.randomness import generator
-    from flashi2v_data.report import FilterReport
-    from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
-    from flashi2v_data.shapes import write_shapes
-    from flashi2v_data.store import LmdbStore, open_store, write_store
-    from flashi2v_data.transforms import build_transform, center_crop_resize, normalise, to_tensor
-    from flashi2v_data.video import write_video
+    from flashi2v_data.settings import load_config
+    from flashi2v_data.shapes.scenes import write_shapes
+    from flashi2v_data.store.features import FeatureStore, FeatureWriter
+    from flashi2v_data.store.reader import LmdbStore, open_store, write_store
+    from flashi2v_data.video.decode import read_frames
+    from flashi2v_data.video.write import write_video
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "config": ("DataConfig", "FilterConfig", "load_config"),
-    "dataset": ("FlashI2VDataset",),
-    "decode": ("read_frames",),
+    "curation.config": ("FilterConfig",),
+    "curation.report": ("FilterReport",),
+    "curation.stream": ("filter_records",),
     "errors": ("DecodeError", "InputError", "StorageError"),
-    "features": ("FeatureStore", "FeatureWriter"),
-    "filter": ("filter_records",),
-    "loader": ("StatefulLoader", "build_dataloader", "collate"),
+    "loading.config": ("DataConfig",),
+    "loading.dataset": ("FlashI2VDataset",),
+    "loading.loader": ("StatefulLoader", "build_dataloader", "collate"),
+    "loading.sampler": ("SampleKey", "StatefulDistributedSampler"),
+    "loading.transforms": ("build_transform", "center_crop_resize", "normalise", "to_tensor"),
     "randomness": ("generator",),
-    "report": ("FilterReport",),
-    "sampler": ("SampleKey", "StatefulDistributedSampler"),
-    "shapes": ("write_shapes",),
-    "store": ("LmdbStore", "open_store", "write_store"),
-    "transforms": ("build_transform", "center_crop_resize", "normalise", "to_tensor"),
-    "video": ("write_video",),
+    "settings": ("load_config",),
+    "shapes.scenes": ("write_shapes",),
+    "store.features": ("FeatureStore", "FeatureWriter"),
+    "store.reader": ("LmdbStore", "open_store", "write_store"),
+    "video.decode": ("read_frames",),
+    "video.write": ("write_video",),
 }
 
 __all__ = [

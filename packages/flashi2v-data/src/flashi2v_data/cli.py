@@ -13,11 +13,12 @@ from cyclopts import App, Parameter
 
 from flashi2v_data import __version__
 from flashi2v_data.atomic import check_directory
-from flashi2v_data.config import FilterConfig, load_config
 from flashi2v_data.console import escaped, run
+from flashi2v_data.curation.config import FilterConfig
+from flashi2v_data.curation.probing import PROBE_TIMEOUT_SECONDS
+from flashi2v_data.curation.report import FilterReport, check_plots
 from flashi2v_data.errors import InputError
-from flashi2v_data.prober import PROBE_TIMEOUT_SECONDS
-from flashi2v_data.report import FilterReport, check_plots
+from flashi2v_data.settings import load_config
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def filter_command(
     plots
         Draw the report as report.png too.
     """
-    from flashi2v_data.filtering import count_files, explain_path, filter_files
+    from flashi2v_data.curation.filter import count_files, explain_path, filter_files
 
     if explain is not None:
         _refuse("--explain writes nothing", {"--dry-run": dry_run, "--resume": resume, "--plots": plots})
@@ -131,9 +132,9 @@ def inspect_command(
     probe_timeout
         Seconds after which a video that does not answer is given up; by default 60.
     """
-    from flashi2v_data.inspection import describe_store, inspect_store, plot_store
-    from flashi2v_data.prober import Prober
-    from flashi2v_data.store import open_store
+    from flashi2v_data.curation.inspection import describe_store, inspect_store, plot_store
+    from flashi2v_data.curation.probing import Prober
+    from flashi2v_data.store.reader import open_store
 
     if not open_videos:
         given = {"--jobs": jobs is not None, "--probe-timeout": probe_timeout is not None}
@@ -187,7 +188,7 @@ def shapes_command(
     pairs
         Of shape and colour. "seen" leaves out one colour of every shape: train on these, and try the others, "unseen".
     """
-    from flashi2v_data.shapes import write_shapes
+    from flashi2v_data.shapes.scenes import write_shapes
 
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if match is None:

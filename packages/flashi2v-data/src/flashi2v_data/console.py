@@ -14,7 +14,7 @@ import cyclopts
 import pydantic
 from tqdm import tqdm
 
-from flashi2v_data.config import fault_lines
+from flashi2v_data.settings import fault_lines
 
 
 class _Handler(logging.Handler):

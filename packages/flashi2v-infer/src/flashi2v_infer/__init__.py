@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashi2v_data.errors import InputError
-    from flashi2v_data.strips import film_strip
+    from flashi2v_data.video.strips import film_strip
     from flashi2v_infer.errors import SamplingError
     from flashi2v_infer.execution import Execution
-    from flashi2v_infer.export import read_record, save_video, write_mp4
-    from flashi2v_infer.layout import video_grid
+    from flashi2v_infer.files.export import read_record, save_video, write_mp4
+    from flashi2v_infer.files.video_grid import video_grid
     from flashi2v_infer.pipeline import FlashI2VPipeline, FlashI2VPipelineOutput
     from flashi2v_infer.placement import place
     from flashi2v_infer.settings import SamplingSettings
@@ -25,12 +25,12 @@ _HOMES = {
     "SamplingError": "flashi2v_infer.errors",
     "SamplingSettings": "flashi2v_infer.settings",
     "denoise": "flashi2v_model.sampling",
-    "film_strip": "flashi2v_data.strips",
+    "film_strip": "flashi2v_data.video.strips",
     "place": "flashi2v_infer.placement",
-    "read_record": "flashi2v_infer.export",
-    "save_video": "flashi2v_infer.export",
-    "video_grid": "flashi2v_infer.layout",
-    "write_mp4": "flashi2v_infer.export",
+    "read_record": "flashi2v_infer.files.export",
+    "save_video": "flashi2v_infer.files.export",
+    "video_grid": "flashi2v_infer.files.video_grid",
+    "write_mp4": "flashi2v_infer.files.export",
 }
 
 __all__ = [

@@ -7,9 +7,9 @@ from typing import Annotated, Any, NoReturn
 
 from cyclopts import App, Group, Parameter
 
-from flashi2v_data.config import load_config
 from flashi2v_data.console import run
 from flashi2v_data.errors import InputError
+from flashi2v_data.settings import load_config
 from flashi2v_infer import __version__, demo
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
@@ -133,7 +133,7 @@ def infer(
             raise InputError(f"{', '.join(given)}: not together with --mm-model, whose file holds these settings")
         config = load_config(mm_model, InferenceConfig)
         # Here and below: this imports torch and more, for which nobody should wait whose settings are wrong.
-        from flashi2v_infer.commands import sample_batch
+        from flashi2v_infer.commands.run import sample_batch
 
         sample_batch(config, execution, seed, resume=resume, strips=strip, plan=plan, dry_run=dry_run)
         return
@@ -156,7 +156,7 @@ def infer(
         if not (plan and dry_run):
             missing = [_option(name) for name, value in required.items() if value is None]
             raise InputError(f"--model also needs {', '.join(missing)}")
-        from flashi2v_infer.commands import plan_one
+        from flashi2v_infer.commands.run import plan_one
 
         plan_one(model, settings, execution, scheduler)
         return
@@ -168,7 +168,7 @@ def infer(
         fps=Request.fps if fps is None else fps,
         settings=settings,
     )
-    from flashi2v_infer.commands import sample_one
+    from flashi2v_infer.commands.run import sample_one
 
     sample = sample_one(model, request, output, execution, scheduler=scheduler, strip=strip, plan=plan, dry_run=dry_run)
     if is_demo and sample is not None:

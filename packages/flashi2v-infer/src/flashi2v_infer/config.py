@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from flashi2v_data.config import Settings, TransformPipeline
+from flashi2v_data.loading.config import TransformPipeline
+from flashi2v_data.settings import Settings
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model.config import AEConfig, DiffusionConfig, DType, PredictorConfig, SchedulerName, TextEncoderConfig
 

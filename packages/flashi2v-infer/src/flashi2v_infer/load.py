@@ -9,8 +9,8 @@ import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 from transformers import UMT5EncoderModel
 
+from flashi2v_data.captions.tokenizer import load_model
 from flashi2v_data.errors import InputError
-from flashi2v_data.tokenizer import load_model
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.model_index import check_model_index
@@ -22,8 +22,8 @@ from flashi2v_model.encoders import DTYPES, load_pretrained, load_text_encoder, 
 from flashi2v_model.errors import named
 from flashi2v_model.layers import use_fused_rms_norm
 from flashi2v_model.parallel import check_degree
-from flashi2v_model.reading import check_directory, weight_files
 from flashi2v_model.scheduler import make_scheduler
+from flashi2v_model.weights.reading import check_directory, weight_files
 from flashi2v_npu_ops import UnsupportedError
 from flashi2v_npu_ops.device import claim_device, resolve_device
 from flashi2v_npu_ops.registry import check_environment

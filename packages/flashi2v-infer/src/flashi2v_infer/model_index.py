@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from flashi2v_data.errors import InputError
 from flashi2v_model import FlashI2VTransformer3DModel
-from flashi2v_model.reading import read_json
+from flashi2v_model.weights.reading import read_json
 
 FILE = "model_index.json"
 # Of each part, the libraries by name, and the class that it is, or is derived from.

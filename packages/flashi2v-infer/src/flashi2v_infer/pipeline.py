@@ -23,12 +23,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.transforms import center_crop_resize, normalise, to_tensor
+from flashi2v_data.loading.transforms import center_crop_resize, normalise, to_tensor
 from flashi2v_infer.decoding import decode_within_memory
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.inputs import tidy
+from flashi2v_infer.files.inputs import tidy
+from flashi2v_infer.files.pictures import AnyImage, as_pixels
 from flashi2v_infer.model_index import check_model_index
-from flashi2v_infer.pictures import AnyImage, as_pixels
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.config import SPATIAL_STRIDE

@@ -7,7 +7,7 @@ from flashi2v_model.errors import InputError
 
 if TYPE_CHECKING:
     from flashi2v_model.transformer import FlashI2VTransformer3DModel
-    from flashi2v_model.weights import convert_state_dict, load_weights
+    from flashi2v_model.weights.conversion import convert_state_dict, load_weights
 
 __version__ = "0.1.0"
 
@@ -21,8 +21,8 @@ __all__ = [
 # Importing diffusers takes seconds, so it waits until something needs it.
 _HOMES = {
     "FlashI2VTransformer3DModel": "transformer",
-    "convert_state_dict": "weights",
-    "load_weights": "weights",
+    "convert_state_dict": "weights.conversion",
+    "load_weights": "weights.conversion",
 }
 
 

@@ -42,12 +42,12 @@ def inspect(path: Path, *, num_heads: int | None = None) -> None:
     num_heads
         attention heads, where neither a config.json nor a width of 128 per head tells them
     """
-    from flashi2v_model import layouts, reading, weights
-    from flashi2v_model.checkpoint import checkpoint_directory, has_ema, is_checkpoint
+    from flashi2v_model.weights import conversion, layouts, reading
+    from flashi2v_model.weights.checkpoint import checkpoint_directory, has_ema, is_checkpoint
 
     state_dict = reading.read_state_dict(path, device="meta")
-    layout = weights.detect_layout(state_dict)
-    arguments, assumed = weights.model_arguments(path, weights.convert_state_dict(state_dict, layout), num_heads)
+    layout = conversion.detect_layout(state_dict)
+    arguments, assumed = conversion.model_arguments(path, conversion.convert_state_dict(state_dict, layout), num_heads)
     files = reading.weight_files(path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
     trunk = layouts.is_trunk(state_dict)
@@ -118,10 +118,11 @@ def convert(
     num_heads
         attention heads, where neither a config.json nor a width of 128 per head tells them
     """
-    from flashi2v_model import layouts, libraries, presets, reading, settings, writing
-    from flashi2v_model.checkpoint import checkpoint_directory, is_checkpoint
+    from flashi2v_model import presets
     from flashi2v_model.encoders import DTYPES
-    from flashi2v_model.weights import as_model, convert_state_dict, model_arguments
+    from flashi2v_model.weights import layouts, libraries, reading, settings, writing
+    from flashi2v_model.weights.checkpoint import checkpoint_directory, is_checkpoint
+    from flashi2v_model.weights.conversion import as_model, convert_state_dict, model_arguments
 
     if destination.exists():
         raise InputError(f"{destination} exists: name a new place, or remove it first")
@@ -184,7 +185,8 @@ def init(directory: Path, *, preset: Literal["tiny", "1.3b", "14b"], seed: int =
     """
     import torch
 
-    from flashi2v_model import libraries, presets
+    from flashi2v_model import presets
+    from flashi2v_model.weights import libraries
 
     if directory.exists():
         raise InputError(f"{directory} exists: name a new directory, or remove it first")

@@ -15,7 +15,7 @@ from transformers import UMT5EncoderModel
 
 from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, AEConfig, TextEncoderConfig, check_pretrained
 from flashi2v_model.errors import InputError, named
-from flashi2v_model.reading import check_directory, read_json
+from flashi2v_model.weights.reading import check_directory, read_json
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,8 +13,8 @@ from diffusers.loaders import PeftAdapterMixin, WanLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from flashi2v_model.errors import InputError
-from flashi2v_model.faults import FLOATS, fault_phrases
-from flashi2v_model.reading import read_state_dict
+from flashi2v_model.weights.comparing import FLOATS, fault_phrases
+from flashi2v_model.weights.reading import read_state_dict
 
 # Where the name of an adapter's part begins, behind that of its layer.
 _OF_ADAPTER = re.compile(r"\.(?:lora(?:_A|_B|_down|_up|_embedding|_magnitude|\.down|\.up)|lokr_|alpha$)")

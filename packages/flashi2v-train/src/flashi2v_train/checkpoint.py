@@ -31,7 +31,8 @@ from torch.futures import Future as TorchFuture
 
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError, StorageError
-from flashi2v_model.checkpoint import (
+from flashi2v_model.errors import DamagedError
+from flashi2v_model.weights.checkpoint import (
     LATEST,
     SafeReader,
     cause_of,
@@ -39,8 +40,7 @@ from flashi2v_model.checkpoint import (
     missing_part,
     newest_checkpoint,
 )
-from flashi2v_model.checksums import CHECKSUMS, FileSums, HashingFiles, describe, sums_of, warn_unverified
-from flashi2v_model.errors import DamagedError
+from flashi2v_model.weights.checksums import CHECKSUMS, FileSums, HashingFiles, describe, sums_of, warn_unverified
 from flashi2v_train.ema import EMA
 from flashi2v_train.parallel import World
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from flashi2v_data.atomic import check_directory
-from flashi2v_data.config import DataConfig, load_config
 from flashi2v_data.errors import InputError
+from flashi2v_data.loading.config import DataConfig
+from flashi2v_data.settings import load_config
 from flashi2v_model.config import (
     AEConfig,
     DiffusionConfig,

@@ -19,16 +19,16 @@ from tqdm import tqdm
 
 import flashi2v_train
 from flashi2v_data.atomic import atomic_file, check_directory
-from flashi2v_data.captions import CaptionCount
+from flashi2v_data.captions.cleaning import CaptionCount
+from flashi2v_data.captions.tokenizer import Tokenizer, find_loss
 from flashi2v_data.console import configure_logging, run
-from flashi2v_data.dataset import FlashI2VDataset
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.features import FeatureStore, FeatureWriter, feature_stores, text_key
-from flashi2v_data.loader import StatefulLoader
-from flashi2v_data.sampler import SampleKey, StatefulDistributedSampler
-from flashi2v_data.store import open_store
-from flashi2v_data.tokenizer import Tokenizer, find_loss
-from flashi2v_model.fingerprint import fingerprint
+from flashi2v_data.loading.dataset import FlashI2VDataset
+from flashi2v_data.loading.loader import StatefulLoader
+from flashi2v_data.loading.sampler import SampleKey, StatefulDistributedSampler
+from flashi2v_data.store.features import FeatureStore, FeatureWriter, feature_stores, text_key
+from flashi2v_data.store.reader import open_store
+from flashi2v_model.weights.fingerprint import fingerprint
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.options import FileOptions, LaunchOptions, TrainOptions, group_options
@@ -187,7 +187,7 @@ class _Cycle(StatefulDistributedSampler):
 def _encode(config: RunConfig, output: Path) -> None:
     configure_logging(logging.INFO if processes.is_first() else logging.WARNING)
     # Imported here: the encoders take seconds, and a wrong option should be told at once.
-    from flashi2v_model.libraries import quieten
+    from flashi2v_model.weights.libraries import quieten
     from flashi2v_train.parallel import rank_and_size
 
     quieten()

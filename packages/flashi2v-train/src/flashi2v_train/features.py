@@ -17,9 +17,9 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.loader import Batch, build_dataloader
+from flashi2v_data.loading.loader import Batch, build_dataloader
+from flashi2v_data.loading.sampler import SamplerState
 from flashi2v_data.randomness import generator
-from flashi2v_data.sampler import SamplerState
 from flashi2v_model.encoders import (
     Posterior,
     decode_video,

@@ -59,7 +59,7 @@ def launch(*, options: TrainOptions) -> None:
 
 
 def _answer(config: RunConfig, layout: Layout) -> None:
-    from flashi2v_model.libraries import quieten
+    from flashi2v_model.weights.libraries import quieten
 
     quieten()
     if config.options.dry_run:

@@ -21,9 +21,9 @@ from flashi2v_data.atomic import atomic_file
 from flashi2v_data.console import machine_fault
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
-from flashi2v_model.checkpoint import LATEST, checkpoints_of, is_checkpoint, newest_checkpoint
 from flashi2v_model.layers import use_fused_rms_norm
-from flashi2v_model.libraries import quieten
+from flashi2v_model.weights.checkpoint import LATEST, checkpoints_of, is_checkpoint, newest_checkpoint
+from flashi2v_model.weights.libraries import quieten
 from flashi2v_npu_ops.device import name as device_name
 from flashi2v_npu_ops.device import peak_memory, synchronize
 from flashi2v_train.autopsy import save_autopsy

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashi2v_data.atomic import atomic_file
-from flashi2v_data.loader import Batch, StatefulLoader, build_dataloader
+from flashi2v_data.loading.loader import Batch, StatefulLoader, build_dataloader
 from flashi2v_data.randomness import generator
-from flashi2v_data.strips import film_strip
-from flashi2v_data.video import write_video
+from flashi2v_data.video.strips import film_strip
+from flashi2v_data.video.write import write_video
 from flashi2v_model.sampling import guided, integrate, set_timesteps
 from flashi2v_model.scheduler import NUM_TIMESTEPS, euler_scheduler, interpolate, target
 from flashi2v_train.config import RunConfig

@@ -1,0 +1,296 @@
+"""The limits that clips must keep, each defined once: for judging, counting, explaining and near misses."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Generic, Literal, NamedTuple, TypeGuard, TypeVar, get_args
+
+from msgspec import UNSET, UnsetType
+
+from flashi2v_data.video.frames import frame_interval
+
+# In the order in which the rules apply: a clip is counted under the first that drops it. Limits are in the order of
+# the reference.
+Reason = Literal[
+    "invalid_entry",
+    "no_cap",
+    "invalid_cut",
+    "invalid_crop",
+    "empty_cap",
+    "unreadable",
+    "hdr",
+    "no_resolution",
+    "no_fps",
+    "no_num_frames",
+    "invalid_motion",
+    "aspect_mismatch",
+    "res_too_small",
+    "too_long",
+    "fps_too_low",
+    "too_fast",
+    "too_slow",
+    "too_short",
+]
+REASONS: dict[Reason, str] = {
+    "invalid_entry": "is no JSON object with a path, or holds values that cannot be stored",
+    "no_cap": "has no caption",
+    "invalid_cut": "cut is not [first frame, end], or leaves nothing of the video",
+    "invalid_crop": "crop is not [left, right, top, bottom] in pixels of the picture",
+    "empty_cap": "caption is empty, or becomes so when cleaned (drop_empty_captions)",
+    "unreadable": "leaves out resolution, fps or num_frames, and the video cannot be read",
+    "hdr": "is HDR (PQ or HLG), whose colours look pale without tone_map",
+    "no_resolution": "height or width is not a positive number",
+    "no_fps": "fps is not a positive number",
+    "no_num_frames": "num_frames is not a positive whole number",
+    "invalid_motion": "motion is not a number",
+    "aspect_mismatch": "height / width is outside min_h_div_w_ratio ... max_h_div_w_ratio",
+    "res_too_small": "fewer than min_hxw pixels at the sample's aspect ratio",
+    "too_long": "longer than too_long_factor samples",
+    "fps_too_low": "fps below train_fps",
+    "too_fast": "motion below min_motion_value",
+    "too_slow": "motion above max_motion_value",
+    "too_short": "fewer than sample_num_frames frames at the training rate",
+}
+assert tuple(REASONS) == get_args(Reason)
+
+ORDER = {reason: number for number, reason in enumerate(REASONS)}
+
+
+class Limits(NamedTuple):
+    """The limits of FilterConfig, under their names there."""
+
+    sample_height: int
+    sample_width: int
+    sample_num_frames: int
+    min_hxw: float
+    train_fps: float | None
+    sample_stride: int | None
+    max_h_div_w_ratio: float
+    min_h_div_w_ratio: float
+    too_long_factor: float
+    max_motion_value: float
+    min_motion_value: float
+
+
+class Miss(NamedTuple):
+    """A clip that one changed setting would keep."""
+
+    setting: str
+    value: float  # that would keep it
+    clips: str  # which clips these are: "1280x720", or ""
+
+
+class Drop(NamedTuple):
+    """Why a clip is dropped; `miss` where a single setting is the only cause."""
+
+    reason: Reason
+    miss: Miss | None = None
+
+
+class Size(NamedTuple):
+    """Of the picture, in pixels."""
+
+    height: float
+    width: float
+
+
+class Length(NamedTuple):
+    """Of the clip."""
+
+    fps: float
+    num_frames: float
+
+
+class Motion(NamedTuple):
+    """A score that falls as the motion grows; UNSET where an entry has none, which is then not judged by it."""
+
+    score: float | UnsetType
+
+
+# Height and width, fps and number of frames, motion: no rule looks at two of these, so each can be judged by itself.
+Part = TypeVar("Part", Size, Length, Motion)
+
+
+class Rule(NamedTuple, Generic[Part]):
+    """A limit, named by its setting."""
+
+    reason: Reason
+    setting: str
+    passes: Callable[[Part, Limits], bool]
+    measure: Callable[[Part, Limits], float]  # in units of the setting
+    # The value nearest to the measure that may be set and lets the clip pass.
+    settable: Callable[[float], float]
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+
+def area_at_ratio(size: Size, limits: Limits) -> float:
+    """Return the pixels of the largest part of the picture that has the sample's aspect ratio."""
+    height, width = size
+    sample_height, sample_width = limits.sample_height, limits.sample_width
+    # Products before the division keep whole numbers exact.
+    if height * sample_width > width * sample_height:
+        return width * width * sample_height / sample_width
+    return height * height * sample_width / sample_height
+
+
+def num_samples_long(length: Length, limits: Limits) -> float:
+    """Return the clip's length in samples, by the exact ratio of rates as in the reference."""
+    return length.num_frames / _sample_span(length, limits)
+
+
+def _sample_span(length: Length, limits: Limits) -> float:
+    if limits.train_fps is None:
+        return float(limits.sample_num_frames * (limits.sample_stride or 1))
+    return limits.sample_num_frames * length.fps / limits.train_fps
+
+
+def interval(length: Length, limits: Limits) -> float:
+    """Return how many frames of the video pass for one of the sample."""
+    return frame_interval(length.fps, limits.train_fps, limits.sample_stride)
+
+
+def num_frames_available(length: Length, limits: Limits) -> int:
+    """Return how many frames there are at the training rate: the length of `frames.frame_indices`."""
+    step = interval(length, limits)
+    available = math.ceil(length.num_frames / step)
+    # Rounding may have counted a frame that would lie at the end.
+    return available - 1 if (available - 1) * step >= length.num_frames else available
+
+
+def _down(digits: int) -> Callable[[float], float]:
+    return lambda value: math.floor(value * 10**digits) / 10**digits
+
+
+def _up(digits: int) -> Callable[[float], float]:
+    return lambda value: math.ceil(value * 10**digits) / 10**digits
+
+
+def _ratio(size: Size, limits: Limits) -> float:
+    return size.height / size.width
+
+
+def _fps(length: Length, limits: Limits) -> float:
+    return length.fps
+
+
+def _score(motion: Motion, limits: Limits) -> float:
+    return motion.score  # type: ignore[return-value]  # the rules are not asked about UNSET
+
+
+SIZE_RULES: tuple[Rule[Size], ...] = (
+    Rule(
+        "aspect_mismatch",
+        "min_h_div_w_ratio",
+        lambda size, limits: _ratio(size, limits) >= limits.min_h_div_w_ratio,
+        _ratio,
+        _down(4),
+    ),
+    Rule(
+        "aspect_mismatch",
+        "max_h_div_w_ratio",
+        lambda size, limits: _ratio(size, limits) <= limits.max_h_div_w_ratio,
+        _ratio,
+        _up(4),
+    ),
+    Rule(
+        "res_too_small",
+        "min_hxw",
+        lambda size, limits: area_at_ratio(size, limits) >= limits.min_hxw,
+        area_at_ratio,
+        math.floor,
+    ),
+)
+LENGTH_RULES: tuple[Rule[Length], ...] = (
+    Rule(
+        "too_long",
+        "too_long_factor",
+        # As in the reference, a product: the quotient may round to the other side of the limit.
+        lambda length, limits: length.num_frames <= limits.too_long_factor * _sample_span(length, limits),
+        num_samples_long,
+        _up(1),
+    ),
+    Rule("fps_too_low", "train_fps", lambda length, limits: interval(length, limits) >= 1, _fps, _down(2)),
+    Rule(
+        "too_short",
+        "sample_num_frames",
+        lambda length, limits: num_frames_available(length, limits) >= limits.sample_num_frames,
+        num_frames_available,
+        lambda value: (value - 1) // 4 * 4 + 1,  # the VAE takes 4k+1 frames
+    ),
+)
+MOTION_RULES: tuple[Rule[Motion], ...] = (
+    Rule(
+        "too_fast",
+        "min_motion_value",
+        lambda motion, limits: _score(motion, limits) >= limits.min_motion_value,
+        _score,
+        _down(3),
+    ),
+    Rule(
+        "too_slow",
+        "max_motion_value",
+        lambda motion, limits: _score(motion, limits) <= limits.max_motion_value,
+        _score,
+        _up(3),
+    ),
+)
+
+
+def judge_size(limits: Limits, height: Any, width: Any) -> Drop | None:
+    """Return why a picture of this size is dropped, or None."""
+    if not is_positive(height) or not is_positive(width):
+        return Drop("no_resolution")
+    return _apply(SIZE_RULES, Size(height, width), limits, f"{width:g}x{height:g}")
+
+
+def judge_length(limits: Limits, fps: Any, num_frames: Any) -> Drop | None:
+    """Return why a clip of this length is dropped, or None."""
+    if not is_positive(fps):
+        return Drop("no_fps")
+    if not is_positive(num_frames) or num_frames != int(num_frames):
+        return Drop("no_num_frames")
+    return _apply(LENGTH_RULES, Length(fps, num_frames), limits, "")
+
+
+def judge_motion(limits: Limits, score: Any) -> Drop | None:
+    """Return why a clip of this motion is dropped, or None."""
+    if score is UNSET:
+        return None
+    return _apply(MOTION_RULES, Motion(score), limits, "") if is_number(score) else Drop("invalid_motion")
+
+
+def _apply(rules: tuple[Rule[Part], ...], part: Part, limits: Limits, clips: str) -> Drop | None:
+    for rule in rules:
+        if not rule.passes(part, limits):
+            value = rule.settable(rule.measure(part, limits))
+            changed = limits._replace(**{rule.setting: value})  # type: ignore[arg-type]  # of its setting's type
+            if (value > 0 or rules is MOTION_RULES) and all(other.passes(part, changed) for other in rules):
+                return Drop(rule.reason, Miss(rule.setting, value, clips))
+            return Drop(rule.reason)
+    return None
+
+
+def first_drop(size: Drop | None, length: Drop | None, motion: Drop | None) -> Drop:
+    """Return the drop, of those present, of the first rule; where there is another, no single setting is the cause."""
+    if length is None and motion is None and size is not None:
+        return size
+    if size is None and motion is None and length is not None:
+        return length
+    reasons = [drop.reason for drop in (size, length, motion) if drop is not None]
+    if len(reasons) > 1:
+        return _WITHOUT_MISS[min(reasons, key=ORDER.__getitem__)]
+    assert motion is not None
+    return motion
+
+
+_WITHOUT_MISS = {reason: Drop(reason) for reason in REASONS}
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    # Within bounds that no honest value reaches and within which products and quotients are finite.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 <= value <= 1e12
+
+
+def is_positive(value: Any) -> TypeGuard[float]:
+    return is_number(value) and value >= 1e-6

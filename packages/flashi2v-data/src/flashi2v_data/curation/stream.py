@@ -1,0 +1,259 @@
+"""From meta JSON to the clips that are fit for training."""
+
+import contextlib
+import gc
+import itertools
+import numbers
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashi2v_data.curation.config import FilterConfig
+from flashi2v_data.curation.judge import Judge
+from flashi2v_data.curation.meta import (
+    BrokenMetaError,
+    MetaParser,
+    Piece,
+    count_lines,
+    parse_plain,
+    parse_whole,
+    read_pieces,
+)
+from flashi2v_data.curation.probing import Prober, Probing
+from flashi2v_data.curation.report import FilterReport
+from flashi2v_data.curation.rules import Drop
+from flashi2v_data.errors import DecodeError, StorageError
+from flashi2v_data.records import Annotation, Record
+from flashi2v_data.store.codec import ValueCodec
+from flashi2v_data.workers import Task, WorkerLost, WorkerPool, quick_start
+
+# Entries that `filter_records` takes in at once.
+_BATCH = 64
+# Batches or pieces that wait for their videos: one slow video must not make the others wait.
+_AHEAD = 8
+
+# What is passed on of a record that is kept, or None where it cannot be stored.
+Pack = Callable[[Any], Any]
+
+
+@dataclass
+class Outcome:
+    """What became of consecutive entries.
+
+    Attributes:
+        kept: what is passed on of the clips that fit, in order; None holds the place of a bare entry.
+        bare: entries that leave out what must be read from their videos, with their positions in `kept`.
+        report: counts all but the bare ones.
+        num_parsed: entries, or lines of JSON Lines, that were read.
+        place: pieces done with this one, counted over all files.
+        num_bytes: how far the files have been read.
+    """
+
+    kept: list[Any] = field(default_factory=list)
+    bare: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    report: FilterReport = field(default_factory=FilterReport)
+    num_parsed: int = 0
+    place: int = 0
+    num_bytes: int = 0
+
+
+def filter_records(
+    entries: Iterable[Any], config: FilterConfig, report: FilterReport | None = None, *, jobs: int = 1
+) -> Iterator[Record]:
+    """Yield the clips that fit, in order, complete with what their entries left out.
+
+    Args:
+        entries: of meta JSON, as `meta.read_entries` yields them, or rows of a table: NumPy's numbers, arrays and texts
+            become Python's, tuples lists, and paths text. They are completed in place.
+        config: the limits.
+        report: counts every entry as it passes.
+        jobs: processes that read what entries leave out from the videos.
+    """
+    report = FilterReport() if report is None else report
+    judge, codec, prober = Judge(config), ValueCodec(), Prober(jobs)
+
+    def storable(record: Record) -> Record | None:
+        return None if codec.pack(record) is None else record
+
+    entries = map(_plain_entry, entries)
+    batches = iter(lambda: list(itertools.islice(entries, _BATCH)), [])
+    try:
+        for outcome in _complete((_judge_all(batch, judge, storable) for batch in batches), judge, storable, prober):
+            report.add(outcome.report, config)
+            yield from outcome.kept
+    finally:
+        prober.close()
+
+
+def _plain_entry(entry: Any) -> Any:
+    if isinstance(entry, dict):
+        with contextlib.suppress(OverflowError, RecursionError):  # left as it is, it cannot be stored, and is counted
+            for key, value in entry.items():
+                entry[key] = _plain(value)
+    return entry
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it, or as it is where JSON has nothing like it."""
+    if type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [*map(_plain, value)]
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, (str, os.PathLike)):
+        return str(value)
+    as_list = getattr(value, "tolist", None)  # NumPy's arrays and truth values
+    return as_list() if callable(as_list) else value
+
+
+class FileFilter:
+    """Filters meta JSON files in parallel into values for a store.
+
+    Args:
+        annotations: the files.
+        config: the limits.
+        prober: reads videos.
+        jobs: processes that parse and judge. They start at once, and quickest while this process has one thread.
+    """
+
+    def __init__(self, annotations: Sequence[Annotation], config: FilterConfig, prober: Prober, jobs: int) -> None:
+        self._annotations = annotations
+        self._judge = Judge(config)
+        self._pack = ValueCodec(config.compression).pack
+        self._prober = prober
+        self._pool: WorkerPool[Piece, Outcome | None] = WorkerPool(
+            _JudgePiece(self._judge, self._pack), jobs, start=quick_start(), depth=2
+        )
+        self._pool.start()
+        self._jobs = jobs
+
+    def outcomes(self, place: int = 0) -> Iterator[Outcome]:
+        """Yield what becomes of the entries, in order, from the `place` of an earlier run's outcome on.
+
+        Raises:
+            InputError: a meta JSON is broken.
+        """
+        return _complete(self._judged(place), self._judge, self._pack, self._prober)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.close()
+
+    def _judged(self, begin: int) -> Iterator[Outcome]:
+        place, bytes_before = 0, 0
+        for annotation in self._annotations:
+            parser, pieces = MetaParser(annotation), read_pieces(annotation)
+            for piece in itertools.islice(pieces, begin - place if begin > place else 0):
+                parser.parse(piece)
+                place += 1
+            for piece, task in self._submitted(pieces):
+                place += 1
+                outcome = self._result(task, annotation)
+                if outcome is not None and parser.is_between_entries:
+                    parser.passed(outcome.num_parsed)
+                else:
+                    outcome = _judge_all(parser.parse(piece), self._judge, self._pack)
+                outcome.place = place
+                outcome.num_bytes = bytes_before + piece.end
+                yield outcome
+            bytes_before += piece.end
+
+    def _result(self, task: Task[Piece, Outcome | None], annotation: Annotation) -> Outcome | None:
+        try:
+            return self._pool.result(task)
+        except WorkerLost as lost:
+            raise StorageError(f"{annotation.meta}: a piece of it {lost}; is there enough memory?") from None
+        except RecursionError:  # an entry that could be parsed, but not sent
+            raise BrokenMetaError(f"{annotation.meta}: holds an entry that is nested too deeply") from None
+
+    def _submitted(self, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Task[Piece, Outcome | None]]]:
+        pending: deque[tuple[Piece, Task[Piece, Outcome | None]]] = deque()
+        for piece in pieces:
+            pending.append((piece, self._pool.submit(piece)))
+            if len(pending) > 4 * self._jobs:
+                yield pending.popleft()
+        yield from pending
+
+
+class _JudgePiece:
+    """What worker processes do; None stands for a piece that was not cut well."""
+
+    def __init__(self, judge: Judge, pack: Pack) -> None:
+        self._judge, self._pack = judge, pack
+
+    def __call__(self, piece: Piece) -> Outcome | None:
+        gc.disable()  # entries hold no cycles; looking for some takes a third of the time
+        plain = parse_plain(piece)
+        if plain is not None:
+            kept, drops = self._judge.plain(plain, piece.annotation.root)
+            report = FilterReport(captions=self._judge.audit.new_count())
+            outcome = Outcome([self._pack(entry) for entry in kept], report=report)
+            outcome.report.count(len(kept), drops)
+            self._judge.audit.count_plain(outcome.report.captions, kept)
+        else:
+            entries = parse_whole(piece)
+            if entries is None:
+                return None
+            outcome = _judge_all(entries, self._judge, self._pack)
+        outcome.num_parsed = count_lines(piece) if piece.is_lines else outcome.report.total + len(outcome.bare)
+        return outcome
+
+
+def _judge_all(entries: list[Any], judge: Judge, pack: Pack) -> Outcome:
+    outcome = Outcome(report=FilterReport(captions=judge.audit.new_count()))
+    for entry in entries:
+        judged = judge(entry)
+        if judged is None:
+            outcome.bare.append((len(outcome.kept), entry))
+            outcome.kept.append(None)
+        elif (value := _settle(judged, judge, pack, outcome.report)) is not None:
+            outcome.kept.append(value)
+    return outcome
+
+
+def _settle(judged: Record | Drop, judge: Judge, pack: Pack, report: FilterReport) -> Any:
+    """Count a clip; return what is passed on of it, or None."""
+    if isinstance(judged, Drop):
+        report.count(0, [judged])
+        return None
+    value = pack(judged)
+    if value is None:
+        report.count(0, [Drop("invalid_entry")])
+    else:
+        report.count(1, [])
+        judge.audit.count(report.captions, judged["cap"], judged["path"])
+    return value
+
+
+def _complete(outcomes: Iterable[Outcome], judge: Judge, pack: Pack, prober: Prober) -> Iterator[Outcome]:
+    """Judge the bare entries too, in the order of all, while the videos of later ones are being read."""
+    pending: deque[tuple[Outcome, list[Probing]]] = deque()
+    for outcome in outcomes:
+        pending.append((outcome, [prober.submit(entry["path"]) for _, entry in outcome.bare]))
+        while pending and (len(pending) > _AHEAD or not pending[0][1]):
+            yield _settled(*pending.popleft(), judge, pack, prober)
+    while pending:
+        yield _settled(*pending.popleft(), judge, pack, prober)
+
+
+def _settled(outcome: Outcome, probings: list[Probing], judge: Judge, pack: Pack, prober: Prober) -> Outcome:
+    for (position, entry), probing in zip(outcome.bare, probings):
+        judged: Record | Drop | None
+        try:
+            info = prober.result(probing)
+        except DecodeError:
+            judged, is_irregular = Drop("unreadable"), False
+        else:
+            judged, is_irregular = judge(entry, info), info.is_irregular
+        assert judged is not None  # nothing is left out any more
+        outcome.kept[position] = value = _settle(judged, judge, pack, outcome.report)
+        outcome.report.irregular += is_irregular and value is not None
+    if probings:
+        outcome.kept = [value for value in outcome.kept if value is not None]
+        outcome.bare = []
+    return outcome

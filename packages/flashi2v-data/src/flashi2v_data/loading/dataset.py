@@ -1,0 +1,397 @@
+"""Samples for training: decoded, cropped in time and space, with a cleaned and tokenised caption."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flashi2v_data.captions.cleaning import TextLoss, becomes_empty, clean_caption
+from flashi2v_data.captions.tokenizer import Tokenizer, find_loss, load_tokenizer
+from flashi2v_data.errors import DecodeError, InputError, RecordError
+from flashi2v_data.loading.config import DatasetParam
+from flashi2v_data.loading.quarantine import Quarantine
+from flashi2v_data.loading.sampler import SampleKey
+from flashi2v_data.loading.transforms import build_transform
+from flashi2v_data.randomness import generator
+from flashi2v_data.records import Record
+from flashi2v_data.store.features import FeatureStore, text_key, video_key
+from flashi2v_data.store.reader import LmdbStore
+from flashi2v_data.video.decode import read_frames, resolve_backend
+from flashi2v_data.video.frames import Moments, frame_indices, frame_interval
+
+logger = logging.getLogger(__name__)
+
+# So many unreadable videos in a row mean a wrong root or an unmounted disk, not bad luck.
+MAX_SKIPPED_IN_A_ROW = 100
+# A clip of more frames, at the training rate, is none: a day and a half at 60 frames a second.
+_MAX_FRAMES = 10_000_000
+
+
+class _Sample(TypedDict):
+    caption: str  # as tokenised: cleaned, or "" where the text was dropped
+    prompt_ids: Tensor  # (L,) int64
+    epoch: int
+    index: int
+    path: str
+    first_frame: int  # of the crop in time, counted in the file; by the mean rate where that is irregular
+    flipped: bool  # mirrored
+    clip: bytes  # key of its features: file, frames, mirroring, part of the picture
+    skipped: list[str]  # messages of the unreadable videos and faulty records that this one stands in for
+    text_loss: TextLoss | None  # what the text encoder does not get of the caption; None where the text was dropped
+
+
+class Sample(_Sample, total=False):
+    """One sample. T frames, H W height and width, L tokens."""
+
+    video: Tensor  # (3, T, H, W) float32 in [-1, 1]; without load_video_features
+    prompt_mask: Tensor  # (L,) int64, 1 for text; with return_prompt_mask
+    video_features: dict[str, Tensor]  # with load_video_features
+    text_features: dict[str, Tensor]  # with load_text_features
+
+
+class FlashI2VDataset(Dataset[Sample]):
+    """The clips of a store as training samples.
+
+    A sample depends on `seed` and its key alone, not on worker, rank or what was read before. An unreadable video, or
+    a record at fault, never stops a run: another clip stands in for it, chosen by seed and key alone too; the sample
+    says so in `skipped`, and the quarantine lists the clip. With torch's own DataLoader, `collate` joins samples.
+
+    Args:
+        store: from `open_store`.
+        config: `dataset_param` of data.json.
+        seed: of everything random: crop in time, choice among captions, dropped text, mirroring.
+        tokenizer: the default loads `text_tokenizer_path`.
+        made_by: what features must have been made by, where any are loaded; None takes any.
+
+    Raises:
+        InputError: store or features do not fit the config, or the tokenizer or decoder is missing.
+    """
+
+    def __init__(
+        self,
+        store: LmdbStore,
+        config: DatasetParam,
+        *,
+        seed: int,
+        tokenizer: Tokenizer | None = None,
+        made_by: Mapping[str, Any] | None = None,
+    ) -> None:
+        if len(store) == 0:
+            raise InputError(f"{store.paths[0]} holds no records: see the report beside it for why all were dropped")
+        _check_fit(store, config)
+        self.store = store
+        self.config = config
+        self.seed = seed
+        self.transform = build_transform(config.transform_pipeline)
+        self.decoder = resolve_backend(config.decoder)
+        self.tokenizer = tokenizer or load_tokenizer(config.text_tokenizer_path, config.tokenizer_max_length)
+        self.features = None if config.features_path is None else FeatureStore(config.features_path, made_by)
+        default = f"{config.metafile_or_dir_path.rstrip('/')}.quarantine.jsonl"
+        self.quarantine = Quarantine(config.quarantine_path or default)
+        # Reasons by record, as others of the same file may be right; not on disk, as records are mended without a trace
+        # on the file, and settings change.
+        self._bad_records: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.store)
+
+    @property
+    def pictures_shape(self) -> tuple[int, int, int, int]:
+        """(T, 3, H, W) of the pictures that `read` gives; T is 0 with load_video_features."""
+        config = self.config
+        frames = 0 if config.load_video_features else config.sample_num_frames
+        return frames, 3, config.sample_height, config.sample_width
+
+    def __getitem__(self, key: SampleKey | int) -> Sample:
+        """Return the sample of a record; a plain index means its first epoch.
+
+        Raises:
+            DecodeError: more than 100 videos in a row are unreadable.
+            IndexError: there is no such record.
+            InputError: features of a caption are to be loaded, and are missing.
+        """
+        key = SampleKey(*key) if isinstance(key, tuple) else SampleKey(0, key)
+        pictures = np.empty(self.pictures_shape, np.uint8)
+        sample = self.read_some(key, pictures)
+        if len(pictures):
+            sample["video"] = self.transform.finish(torch.from_numpy(pictures))
+        return sample
+
+    def read_some(self, key: SampleKey, pictures: NDArray[np.uint8]) -> Sample:
+        """Read the sample's own record, or the first readable one that may stand in; see `read`."""
+        skipped: list[str] = []
+        while True:
+            index = self.choose(key, skipped)
+            try:
+                sample = self.read(key, index, pictures)
+            except DecodeError as error:
+                self.skip(index, error, skipped)
+            else:
+                sample["skipped"] = skipped
+                return sample
+
+    def choose(self, key: SampleKey, skipped: list[str]) -> int:
+        """Return the record to read for a sample: its own, or, after `len(skipped)` others, one that stands in.
+
+        Records in quarantine, or known to be at fault, are passed over and their messages added to `skipped`.
+
+        Raises:
+            DecodeError: more than 100 in a row are unreadable.
+            IndexError: there is no such record.
+        """
+        num_records = len(self)
+        if not 0 <= key.index < num_records:
+            raise IndexError(f"sample {key.index} of {num_records}")
+        # A walk through all records whose stride is drawn: neighbours often lie in one broken directory.
+        random = generator(self.seed, "substitute", key.epoch, key.index)
+        stride = 1 + int(torch.randint(num_records, (), generator=random))
+        while math.gcd(stride, num_records) != 1:
+            stride += 1
+        while len(skipped) < min(num_records, MAX_SKIPPED_IN_A_ROW + 1):
+            index = (key.index + len(skipped) * stride) % num_records
+            fault = self._known_fault(index)
+            if fault is None:
+                return index
+            skipped.append(str(fault))
+        fault = self._known_fault(key.index)
+        is_of_record = fault is not None and fault.is_of_record
+        raise DecodeError(
+            fault.path if fault is not None else self._record(key.index)["path"],
+            f"{'like' if is_of_record else 'nor'} {len(skipped) - 1} others; see `flashi2v-data inspect "
+            f"{self.store.paths[0]} --open-videos`, and remove {self.quarantine.path} when they can be read",
+            is_of_record=is_of_record,
+        )
+
+    def _known_fault(self, index: int) -> DecodeError | None:
+        """Return why a record need not be tried, if that is known."""
+        try:
+            record = self._record(index)
+        except DecodeError as error:
+            return error
+        if (reason := self._bad_records.get(index)) is not None:
+            return _record_fault(record, reason)
+        reason = self.quarantine.reason(record["path"], record["start_frame_idx"])
+        return None if reason is None else DecodeError(record["path"], reason)
+
+    def _record(self, index: int) -> Record:
+        """Read a record.
+
+        Raises:
+            DecodeError: it is damaged, or no clip.
+        """
+        try:
+            return self.store[index]
+        except RecordError as error:
+            raise DecodeError(error.path, error.reason, is_of_record=True) from None
+
+    def skip(self, index: int, error: DecodeError, skipped: list[str], *, whole_file: bool = False) -> None:
+        """Note that a record, or all records of its file, cannot be read."""
+        if error.is_of_record:
+            self._bad_records[index] = error.reason
+        else:
+            self.quarantine.add(error, None if whole_file else self.store[index]["start_frame_idx"])
+        skipped.append(str(error))
+
+    def read(self, key: SampleKey, index: int, pictures: NDArray[np.uint8]) -> Sample:
+        """Read one record for a sample, without its `video`: that is left in `pictures`, not normalised yet.
+
+        Args:
+            key: decides what is random.
+            index: of the record, from `choose`.
+            pictures: (T, 3, H, W), see `pictures_shape`.
+
+        Raises:
+            DecodeError: the video is unreadable, not what its record says, or was so when it was encoded.
+            InputError: features of the caption are missing.
+        """
+        record = self._record(index)
+        frames, moments, flip, clip = self._clip(index, key.epoch)
+        caption = self._caption(record, key)
+        tokens = self.tokenizer(caption)
+        sample: Sample = {
+            "caption": caption,
+            "prompt_ids": tokens.ids,
+            "epoch": key.epoch,
+            "index": key.index,
+            "path": record["path"],
+            "first_frame": frames[0],
+            "flipped": flip,
+            "clip": clip,
+            "skipped": [],
+            "text_loss": None if self._drops_text(key) else find_loss(self.tokenizer, caption, tokens),
+        }
+        if self.config.return_prompt_mask:
+            sample["prompt_mask"] = tokens.mask
+        if self.config.load_text_features:
+            states = self._stored(text_key(caption))
+            if states is None:
+                raise InputError(
+                    f"{self.config.features_path} holds no features of caption {caption[:60]!r}: run flashi2v-encode "
+                    "again, with the same settings"
+                )
+            sample["text_features"] = states
+        if self.config.load_video_features:
+            features = self._stored(clip)
+            if features is None:  # as encoding met it
+                reason = f"{self.config.features_path} holds no features of frames {frames[0]} to {frames[-1]}"
+                raise _record_fault(record, reason)
+            sample["video_features"] = features
+        else:
+            convert = self._converter(record, flip)
+            read_frames(
+                record["path"],
+                frames,
+                self.decoder,
+                convert=convert,
+                out=pictures,
+                geometry=self.config.geometry,
+                tone_map=self.config.tone_map,
+                moments=moments,
+            )
+        return sample
+
+    def clip_key(self, index: int) -> bytes:
+        """Return the key of the features of a record, as its first epoch crops and mirrors it.
+
+        Raises:
+            DecodeError: the record is at fault.
+        """
+        return self._clip(index, 0)[3]
+
+    def _clip(self, index: int, epoch: int) -> tuple[list[int], Moments | None, bool, bytes]:
+        """Return the frames of a record in an epoch, their times, whether they are mirrored, the features' key."""
+        record = self._record(index)
+        # Features are encoded once for each record, so crop in time and mirroring are the same in every epoch, and for
+        # whichever sample the record stands in.
+        draw = SampleKey(0 if self.config.load_video_features else epoch, index)
+        frames, moments = self._frames(record, draw)
+        flip = self._random("flip", draw) < self.transform.flip_probability
+        return frames, moments, flip, video_key(record["path"], frames, flip=flip, crop=_crop(record))
+
+    def _frames(self, record: Record, key: SampleKey) -> tuple[list[int], Moments | None]:
+        config = self.config
+        interval = frame_interval(record["fps"], config.train_fps, config.sample_stride)
+        if record["num_frames"] / interval > _MAX_FRAMES:
+            raise _record_fault(record, f"{record['num_frames']} frames at fps {record['fps']:g} are no clip")
+        indices = frame_indices(record["start_frame_idx"], record["num_frames"], interval)
+        begin, end = temporal_crop(
+            len(indices), config.sample_num_frames, generator(self.seed, "crop", key.epoch, key.index)
+        )
+        if end - begin < config.sample_num_frames:
+            raise _record_fault(record, f"has {end} frames at the training rate, {config.sample_num_frames} are needed")
+        moments = None
+        if config.train_fps is not None:
+            seconds = (np.arange(begin, end) * interval / record["fps"]).tolist()
+            moments = Moments(record["start_frame_idx"], record["start_frame_idx"] + record["num_frames"], seconds)
+        return indices[begin:end].tolist(), moments
+
+    def _converter(self, record: Record, flip: bool) -> Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]:
+        crop = _crop(record)
+        # Stores of the public code may not say the size; no file is then smaller than its record says.
+        resolution = record.get("resolution")
+        sides = [resolution["height"], resolution["width"]] if resolution else [0, 0]
+
+        def convert(frame: NDArray[np.uint8], place: NDArray[np.uint8]) -> None:
+            height, width, _ = frame.shape
+            if any(
+                side < min(recorded, needed) for side, recorded, needed in zip(frame.shape, sides, self.transform.size)
+            ):
+                raise _record_fault(record, f"is {height}x{width}, smaller than the sample and than its record says")
+            if crop is not None:
+                left, right, top, bottom = crop
+                if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+                    raise _record_fault(record, f"is {height}x{width}, its crop [left, right, top, bottom] is {crop}")
+                frame = frame[top:bottom, left:right]
+            self.transform.put_picture(frame, place, flip=flip)
+
+        return convert
+
+    def captions(self, index: int) -> list[str]:
+        """Return the captions of a record that training may draw, as they are tokenised.
+
+        Raises:
+            DecodeError: the record is at fault.
+        """
+        return [
+            clean_caption(caption, self.config.clean_captions)
+            for caption in _captions(self._record(index), self.config)
+        ]
+
+    def _caption(self, record: Record, key: SampleKey) -> str:
+        captions = _captions(record, self.config)
+        if self._drops_text(key):
+            return ""
+        caption = captions[0]
+        if isinstance(record["cap"], list):
+            random = generator(self.seed, "caption", key.epoch, key.index)
+            caption = captions[int(torch.randint(len(captions), (), generator=random))]
+        return clean_caption(caption, self.config.clean_captions)
+
+    def _drops_text(self, key: SampleKey) -> bool:
+        return self._random("drop", key) < self.config.text_drop_ratio
+
+    def _random(self, purpose: str, key: SampleKey) -> float:
+        return torch.rand((), generator=generator(self.seed, purpose, key.epoch, key.index)).item()
+
+    def _stored(self, key: bytes) -> dict[str, Tensor] | None:
+        assert self.features is not None
+        return self.features.get(key)
+
+
+def _crop(record: Record) -> list[int] | None:
+    """Return the part of the picture that a record asks for, [left, right, top, bottom] in pixels."""
+    crop: Any = record.get("crop")
+    if crop is None or crop == [None] * 4:
+        return None
+    if not isinstance(crop, list) or len(crop) != 4 or not all(type(side) is int for side in crop):
+        raise _record_fault(record, f"its crop is not [left, right, top, bottom] in pixels: {crop}")
+    return crop
+
+
+def _captions(record: Record, config: DatasetParam) -> list[str]:
+    """Return the captions that may be drawn, not yet cleaned."""
+    given = record["cap"] if isinstance(record["cap"], list) else [record["cap"]]
+    if not config.drop_empty_captions:
+        return given
+    captions = [caption for caption in given if not becomes_empty(caption, config.clean_captions)]
+    if not captions:
+        raise _record_fault(record, "its caption is empty, or becomes so when cleaned (drop_empty_captions)")
+    return captions
+
+
+def _record_fault(record: Record, reason: str) -> DecodeError:
+    return DecodeError(record["path"], reason, is_of_record=True)
+
+
+def _check_fit(store: LmdbStore, config: DatasetParam) -> None:
+    """A store holds clips that are long enough at one rate; another rate or length would fail clip by clip."""
+    for key in ("train_fps", "sample_stride", "geometry"):
+        if key in store.config and store.config[key] != getattr(config, key):
+            raise InputError(
+                f"{store.paths[0]} was filtered with {key} {store.config[key]}, data.json says {getattr(config, key)}: "
+                "set the same value, or filter again"
+            )
+    filtered = store.config.get("sample_num_frames", config.sample_num_frames)
+    if not isinstance(filtered, int) or config.sample_num_frames > filtered:
+        raise InputError(
+            f"{store.paths[0]} was filtered for {filtered} frames, data.json asks for {config.sample_num_frames}: "
+            "filter again, or lower sample_num_frames"
+        )
+
+
+def temporal_crop(num_available: int, num_wanted: int, generator: torch.Generator) -> tuple[int, int]:
+    """Draw (begin, end) of `num_wanted` consecutive frames; fewer where there are not so many.
+
+    As in the reference, the very last position is never drawn: its frame may be missing in files whose header
+    counts one too many.
+    """
+    num_positions = max(1, num_available - num_wanted)
+    begin = int(torch.randint(num_positions, (), generator=generator))
+    return begin, min(begin + num_wanted, num_available)

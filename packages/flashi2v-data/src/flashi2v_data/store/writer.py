@@ -1,0 +1,170 @@
+"""Writing a store: batch by batch into a part, which becomes the store when it is whole."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import msgspec
+
+from flashi2v_data.errors import InputError
+from flashi2v_data.locking import hold
+from flashi2v_data.store.codec import Compression
+from flashi2v_data.store.environments import (
+    CHECKSUM,
+    FIRST_MAP_SIZE,
+    check_file,
+    remove_unbegun,
+    seal,
+    storage,
+    unseal_header,
+    write,
+)
+
+SCHEMA = 1
+HEADER = b"header"
+# Before all digits, as records are appended behind the last key.
+_STATE = b"!state"
+# What one transaction writes: enough to make its fixed cost small, little to lose by a kill.
+_BATCH = 2048
+# Where little is kept, so many calls of `append` are worth one too: what they dropped need not be judged again.
+_APPENDS = 64
+_ADVICE = "free some space and continue by --resume"
+
+
+# The key of a record: of fixed width, as LMDB orders keys by their bytes.
+key_of: Callable[[int], bytes] = b"%012d".__mod__
+
+
+class StoreWriter:
+    """Writes values into a part; a part that was left behind by a killed process can be taken up again.
+
+    Args:
+        part: a directory that is made for it.
+        purpose: what the values are made of and by; an unfinished part is continued only for the same.
+        resume: continue the part that is there.
+
+    Attributes:
+        state: what `append` was given last of what has reached the disk.
+        count: records handed in.
+
+    Raises:
+        InputError: there is a part and `resume` is not set, or it is for another purpose; or another process writes it.
+    """
+
+    def __init__(self, part: Path, purpose: Mapping[str, Any] | None = None, *, resume: bool = False) -> None:
+        self._part = part
+        self._purpose = dict(purpose or {})
+        self._waiting: list[bytes] = []
+        self._state_of: Callable[[], Any] = lambda: None
+        self._num_appended = 0
+        self.state: Any = None
+        self.count = 0
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:  # an interrupt, too, must let go of the part
+            stack.enter_context(hold(part.with_name(f".{part.name}.lock"), str(part)))
+            if part.exists() and not resume:
+                raise InputError(f"{part} is what an unfinished run left: continue it by --resume, or remove it")
+            part.mkdir(exist_ok=True)
+            remove_unbegun(part)
+            check_file(part)
+            # Without sync after every batch: nothing may be read before the rename, and a last sync precedes it. Never
+            # with a writable map, through which a full disk would kill the process.
+            with storage(part, _ADVICE):
+                self._environment = lmdb.open(str(part), map_size=FIRST_MAP_SIZE, sync=False, lock=False)
+            stack.callback(self._environment.close)
+            self._continue()
+            self._held = stack.pop_all()
+
+    def _continue(self) -> None:
+        with self._environment.begin() as transaction:
+            value = transaction.get(_STATE)
+        if value is None:
+            if self._environment.stat()["entries"]:
+                raise InputError(f"{self._part} is not what an unfinished run left: remove it")
+            self._commit()  # so that even an empty part says what it is for
+            return
+        saved, is_sealed = unseal_header(self._part, _STATE, value)
+        if not is_sealed or not {"purpose", "state", "count"} <= saved.keys():
+            raise InputError(f"{self._part} was begun by another version: remove it")
+        if saved["purpose"] != self._purpose:
+            changed = [key for key, value in self._purpose.items() if saved["purpose"].get(key) != value]
+            raise InputError(
+                f"{self._part} was begun with another {' and '.join(changed)}: use the same, or remove it to begin anew"
+            )
+        self.state, self.count = saved["state"], saved["count"]
+        self._state_of = lambda: saved["state"]
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def append(self, values: Sequence[bytes], state: Callable[[], Any] = lambda: None) -> None:
+        """Add values; `state` gives what to go on from behind these. It is called when they are written.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        self._waiting += values
+        self.count += len(values)
+        self._state_of = state
+        self._num_appended += 1
+        if len(self._waiting) >= _BATCH or self._num_appended >= _APPENDS:
+            self._commit()
+
+    def finish(self, final: Path, compression: Compression | None, config: Mapping[str, Any], **more: Any) -> None:
+        """Write what waits and the header, and give the store its name.
+
+        A writer that is killed before the rename leaves a part that can be resumed, with nothing left to append.
+
+        Raises:
+            InputError: something of that name is there already.
+            StorageError: the disk is full.
+        """
+        if final.exists():
+            raise InputError(f"{final} exists: remove it, or choose another place")
+        header = {"schema": SCHEMA, "count": self.count, "compression": compression, "config": dict(config), **more}
+        header["checksum"] = CHECKSUM
+        self._commit(msgspec.msgpack.encode(header))
+        with storage(self._part, _ADVICE):
+            self._environment.sync(True)
+            self._environment.close()
+            # Before the rename, so that a kill leaves no lock beside a finished store. Who took the part in between
+            # would find it whole, and then the store there.
+            self.close()
+            os.rename(self._part, final)
+
+    def _commit(self, header: bytes | None = None) -> None:
+        """Write what waits, from where to go on behind it, and the header, all or nothing."""
+        self.state = self._state_of()
+        first, num_values = self.count - len(self._waiting), len(self._waiting)
+        state = msgspec.msgpack.encode({"purpose": self._purpose, "state": self.state, "count": self.count})
+
+        def put(transaction: lmdb.Transaction) -> None:
+            transaction.put(_STATE, seal(_STATE, state))
+            with transaction.cursor() as cursor:
+                keys = [*map(key_of, range(first, self.count))]
+                items = zip(keys, map(seal, keys, self._waiting))
+                written = cursor.putmulti(items, append=True)
+            assert written == (num_values, num_values), written
+            if header is not None:
+                transaction.put(HEADER, seal(HEADER, header))
+
+        write(self._environment, put, _ADVICE)
+        self._waiting.clear()
+        self._num_appended = 0
+
+    def close(self) -> None:
+        """Let go of the part, which stays; harmless when repeated."""
+        self._held.close()
+
+    def discard(self) -> None:
+        """Remove the part."""
+        self._environment.close()
+        shutil.rmtree(self._part)
+        self.close()

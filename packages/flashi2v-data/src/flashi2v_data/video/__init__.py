@@ -1,0 +1,1 @@
+"""Video files: what they say, their frames, and how they are written."""

@@ -1,0 +1,1 @@
+"""What is read for sampling, and what is written."""

@@ -1,0 +1,1 @@
+"""Weights on disk: read, compared, translated between layouts, written."""
