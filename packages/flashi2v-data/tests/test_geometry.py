@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from flashi2v_data.errors import DecodeError
+from flashi2v_data.video import pyav
 from flashi2v_data.video.decode import read_frames
 from flashi2v_data.video.frames import Moments, frames_at, is_irregular
 from flashi2v_data.video.probe import probe
-from flashi2v_data.video.write import pyav, write_video
+from flashi2v_data.video.write import write_video
 
 SCENE = np.full((8, 64, 96, 3), 30, np.uint8)
 SCENE[:, :32, :48], SCENE[:, :32, 48:], SCENE[:, 32:, :48] = (220, 40, 40), (40, 200, 40), (40, 40, 220)
