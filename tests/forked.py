@@ -28,7 +28,7 @@ PRELOADED = {
     "flashi2v-data": ("cli", "filter", "inspection", "shapes"),
     "flashi2v-model": ("cli", "presets", "weights"),
     "flashi2v-train": ("launcher", "encode", "trainer", "validation"),
-    "flashi2v-infer": ("cli", "commands", "sample"),
+    "flashi2v-infer": ("cli", "commands.run", "commands.sampler"),
 }
 LENGTH_BYTES = 4
 
