@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PRELOADED = {
-    "flashi2v-data": ("cli", "filter", "inspection", "shapes"),
-    "flashi2v-model": ("cli", "presets", "weights"),
+    "flashi2v-data": ("cli", "curation.filter", "curation.inspection", "shapes.scenes"),
+    "flashi2v-model": ("cli", "presets", "weights.conversion"),
     "flashi2v-train": ("launcher", "encode", "trainer", "validation"),
     "flashi2v-infer": ("cli", "commands.run", "commands.sampler"),
 }
