@@ -27,7 +27,7 @@ CONSTRAINTS = ["torch==2.13.0", "torch_npu==2.13.0", "torchcodec==0.13.0"]
 
 # In the order of the arrows: each needs only those before it.
 PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-train", "flashi2v-infer")
-EXTRAS = {"flashi2v-train": "[wandb]", "flashi2v-data": "[decord,plots,strips,tokenizer,torchcodec]"}
+EXTRAS = {"flashi2v-train": "[wandb]", "flashi2v-data": "[decord,plots,tokenizer,torchcodec]"}
 TEST_TOOLS = (
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -177,7 +177,7 @@ def conformance(session: nox.Session) -> None:
 @nox.session
 def lowest(session: nox.Session) -> None:
     """The quick tests of what leans on other libraries, with the lowest versions that the packages declare."""
-    extras = {"flashi2v-data": "[plots,strips,tokenizer]"}  # those of which a lowest version can be had everywhere
+    extras = {"flashi2v-data": "[plots,tokenizer]"}  # those of which a lowest version can be had everywhere
     pins = Path(session.create_tmp()) / "lowest.txt"
     pins.write_text("\n".join([*CONSTRAINTS, *lowest_versions()]) + "\n")
     session.log("\n".join(["lowest versions:", *lowest_versions()]))

@@ -175,7 +175,7 @@ def test_the_directory_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise RuntimeError("disk full")
 
-    monkeypatch.setattr("flashi2v_data.shapes.scenes.write_video", fail_at_third)
+    monkeypatch.setattr("flashi2v_data.shapes.writing.write_video", fail_at_third)
     with pytest.raises(RuntimeError, match="disk full"):
         write_shapes(tmp_path / "new", 5, 0, 32, 32, 5)
     assert list(tmp_path.iterdir()) == []

@@ -165,6 +165,7 @@ def shapes_command(
     size: str = "64x96",
     frames: Positive = 17,
     fps: Positive = 16,
+    captions: Literal["looks", "motion"] = "looks",
     pairs: Literal["all", "seen", "unseen"] = "all",
 ) -> None:
     """Write a set of moving-shapes videos with exact captions, to try everything on.
@@ -185,15 +186,21 @@ def shapes_command(
         Frames of each video.
     fps
         Frames per second.
+    captions
+        Of one flat shape, saying how it looks and moves ("looks"); or of one to three shapes and drawings before any
+        background, saying how one of them moves, and mostly no more ("motion").
     pairs
         Of shape and colour. "seen" leaves out one colour of every shape: train on these, and try the others, "unseen".
+        With captions of the motion, some drawings, backgrounds, words and orders of words are left out, too.
     """
     from flashi2v_data.shapes.scenes import write_shapes
+    from flashi2v_data.shapes.stories import write_stories
 
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if match is None:
         raise InputError(f"--size: expected HEIGHTxWIDTH such as 64x96, got {size!r}")
-    write_shapes(directory, num, seed, int(match[1]), int(match[2]), frames, fps, pairs)
+    write = write_stories if captions == "motion" else write_shapes
+    write(directory, num, seed, int(match[1]), int(match[2]), frames, fps, pairs)
     print(escaped(f"{num} videos in {directory}; filter them with ann_txt_path: '{directory / 'videos.txt'}'"))
 
 

@@ -1,22 +1,17 @@
 """The moving-shapes set: small synthetic videos whose captions say exactly what happens in them."""
 
-import json
 import math
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from flashi2v_data.atomic import atomic_directory
 from flashi2v_data.errors import InputError
 from flashi2v_data.randomness import generator
-from flashi2v_data.video.write import write_video
+from flashi2v_data.shapes.writing import Clip, write_set
 
 T = TypeVar("T")
 Pairs: TypeAlias = Literal["all", "seen", "unseen"]
@@ -216,61 +211,28 @@ def write_shapes(
     fps: float = 16,
     pairs: Pairs = "all",
 ) -> None:
-    """Write `num` videos with captions; the directory appears whole or not at all.
-
-    Beside the videos (`videos/000000.mp4`, ...) it holds `videos.json` (the meta JSON), `videos.txt` (the annotation
-    file, for the filter's `ann_txt_path`) and `scenes.json` (what truly happens in each video, for evaluation).
+    """Write `num` videos of one shape each, whose captions say how it looks and moves; see `write_set`.
 
     Raises:
         InputError: the directory exists and is not empty, or cannot be made, or a number is out of range.
     """
-    directory = Path(directory).resolve()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} exists: name a new directory, or remove it first")
-    if "," in str(directory):
-        raise InputError(f"{directory}: the annotation file separates paths by commas, so choose one without")
-    if num < 1 or frames < 1 or fps <= 0:
-        raise InputError(f"num, frames and fps must be positive, got {num}, {frames} and {fps}")
-    if min(height, width) < 32 or height % 2 or width % 2:
-        raise InputError(f"height and width must be even and at least 32, got {height}x{width}")
 
-    records, truths = [], []
-    with ExitStack() as stack:
-        try:
-            temporary = stack.enter_context(atomic_directory(directory))
-        except OSError as error:
-            raise InputError(f"{directory}: cannot be made: {error.strerror}; choose another place") from None
-        for index in tqdm(range(num), desc="shapes", unit="video", disable=None):
-            scene = sample_scene(seed, index, seconds=frames / fps, pairs=pairs)
-            path = f"videos/{index:06d}.mp4"
-            write_video(temporary / path, render(scene, frames, height, width, fps), fps)
-            records.append(
-                {
-                    "path": path,
-                    "cap": scene.caption,
-                    "resolution": {"height": height, "width": width},
-                    "fps": fps,
-                    "num_frames": frames,
-                    "cut": [0, frames],
-                }
-            )
-            right, down = velocity(scene, height, width, fps)
-            truths.append(
-                {
-                    "path": path,
-                    "shape": scene.shape,
-                    "colour": scene.colour,
-                    "colour_rgb": COLOURS[scene.colour],
-                    "size": scene.size,
-                    "radius_pixels": radius(scene, height, width),
-                    "background": scene.background,
-                    "background_rgb": BACKGROUNDS[scene.background],
-                    "direction": scene.direction,
-                    "pace": "still" if scene.direction == "still" else scene.pace,
-                    "velocity_pixels_per_frame": {"right": right, "down": down},
-                    "first_centre_pixels": centres(scene, frames, height, width, fps)[0].tolist(),
-                }
-            )
-        (temporary / "videos.json").write_text(json.dumps(records, indent=1) + "\n")
-        (temporary / "scenes.json").write_text(json.dumps(truths, indent=1) + "\n")
-        (temporary / "videos.txt").write_text(f"{directory},{directory / 'videos.json'}\n")
+    def make(index: int) -> Clip:
+        scene = sample_scene(seed, index, seconds=frames / fps, pairs=pairs)
+        right, down = velocity(scene, height, width, fps)
+        truth = {
+            "shape": scene.shape,
+            "colour": scene.colour,
+            "colour_rgb": COLOURS[scene.colour],
+            "size": scene.size,
+            "radius_pixels": radius(scene, height, width),
+            "background": scene.background,
+            "background_rgb": BACKGROUNDS[scene.background],
+            "direction": scene.direction,
+            "pace": "still" if scene.direction == "still" else scene.pace,
+            "velocity_pixels_per_frame": {"right": right, "down": down},
+            "first_centre_pixels": centres(scene, frames, height, width, fps)[0].tolist(),
+        }
+        return Clip(render(scene, frames, height, width, fps), scene.caption, truth)
+
+    write_set(directory, num, height, width, frames, fps, make)

@@ -73,8 +73,7 @@ class _Pen:
         self._draw = ImageDraw.Draw(self.image)
 
     def _place(self, points: Sequence[Point]) -> list[Point]:
-        # Pillow counts pixels from their centres.
-        return [((x + 1) * self._half - 0.5, (y + 1) * self._half - 0.5) for x, y in points]
+        return [((x + 1) * self._half, (y + 1) * self._half) for x, y in points]
 
     def polygon(self, points: Sequence[Point], colour: RGB) -> None:
         self._draw.polygon(self._place(points), fill=colour)
@@ -84,8 +83,11 @@ class _Pen:
 
     def ellipse(self, x: float, y: float, across: float, down: float, colour: RGB | None) -> None:
         """Fill an ellipse of these radii; None makes a hole."""
+        # Pillow counts an ellipse's corners from the middle of pixels, a polygon's from their edges.
         corners = self._place([(x - across, y - down), (x + across, y + down)])
-        self._draw.ellipse(corners, fill=(0, 0, 0, 0) if colour is None else colour)
+        self._draw.ellipse(
+            [(right - 0.5, bottom - 0.5) for right, bottom in corners], fill=(0, 0, 0, 0) if colour is None else colour
+        )
 
     def line(self, points: Sequence[Point], width: float, colour: RGB) -> None:
         """Draw a line with round ends."""

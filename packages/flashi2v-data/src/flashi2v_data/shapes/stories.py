@@ -5,7 +5,9 @@ looks, always enough of them to know which thing is meant. Lengths are fractions
 (right, down) from the upper left corner.
 """
 
+import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,10 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flashi2v_data import pictures
-from flashi2v_data.pictures import RGB, Background, Sprite, Thing, colour_name, draw_colour, paint
 from flashi2v_data.randomness import generator
-from flashi2v_data.sentences import DIRECTIONS, Motion, Teller, Words
+from flashi2v_data.shapes import pictures
+from flashi2v_data.shapes.pictures import RGB, Background, Sprite, Thing, colour_name, draw_colour, paint
+from flashi2v_data.shapes.sentences import DIRECTIONS, Motion, Teller, Words
+from flashi2v_data.shapes.writing import Clip, write_set
 
 Looks: TypeAlias = Literal["all", "seen", "unseen"]
 
@@ -82,7 +85,9 @@ def sample_story(
         words: "seen" leaves out some words and orders of words, of which an "unseen" caption has one.
     """
     key = int(torch.randint(2**62, (), generator=generator(seed, "story", 0, index)))
-    return _Author(np.random.default_rng(key), looks, words, (width / min(height, width), height / min(height, width))).write()
+    return _Author(
+        np.random.default_rng(key), looks, words, (width / min(height, width), height / min(height, width))
+    ).write()
 
 
 def is_unseen(thing: Thing) -> bool:
@@ -135,7 +140,9 @@ class _Author:
         change = step / np.linalg.norm(step) * random.uniform(low, high)
         red, green, blue = np.clip(np.asarray(first) + change, 0, 255).round().astype(int).tolist()
         period = random.uniform(0.12, 0.35)
-        return Background(kind, (first, (red, green, blue)), period, random.uniform(0, math.pi), int(random.integers(2**31)))
+        return Background(
+            kind, (first, (red, green, blue)), period, random.uniform(0, math.pi), int(random.integers(2**31))
+        )
 
     def _thing(self, background: Background, first: bool) -> Thing:
         while True:
@@ -207,7 +214,9 @@ class _Author:
     ) -> str | None:
         random, teller = self._random, self._teller
         if motion is None:
-            names = [_with_article(description) for i in range(len(things)) if (description := self._description(things, i))]
+            names = [
+                _with_article(description) for i in range(len(things)) if (description := self._description(things, i))
+            ]
             return " and ".join(names) if len(names) == len(things) and random.random() < 0.8 else "a picture"
         where = self._place(background) if random.random() < 0.08 else ""
         if len(movers) > 1:
@@ -260,7 +269,8 @@ def _pale(colour: RGB, random: np.random.Generator) -> RGB:
 
 def _noun(thing: Thing) -> str | None:
     # Words for what training never shows would tell nothing to a model.
-    return thing.kind if thing.kind in pictures.SHAPES or thing.kind in pictures.DRAWINGS and thing.kind != "doodle" else None
+    known = pictures.SHAPES.keys() | pictures.DRAWINGS.keys() - {"doodle"}
+    return thing.kind if thing.kind in known else None
 
 
 def _one_colour(thing: Thing) -> bool:
@@ -315,3 +325,37 @@ class Stage:
     def film(self, num_frames: int) -> NDArray[np.uint8]:
         """Draw the clip: (T, H, W, 3), RGB."""
         return np.stack([self.frame(moment) for moment in np.linspace(0, 1, num_frames)])
+
+
+def write_stories(
+    directory: str | os.PathLike[str],
+    num: int,
+    seed: int,
+    height: int,
+    width: int,
+    frames: int,
+    fps: float = 16,
+    part: Looks = "all",
+) -> None:
+    """Write `num` videos whose captions tell the motion; see `write_set`.
+
+    Args:
+        directory: a new one.
+        num: of videos.
+        seed: of the set.
+        height: in pixels.
+        width: in pixels.
+        frames: of each video.
+        fps: frames per second.
+        part: of looks and of words, as `sample_story` takes both.
+
+    Raises:
+        InputError: the directory exists and is not empty, or cannot be made, or a number is out of range.
+    """
+
+    def make(index: int) -> Clip:
+        story = sample_story(seed, index, height, width, looks=part, words=part)
+        truth = {"direction": story.direction, **dataclasses.asdict(story)}
+        return Clip(Stage(story, height, width).film(frames), story.caption, truth)
+
+    write_set(directory, num, height, width, frames, fps, make)

@@ -27,14 +27,16 @@ class _Verb(NamedTuple):
 
 def _verbs(*words: str) -> tuple[_Verb, ...]:
     """Return regular verbs."""
-    return tuple(_Verb(word, f"{word}es" if word[-1] in "osh" else f"{word}s", f"{word.rstrip('e')}ing") for word in words)
+    return tuple(
+        _Verb(word, f"{word}es" if word[-1] in "osh" else f"{word}s", f"{word.rstrip('e')}ing") for word in words
+    )
 
 
 # By what they say of the pace: None says nothing.
 _VERBS: dict[str | None, tuple[tuple[_Verb, ...], tuple[_Verb, ...]]] = {
     None: (_verbs("move", "go", "slide", "glide", "head", "shift"), _verbs("sail", "walk", "roll")),
     "slowly": (_verbs("drift", "creep", "float"), _verbs("crawl", "stroll")),
-    "quickly": (_verbs("race", "rush", "dart") + (_Verb("fly", "flies", "flying"),), _verbs("speed", "zoom")),
+    "quickly": ((*_verbs("race", "rush", "dart"), _Verb("fly", "flies", "flying")), _verbs("speed", "zoom")),
 }
 _PACES = {
     "slowly": (("slowly", "gently", "at a slow pace"), ("leisurely",)),
@@ -92,7 +94,7 @@ class Teller:
 
     def pick(self, options: Sequence[T]) -> T:
         """Draw one."""
-        return options[self._random.integers(len(options))]
+        return options[int(self._random.integers(len(options)))]
 
     def _from(self, lists: tuple[Sequence[T], Sequence[T]], part: str) -> T:
         """Draw one of training's words, or one that it leaves out where this is the new part of the sentence."""
@@ -124,7 +126,7 @@ class Teller:
         does = verb.base if many else verb.does
         if self._new == "order" and where:
             return self.pick(((where, subject or "it", does, pace), ("see how", subject or "it", does, *rest)))
-        orders = (
+        orders: tuple[tuple[str, ...], ...] = (
             (subject, does, *rest),
             (subject, does, *rest),
             (subject, "are" if many else "is" if subject else "", verb.doing, *rest),
