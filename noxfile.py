@@ -5,7 +5,6 @@ import platform
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,22 @@ import nox
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+sys.path.insert(0, str(Path(__file__).parent))
+from start import uv_environment
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # which nox brings
 
-nox.needs_version = ">=2024.4"
+nox.needs_version = ">=2025.2"
 nox.options.sessions = ["style", "lint", "imports", "tests"]
 nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "uv"  # it installs an environment with torch in seconds; `pip install nox[uv]`
 
-# The one place that decides which torch is tested, and what is built for just one; packages themselves ask for ranges.
-CONSTRAINTS = ["torch==2.13.0", "torch_npu==2.13.0", "torchcodec==0.13.0"]
+ROOT = Path(__file__).parent
+# The one place that decides which torch is tested; packages themselves ask for ranges.
+CONSTRAINTS = ROOT / ".ci/constraints.txt"
 
 # In the order of the arrows: each needs only those before it.
 PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-train", "flashi2v-infer")
@@ -45,19 +49,35 @@ LOWEST_TESTS = (
     *(f"packages/flashi2v-infer/tests/test_{name}.py" for name in ("config", "export", "load", "pipeline")),
 )
 NOT_LOWEST = ("decord", "decord2", "flash-attn", "wandb")
-LINTERS = ("ruff>=0.9", "mypy>=1.15", "packaging", "tomli; python_version < '3.11'")
-BUILDERS = ("build", "hatchling>=1.26")
-ROOT = Path(__file__).parent
-# One environment for all that looks at the sources as they are: installing it takes a minute and a half.
+LINTERS = ("ruff>=0.9", "mypy>=1.15", "import-linter>=2.1", "deptry>=0.23")
+BUILDERS = ("build", "hatchling>=1.26", "pip")  # pip also checks that what is installed fits
+# Declared and imported nowhere: what other libraries import only where it is there, and decord under its other name.
+NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2"
+# One environment for all that looks at the sources as they are.
 SHARED = ROOT / ".nox/shared"
+shared_session = nox.session(venv_backend="none")
 _installed: list[str] = []  # into it, in this run of nox
 
 
-def constraints(session: nox.Session) -> tuple[str, str]:
-    """Return pip's arguments that hold it to the constraints."""
-    path = Path(session.create_tmp()) / "constraints.txt"
-    path.write_text("\n".join(CONSTRAINTS) + "\n")
-    return "-c", str(path)
+def install(session: nox.Session, *packages: str, constraints: Path = CONSTRAINTS) -> None:
+    """Install packages into the session's environment, from where pip is set to find them on this machine."""
+    session.install("-c", str(constraints), *packages, env=uv_environment())
+
+
+def install_shared(session: nox.Session) -> None:
+    """Install all packages from their sources and all tools, in one go, so that they find each other, and once."""
+    if _installed:
+        return
+    if not SHARED.exists():
+        uv(session, "venv", "--python", sys.executable, str(SHARED))
+    packages = (*sources(EXTRAS), *TEST_TOOLS, *LINTERS, *BUILDERS)
+    uv(session, "pip", "install", "--python", str(SHARED), "-c", str(CONSTRAINTS), *packages)
+    _installed.extend(PACKAGES)
+
+
+def uv(session: nox.Session, *arguments: str) -> None:
+    """Run the uv that nox brings."""
+    session.run(sys.executable, "-m", "uv", "--quiet", *arguments, env=uv_environment(), external=True)
 
 
 def run_shared(session: nox.Session, command: str, *arguments: str, **more: Any) -> None:
@@ -67,16 +87,9 @@ def run_shared(session: nox.Session, command: str, *arguments: str, **more: Any)
     session.run(str(scripts / command), *arguments, env=environment, external=True, **more)
 
 
-def install_shared(session: nox.Session) -> None:
-    """Install all packages from their sources and all tools, in one go, so that they find each other, and once."""
-    if _installed:
-        return
-    if not SHARED.exists():
-        session.run(sys.executable, "-m", "venv", str(SHARED), external=True)
-    packages = [part for name in PACKAGES for part in ("-e", f"packages/{name}{EXTRAS.get(name, '')}")]
-    tools = (*TEST_TOOLS, *LINTERS, *BUILDERS)
-    run_shared(session, "python", "-m", "pip", "install", "--quiet", *constraints(session), *packages, *tools)
-    _installed.extend(PACKAGES)
+def sources(extras: dict[str, str]) -> list[str]:
+    """Return the arguments that install all packages from their sources."""
+    return [part for name in PACKAGES for part in ("-e", f"packages/{name}{extras.get(name, '')}")]
 
 
 def run_tests(session: nox.Session, *paths: str) -> None:
@@ -94,7 +107,7 @@ def run_tests(session: nox.Session, *paths: str) -> None:
     )
 
 
-@nox.session(venv_backend="none")
+@shared_session
 def tests(session: nox.Session) -> None:
     """Every package's suite, and the way from videos to a new video through the console scripts."""
     install_shared(session)
@@ -106,12 +119,12 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def style(session: nox.Session) -> None:
     """Formatting and common mistakes, in seconds."""
-    session.install(LINTERS[0])
+    install(session, LINTERS[0])
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session(venv_backend="none")
+@shared_session
 def lint(session: nox.Session) -> None:
     """Formatting, common mistakes, types."""
     install_shared(session)
@@ -120,14 +133,17 @@ def lint(session: nox.Session) -> None:
     run_shared(session, "mypy", *(f"packages/{name}/src" for name in PACKAGES))
 
 
-@nox.session(venv_backend="none")
+@shared_session
 def imports(session: nox.Session) -> None:
-    """Only the allowed arrows between packages, and nothing imported that is not declared."""
+    """Only the arrows that .importlinter allows, between packages and within; nothing imported that is not declared."""
     install_shared(session)
-    run_shared(session, "python", ".ci/imports.py")
+    run_shared(session, "lint-imports", "--no-cache")
+    for package in (f"packages/{name}" for name in PACKAGES):
+        config = ("--config", f"{package}/pyproject.toml", "--per-rule-ignores", NEEDED_BY_OTHERS)
+        run_shared(session, "deptry", f"{package}/src", *config)
 
 
-@nox.session(venv_backend="none")
+@shared_session
 def wheels(session: nox.Session) -> None:
     """Build sdists and wheels, put the wheels in the place of the sources, and run what packaging may break.
 
@@ -141,10 +157,8 @@ def wheels(session: nox.Session) -> None:
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda name: build(session, name, dist), PACKAGES))
     found = [str(next(dist.glob(f"{name.replace('-', '_')}-*.whl"))) for name in PACKAGES]
-    pip = partial(run_shared, session, "python", "-m", "pip")
-    pip("uninstall", "--quiet", "--yes", *PACKAGES)
-    pip("install", "--quiet", "--no-deps", *found)
-    pip("check")
+    uv(session, "pip", "install", "--python", str(SHARED), "--no-deps", "--reinstall", *found)
+    run_shared(session, "python", "-m", "pip", "check")
     for name in PACKAGES:
         module = name.replace("-", "_")
         code = f"import {module} as m; print(m.__version__, m.__file__); assert 'site-packages' in m.__file__"
@@ -165,8 +179,7 @@ def conformance(session: nox.Session) -> None:
     """The Ascend backend's calls against the real torch_npu wheel, on stubs of CANN: needs no NPU."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         session.skip(f"the stubs of CANN are for Linux on x86_64, this is {sys.platform} on {platform.machine()}")
-    packages = ("-e", "packages/flashi2v-npu-ops[npu]", *TEST_TOOLS[:2], "numpy", "pyyaml")
-    session.install(*constraints(session), *packages)
+    install(session, "-e", "packages/flashi2v-npu-ops[npu]", *TEST_TOOLS[:2], "numpy", "pyyaml")
     session.run(
         *("python", "-m", "pytest", "packages/flashi2v-npu-ops/tests/conformance", *session.posargs),
         # Without CANN, torch cannot load torch_npu by itself; the tests decide who does.
@@ -179,10 +192,9 @@ def lowest(session: nox.Session) -> None:
     """The quick tests of what leans on other libraries, with the lowest versions that the packages declare."""
     extras = {"flashi2v-data": "[plots,tokenizer]"}  # those of which a lowest version can be had everywhere
     pins = Path(session.create_tmp()) / "lowest.txt"
-    pins.write_text("\n".join([*CONSTRAINTS, *lowest_versions()]) + "\n")
+    pins.write_text("\n".join([CONSTRAINTS.read_text(), *lowest_versions()]) + "\n")
     session.log("\n".join(["lowest versions:", *lowest_versions()]))
-    packages = [part for name in PACKAGES for part in ("-e", f"packages/{name}{extras.get(name, '')}")]
-    session.install("-c", str(pins), *packages, *TEST_TOOLS[:4])
+    install(session, *sources(extras), *TEST_TOOLS[:4], constraints=pins)
     session.run(
         *("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow"),
         *(session.posargs or LOWEST_TESTS),
@@ -204,14 +216,14 @@ def lowest_versions() -> list[str]:
     return [f"{name}=={version}" for name, version in sorted(found.items())]
 
 
-@nox.session(venv_backend="none")
+@shared_session
 def faults(session: nox.Session) -> None:
     """Strike commands at single file operations: started again, they must end as if nothing had been."""
     install_shared(session)
     run_shared(session, "python", "tests/faults/run.py", *session.posargs)
 
 
-@nox.session(venv_backend="none")
+@shared_session
 def fuzz(session: nox.Session) -> None:
     """Read nearly valid inputs of every kind: only declared errors may come of them."""
     install_shared(session)
@@ -240,14 +252,14 @@ def on_accelerator(session: nox.Session, device: str) -> None:
     )
 
 
-@nox.session(venv_backend="none")
+@shared_session
 def demo(session: nox.Session) -> None:
     """Moving shapes: make videos, filter, train some ten minutes, sample; the result is in demo/."""
     install_shared(session)
     run_shared(session, "python", "examples/moving_shapes/run.py", *session.posargs)
 
 
-@nox.session(venv_backend="none")
+@shared_session
 def bench(session: nox.Session) -> None:
     """Measure, as ratios within one run; name packages to measure only those."""
     install_shared(session)
