@@ -304,10 +304,16 @@ class Stage:
     def __init__(self, story: Story, height: int, width: int) -> None:
         self._story, self._side = story, min(height, width)
         self.sprites = [Sprite(thing, self._side) for thing in story.things]
-        self.scenery = paint(story.background, height, width)
-        for number in range(len(story.things)):
-            if number not in story.movers:
-                self.sprites[number].put(self.scenery, self.centre(number, 0))
+        self._backdrop = paint(story.background, height, width)
+        self.scenery = self.without(set(story.movers), 0)
+
+    def without(self, absent: set[int], moment: float) -> NDArray[np.float32]:
+        """Draw everything but some of the things: (H, W, 3), 0 to 255."""
+        frame = self._backdrop.copy()
+        for number, sprite in enumerate(self.sprites):
+            if number not in absent:
+                sprite.put(frame, self.centre(number, moment))
+        return frame
 
     def centre(self, number: int, moment: float) -> tuple[float, float]:
         """Return the middle of a thing in pixels, from the first frame (moment 0) to the last (1)."""

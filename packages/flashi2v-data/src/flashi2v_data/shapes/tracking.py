@@ -59,13 +59,13 @@ def track(frames: NDArray[np.uint8], scene: Scene) -> Motion:
     matched = F.conv2d(torch.from_numpy(likeness).float()[:, None], kernel, padding=reach)  # (T, 1, H, W)
     inside = F.conv2d(torch.ones(1, 1, height, width), kernel.square(), padding=reach)
     gain = (2 * matched - float(contrast @ contrast) * inside)[:, 0].double().numpy()  # (T, H, W)
-    path = np.stack([_peak(frame) for frame in gain]) + 0.5
+    path = np.stack([peak(frame) for frame in gain]) + 0.5
     time = np.arange(num_frames) - (num_frames - 1) / 2
     way = (time @ path) / max(1.0, time @ time) * (num_frames - 1)
     return Motion(path, (float(way[0]), float(way[1])), *name_motion((way[0], way[1]), min(height, width)))
 
 
-def _peak(gain: NDArray[np.float64]) -> NDArray[np.float64]:
+def peak(gain: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return (right, down) of the largest value, between pixels by a parabola through it and its neighbours."""
     down, right = np.unravel_index(int(gain.argmax()), gain.shape)
 
