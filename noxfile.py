@@ -113,7 +113,7 @@ def tests(session: nox.Session) -> None:
     install_shared(session)
     # What takes long comes first, so that no process is left with it in the end.
     names = ("train", "infer", "model", "data", "npu-ops")
-    run_tests(session, "examples", *(f"packages/flashi2v-{name}" for name in names))
+    run_tests(session, "examples", *(f"packages/flashi2v-{name}" for name in names), "tests")
 
 
 @nox.session

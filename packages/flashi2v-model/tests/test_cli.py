@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -270,22 +269,6 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path):
     out, err = process.communicate()
     assert (process.returncode, out, err) == (130, "", "flashi2v-model: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
-
-
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
-    small_model().save_pretrained(tmp_path / "model")
-    with subprocess.Popen(
-        [SCRIPT, "inspect", tmp_path / "model"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == 0
-
-
-def test_help_shows_an_example_of_every_command():
-    for command in ("inspect", "convert", "init"):
-        done = forked.run("flashi2v-model", command, "--help", check=True)
-        assert f"flashi2v-model {command}" in done.stdout
 
 
 def test_init_and_convert_make_pipelines_with_the_encoders_given(run, tmp_path):

@@ -10,22 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import world
 from hypothesis import settings
-
-from flashi2v_data.curation.config import FilterConfig
-from flashi2v_data.curation.meta import read_entries
-from flashi2v_data.curation.stream import filter_records
-from flashi2v_data.records import read_annotations
-from flashi2v_data.shapes.scenes import write_shapes
-from flashi2v_data.store.reader import write_store
-from flashi2v_model import presets
+from world import NUM_FRAMES, SIZE
 
 # No example has to be quick, and a failure on one machine is one on all.
 settings.register_profile("every machine", deadline=None, derandomize=True, database=None)
 settings.load_profile("every machine")
-
-SIZE, FRAMES, VIDEOS = 32, 5, 8
 
 
 class Workspace:
@@ -73,7 +64,7 @@ class Workspace:
                 "text_tokenizer_path": str(inputs / "model/tokenizer"),
                 "sample_height": SIZE,
                 "sample_width": SIZE,
-                "sample_num_frames": FRAMES,
+                "sample_num_frames": NUM_FRAMES,
                 "train_fps": 16,
                 "text_drop_ratio": 0.1,
                 "tokenizer_max_length": 16,
@@ -119,24 +110,7 @@ class Workspace:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("inputs")
-    write_shapes(directory / "shapes", VIDEOS, 0, SIZE, SIZE, FRAMES)
-    limits = FilterConfig(
-        ann_txt_path=str(directory / "shapes/videos.txt"),
-        save_path=str(directory / "store"),
-        sample_height=SIZE,
-        sample_width=SIZE,
-        sample_num_frames=FRAMES,
-        min_hxw=SIZE * SIZE,
-        train_fps=16,
-        max_h_div_w_ratio=1.2,
-        min_h_div_w_ratio=0.4,
-    )
-    entries = (entry for annotation in read_annotations(limits.ann_txt_path) for entry in read_entries(annotation))
-    write_store(directory / "store/clips.lmdb", filter_records(entries, limits), limits.model_dump())
-    torch.manual_seed(0)
-    presets.save("tiny", directory / "model")
-    return directory
+    return world.copy_into(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")

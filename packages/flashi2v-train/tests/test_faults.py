@@ -113,5 +113,5 @@ def test_a_disk_that_fills_up_between_saves_is_one_line_too(workspace):
     process = start(workspace.arguments(save=run, **{**PLAN, "save_interval": 100}), prepare=shrink)
     _, errors = process.communicate()
     assert process.returncode == 1, errors
-    assert errors.strip().splitlines()[-1].startswith("flashi2v-train: File too large")
+    assert errors.strip().splitlines()[-1].startswith("flashi2v-train: the file is too large for the disk")
     assert "Traceback" not in errors

@@ -1,6 +1,7 @@
 """What every command line of the project shares: one-line errors, exit codes, logging."""
 
 import errno
+import gc
 import io
 import logging
 import os
@@ -8,6 +9,8 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import cyclopts
@@ -55,7 +58,8 @@ def run(app: cyclopts.App) -> NoReturn:
     _make_output_patient()
     app.suppress_keyboard_interrupt = False  # cyclopts would exit without a word
     try:
-        app(sys.argv[1:], exit_on_error=False, print_error=False)
+        # The result is returned, as cyclopts would exit by itself before everything is written.
+        app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except cyclopts.CycloptsError as error:
         _fail(app, _usage_fault(error), 2)
@@ -66,7 +70,21 @@ def run(app: cyclopts.App) -> NoReturn:
         if told is None:
             raise
         _fail(app, told[1], told[0])
+    gc.freeze()  # no garbage is looked for in what the system reclaims at once
     sys.exit(0)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import large libraries while the block runs: nothing of them is garbage, and looking for it takes a second."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def told_as(error: Exception) -> tuple[int, str] | None:
@@ -83,6 +101,7 @@ def told_as(error: Exception) -> tuple[int, str] | None:
 _MACHINE_FAULTS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is too large for the disk or a limit (ulimit -f)",
     errno.EROFS: "the disk is read-only",
     errno.EIO: "the disk fails",
     errno.EACCES: "permission denied",

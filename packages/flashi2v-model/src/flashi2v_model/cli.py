@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError
 
@@ -223,17 +223,15 @@ def _appearing_whole(path: Path) -> Iterator[Path]:
 def main() -> None:
     """Run the command line: 0, or one line on stderr and the error's `exit_code` (2: what was given, 1: a failure)."""
     app.suppress_keyboard_interrupt = False  # cyclopts would exit without a word
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    _make_output_patient()
     try:
-        app(sys.argv[1:], exit_on_error=False, print_error=False)
+        # The result is returned, as cyclopts would exit by itself before everything is written.
+        app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except CycloptsError as error:
         _fail(error, 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader, head say, has seen enough
-        _drop_output()
     except OSError as error:  # of the machine: a full disk behind standard output, too many open files
         _drop_output()
         _fail(error, 1)
@@ -241,6 +239,23 @@ def main() -> None:
         if not isinstance(code := getattr(error, "exit_code", None), int):
             raise
         _fail(error, code)
+
+
+class _Output(io.FileIO):
+    """A file to which nothing more is written where its reader has gone: head, say, that has seen enough."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def _make_output_patient() -> None:
+    """Let standard output take any character and outlive its reader; cyclopts would exit 1 without a word."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        output = io.BufferedWriter(_Output(sys.stdout.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(output, encoding=sys.stdout.encoding, errors="backslashreplace")
 
 
 def _drop_output() -> None:

@@ -1,0 +1,78 @@
+"""One small world for all packages' tests: videos, a store of them, a whole model, pictures and settings.
+
+It is made once for all processes of a run, and for later runs as long as the sources are the same. Tests get a copy.
+"""
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: then several processes may make it, and the last one's stays
+    fcntl = None  # type: ignore[assignment]
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".pytest_cache/worlds"
+SIZE, NUM_FRAMES, NUM_VIDEOS = 32, 5, 8
+FILTER = {
+    "ann_txt_path": "shapes/videos.txt",
+    "save_path": "store",
+    "sample_height": SIZE,
+    "sample_width": SIZE,
+    "sample_num_frames": NUM_FRAMES,
+    "min_hxw": SIZE * SIZE,
+    "train_fps": 16,
+    "max_h_div_w_ratio": 1.2,
+    "min_h_div_w_ratio": 0.4,
+}
+
+
+def copy_into(directory: Path) -> Path:
+    """Put `shapes` (videos of 5 frames of 32x32), `store` and `model` (random weights) into a directory.
+
+    The store names the videos where they were made, so a copy of them may be changed at will.
+    """
+    return Path(shutil.copytree(made(), directory, dirs_exist_ok=True))
+
+
+def made() -> Path:
+    """Return the directory that is made once; nothing in it may be changed."""
+    sources = sorted([Path(__file__), *ROOT.glob("packages/*/src/**/*.py")])
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    place = CACHE / key
+    with _alone():
+        if not (place / "whole").exists():
+            shutil.rmtree(CACHE, ignore_errors=True)  # those of other sources, and unfinished ones
+            place.mkdir(parents=True)
+            _make(place)
+            (place / "whole").touch()
+    return place
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    CACHE.parent.mkdir(exist_ok=True)
+    with open(CACHE.with_suffix(".lock"), "w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make(directory: Path) -> None:
+    # Imported here: most tests need no world, or have it from an earlier run.
+    from flashi2v_data.curation.config import FilterConfig
+    from flashi2v_data.curation.meta import read_entries
+    from flashi2v_data.curation.stream import filter_records
+    from flashi2v_data.records import Annotation
+    from flashi2v_data.shapes.scenes import write_shapes
+    from flashi2v_data.store.reader import write_store
+    from flashi2v_model.cli import init
+
+    write_shapes(directory / "shapes", NUM_VIDEOS, 0, SIZE, SIZE, NUM_FRAMES)
+    limits = FilterConfig(**FILTER)
+    entries = read_entries(Annotation(str(directory / "shapes"), str(directory / "shapes/videos.json")))
+    write_store(directory / "store/clips.lmdb", filter_records(entries, limits), limits.model_dump())
+    init(directory / "model", preset="tiny")
