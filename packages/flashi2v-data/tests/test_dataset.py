@@ -11,6 +11,7 @@ from flashi2v_data.captions.tokenizer import TextTokens
 from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.loading.config import DatasetParam
 from flashi2v_data.loading.dataset import FlashI2VDataset
+from flashi2v_data.loading.loader import collate
 from flashi2v_data.loading.sampler import SampleKey
 from flashi2v_data.store.reader import open_store, write_store
 from flashi2v_data.video.decode import read_frames
@@ -369,3 +370,45 @@ def test_nothing_is_logged_for_a_readable_clip(dataset, caplog):
 
 def test_iterating_ends_with_the_store(dataset):
     assert [sample["index"] for sample in dataset()] == list(range(12))
+
+
+def test_further_keys_of_records_come_as_columns(dataset, store_path):
+    records = [
+        {**record, "score": 3, "camera": [1, 2.5, -1e6]} for record in map(open_store(store_path).__getitem__, (0, 1))
+    ]
+    data = dataset(records, columns={"score": None, "camera": 3})
+    columns = data[0]["columns"]
+    assert (columns["score"].item(), columns["camera"].tolist()) == (3.0, [1.0, 2.5, -1e6])
+    assert {tensor.dtype for tensor in columns.values()} == {torch.float32}
+    batch = collate([data[0], data[1]])["columns"]
+    assert (batch["score"].shape, batch["camera"].shape) == ((2,), (2, 3))
+    assert "columns" not in dataset(records)[0]
+
+
+@pytest.mark.parametrize(
+    ("length", "value", "words"),
+    [
+        (None, ..., "its score must be a number .*, and is not there"),
+        (None, "0.5", "its score must be a number .*, and is '0.5'"),
+        (None, True, "must be a number"),
+        (None, None, "must be a number"),
+        (None, [1.0], "must be a number"),
+        (2, 1.0, "must be a list of 2 numbers"),
+        (2, [1.0, 2.0, 3.0], "must be a list of 2 numbers"),
+        (1, [[1.0]], "must be a list of 1 numbers"),
+        (None, 2**24 + 1, "whole numbers are exact up to 16777216 only"),
+        (None, float("nan"), "not finite in float32"),
+        (2, [0, 1e300], "not finite in float32"),
+    ],
+)
+def test_a_record_whose_column_is_missing_or_another_is_stood_in_for_and_named(
+    dataset, store_path, length, value, words
+):
+    whole, other = (open_store(store_path)[index] for index in (0, 1))
+    good = {**other, "score": [1.0] * length if length else 1.0}
+    data = dataset([{**whole} if value is ... else {**whole, "score": value}, good], columns={"score": length})
+    sample = data[0]
+    assert sample["path"] == other["path"]
+    [message] = sample["skipped"]
+    assert re.search(words, message), message
+    assert not data.quarantine.path.exists(), "the file itself is whole"

@@ -41,10 +41,19 @@ def load_config(path: str | os.PathLike[str], schema: type[T]) -> T:
     values = read_values(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold settings as `key: value`, got {type(values).__name__}")
+    return validate(values, schema, path)
+
+
+def validate(values: dict[str, Any], schema: type[T], where: object) -> T:
+    """Read settings into a pydantic schema; `where` they are written is named in errors.
+
+    Raises:
+        InputError: as `load_config`.
+    """
     try:
         return schema.model_validate(values)
     except pydantic.ValidationError as error:
-        raise InputError(f"{path}: {describe(error, schema)}") from None
+        raise InputError(f"{where}: {describe(error, schema)}") from None
 
 
 def read_values(path: str | os.PathLike[str]) -> Any:

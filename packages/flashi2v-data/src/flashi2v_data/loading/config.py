@@ -208,6 +208,21 @@ class DatasetParam(Settings):
     load_video_features: bool = False
     load_text_features: bool = False
     features_path: str | None = Field(None, description="Features encoded ahead: a store, or a folder of them.")
+    columns: dict[str, PositiveInt | None] = Field(
+        {},
+        description="Further keys of records: a list of those that hold a number, or lengths (null: a number) by key.",
+    )
+
+    @pydantic.field_validator("columns", mode="before")
+    @classmethod
+    def _name_columns(cls, columns: Any) -> Any:
+        names = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+        return dict.fromkeys(columns) if names else columns
+
+    @property
+    def column_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of one sample's columns: () for a number, (n,) for a list of n."""
+        return {name: () if length is None else (length,) for name, length in self.columns.items()}
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "DatasetParam":

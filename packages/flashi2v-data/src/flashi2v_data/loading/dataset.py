@@ -53,6 +53,7 @@ class Sample(_Sample, total=False):
     prompt_mask: Tensor  # (L,) int64, 1 for text; with return_prompt_mask
     video_features: dict[str, Tensor]  # with load_video_features
     text_features: dict[str, Tensor]  # with load_text_features
+    columns: dict[str, Tensor]  # () or (n,) float32, by key of the record; with columns
 
 
 class FlashI2VDataset(Dataset[Sample]):
@@ -229,6 +230,8 @@ class FlashI2VDataset(Dataset[Sample]):
         }
         if self.config.return_prompt_mask:
             sample["prompt_mask"] = tokens.mask
+        if self.config.columns:
+            sample["columns"] = _columns(record, self.config)
         if self.config.load_text_features:
             states = self._stored(text_key(caption))
             if states is None:
@@ -364,6 +367,25 @@ def _captions(record: Record, config: DatasetParam) -> list[str]:
     if not captions:
         raise _record_fault(record, "its caption is empty, or becomes so when cleaned (drop_empty_captions)")
     return captions
+
+
+def _columns(record: Record, config: DatasetParam) -> dict[str, Tensor]:
+    """Return the further keys of a record that are asked for, as float32."""
+    columns = {}
+    for name, shape in config.column_shapes.items():
+        value: Any = record.get(name)
+        numbers = value if isinstance(value, list) and shape else [value]
+        if not all(type(number) in (int, float) for number in numbers) or len(numbers) != math.prod(shape):
+            wanted = f"a list of {shape[0]} numbers" if shape else "a number"
+            found = "is not there" if name not in record else f"is {value!r:.60}"
+            raise _record_fault(record, f"its {name} must be {wanted} (dataset_param.columns), and {found}")
+        column = torch.tensor(numbers, dtype=torch.float64).float()
+        if any(number != exact and type(number) is int for number, exact in zip(numbers, column.tolist())):
+            raise _record_fault(record, f"its {name} is {value!r:.60}: whole numbers are exact up to {2**24} only")
+        if not column.isfinite().all():
+            raise _record_fault(record, f"its {name} is {value!r:.60}, which is not finite in float32")
+        columns[name] = column.view(shape)
+    return columns
 
 
 def _record_fault(record: Record, reason: str) -> DecodeError:

@@ -52,6 +52,7 @@ class Batch(_Batch, total=False):
     prompt_mask: Tensor  # (B, L) int64; with return_prompt_mask
     video_features: dict[str, Tensor]  # stacked, (B, ...); with load_video_features
     text_features: dict[str, Tensor]  # stacked, (B, ...); with load_text_features
+    columns: dict[str, Tensor]  # (B,) or (B, n) float32; with columns
 
 
 def build_dataloader(
@@ -120,6 +121,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
         batch["video"] = torch.stack([sample["video"] for sample in samples])
     if "prompt_mask" in samples[0]:
         batch["prompt_mask"] = torch.stack([sample["prompt_mask"] for sample in samples])
+    if "columns" in samples[0]:
+        batch["columns"] = {
+            name: torch.stack([sample["columns"][name] for sample in samples]) for name in samples[0]["columns"]
+        }
     for name in ("video_features", "text_features"):
         if name in samples[0]:
             batch[name] = _stack_features([sample[name] for sample in samples])

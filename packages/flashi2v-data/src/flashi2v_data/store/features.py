@@ -9,6 +9,7 @@ another crop in time has other latents; a caption is its text as the tokenizer g
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -134,6 +135,13 @@ def _is_begun(path: Path) -> bool:
     if not file.is_file():
         return path.is_file()  # something else, which says so when it is opened
     return file.stat().st_size > 0 and open_shared(path).stat()["entries"] > 0
+
+
+def remove_unbegun(folder: Path) -> None:
+    """Remove the stores of a folder whose making was cut short, so that there is nothing in them."""
+    for store in folder.glob("*.lmdb"):
+        if store.is_dir() and not _is_begun(store):
+            shutil.rmtree(store)
 
 
 def _begin(path: Path, header: Mapping[str, Any]) -> None:
