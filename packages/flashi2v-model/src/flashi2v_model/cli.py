@@ -88,6 +88,7 @@ def convert(
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     max_shard_size: str | None = None,
     num_heads: int | None = None,
+    recipe: str | None = None,
 ) -> None:
     """Rewrite a model's weights in another published layout, or turn a training run into a model.
 
@@ -117,12 +118,21 @@ def convert(
         of a file of the diffusers directory, such as 5GB; larger models are sharded (default 10GB)
     num_heads
         attention heads, where neither a config.json nor a width of 128 per head tells them
+    recipe
+        module:Class of a variant of the network, or of the recipe that it was trained by (default: FlashI2V's own)
     """
-    from flashi2v_model import presets
+    from flashi2v_model import FlashI2VTransformer3DModel, presets
     from flashi2v_model.encoders import DTYPES
+    from flashi2v_model.variants import transformer_class
     from flashi2v_model.weights import layouts, libraries, reading, settings, writing
     from flashi2v_model.weights.checkpoint import checkpoint_directory, is_checkpoint
-    from flashi2v_model.weights.conversion import as_model, convert_state_dict, model_arguments
+    from flashi2v_model.weights.conversion import (
+        as_model,
+        check_variant_layout,
+        convert_state_dict,
+        model_arguments,
+        variant_arguments,
+    )
 
     if destination.exists():
         raise InputError(f"{destination} exists: name a new place, or remove it first")
@@ -140,13 +150,24 @@ def convert(
     if weights == "raw" and not is_checkpoint(checkpoint_directory(source)):
         raise InputError(f"--weights raw is for a run of flashi2v-train, which {source} is not")
     libraries.quieten()
-    ours = convert_state_dict(reading.read_state_dict(source, ema=weights == "ema"))
+    network = transformer_class(recipe)
+    settings.stored_settings(source, network)  # refuses another variant before its weights are looked at
+    ours = reading.read_state_dict(source, ema=weights == "ema")
+    is_variant = network is not FlashI2VTransformer3DModel
+    if is_variant:
+        check_variant_layout(ours, to, network)
+    else:
+        ours = convert_state_dict(ours)
     if dtype is not None:
         for key in ours:  # one by one, so that there is no second copy of all
             ours[key] = ours[key].to(DTYPES[dtype])
-    arguments, assumed = model_arguments(source, ours, num_heads)
+    assumed: list[str] = []
+    if is_variant:
+        arguments = variant_arguments(source, network)
+    else:
+        arguments, assumed = model_arguments(source, ours, num_heads)
     if to == "diffusers":
-        model = as_model(writing.independent(ours), arguments)
+        model = as_model(writing.independent(ours), arguments, network)
         shards = "10GB" if max_shard_size is None else max_shard_size
         with _appearing_whole(destination) as temporary:
             if encoders is None:
@@ -157,7 +178,7 @@ def convert(
         converted = convert_state_dict(ours, "diffusers", to)
         with _appearing_whole(destination) as temporary:
             writing.write_file(converted, temporary, {k: v for k, v in arguments.items() if k not in assumed})
-    print(f"wrote {destination}{_TRUNK if layouts.is_trunk(ours) else ''}")
+    print(f"wrote {destination}{_TRUNK if layouts.is_trunk(ours) and not is_variant else ''}")
     if to == "diffusers" and assumed:
         told = ", ".join(f"{key} {arguments[key]}" for key in assumed)
         print(f"assumed, as neither the weights nor a config.json tell: {told}")

@@ -4,7 +4,7 @@ B videos, C latent channels, F latent frames, H W latent grid, L text tokens.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -95,6 +95,7 @@ def denoise(
     low_freq_energy_ratio: float | Tensor = 0.1,
     *,
     cfg_batch: bool = False,
+    conditioning: Mapping[str, Tensor] | None = None,
     generator: Generators | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
     on_step: OnStep = lambda step, timestep, y: y,
@@ -111,6 +112,7 @@ def denoise(
         guidance_scale: g of v = v_negative + g * (v_text - v_negative), which is used above 1.
         low_freq_energy_ratio: in [0, 1], one number or (B,): where the high frequencies of the first frames start.
         cfg_batch: run both branches of guidance as one batch of 2 B, rather than one after the other.
+        conditioning: what a variant of the network asks for, (B, ...) each, by name.
         generator: for schedulers that draw noise along the way.
         progress: wraps the timesteps.
         on_step: observes, changes or ends the run.
@@ -129,6 +131,7 @@ def denoise(
         guidance_scale,
         low_freq_energy_ratio,
         cfg_batch=cfg_batch,
+        conditioning=conditioning,
     )
     with text_kept(transformer):
         y = integrate(scheduler, velocity, noise, generator=generator, progress=progress, on_step=on_step)
@@ -146,6 +149,7 @@ def velocity_field(
     low_freq_energy_ratio: float | Tensor,
     *,
     cfg_batch: bool,
+    conditioning: Mapping[str, Tensor] | None = None,
 ) -> Velocity:
     """Return the field that is integrated. Arguments as of `denoise`; without `negative_text` nothing is guided."""
     copies = 2 if cfg_batch and negative_text is not None else 1
@@ -155,13 +159,16 @@ def velocity_field(
         condition = condition.repeat(2, 1, 1, 1, 1)
         if isinstance(low_freq_energy_ratio, Tensor) and low_freq_energy_ratio.ndim:
             low_freq_energy_ratio = low_freq_energy_ratio.repeat(2)
+        conditioning = {name: torch.cat((tensor, tensor)) for name, tensor in (conditioning or {}).items()}
+
+    network: Callable[..., Any] = transformer
+    if conditioning:
+        network = partial(transformer, conditioning=conditioning)  # type: ignore[misc]
 
     def velocity(y: Tensor, timestep: Tensor) -> Tensor:
         noisy = y.repeat(copies, 1, 1, 1, 1) if copies > 1 else y
-        outputs = [
-            transformer(noisy, timestep.expand(len(noisy)), states, condition, low_freq_energy_ratio, return_dict=False)
-            for states in texts
-        ]
+        t = timestep.expand(len(noisy))
+        outputs = [network(noisy, t, states, condition, low_freq_energy_ratio, return_dict=False) for states in texts]
         velocities = torch.cat([output[0].float() for output in outputs])
         if negative_text is None:
             return velocities

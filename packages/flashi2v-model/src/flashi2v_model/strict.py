@@ -3,6 +3,7 @@
 And what would have no effect on it is refused too, rather than taken in silence.
 """
 
+import inspect
 import os
 import re
 from pathlib import Path
@@ -24,8 +25,50 @@ _FETCHING = (
 )
 
 
+def constructor_defaults(model: type[Any]) -> dict[str, Any]:
+    """Return the defaults of a class's constructor; where that takes `**config`, those of the class above too."""
+    defaults: dict[str, Any] = {}
+    for cls in model.__mro__:
+        if "__init__" in vars(cls):
+            parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+            named = {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+            defaults = named | defaults
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    del defaults["self"]
+    return defaults
+
+
+def known_names(model: type[Any]) -> set[str]:
+    """Return the `_class_name`s whose weights a class may load: its own, those that it comes from, and the trunk's."""
+    return {"WanTransformer3DModel", *(cls.__name__ for cls in model.__mro__)}
+
+
+def check_class(where: str, name: Any, model: type[Any]) -> None:
+    """Refuse to load the weights of one variant into another.
+
+    Args:
+        where: the class is named.
+        name: of the class.
+        model: that is to be loaded.
+
+    Raises:
+        InputError: saying how to name the class.
+    """
+    if name is not None and name not in known_names(model):
+        raise InputError(
+            f"{where} is of a {name!r:.60}, and would be loaded as a {model.__name__}, which computes something else: "
+            "name its class, by --recipe module:Class or in Python as transformer="
+        )
+
+
 class StrictModel(ModelMixin, PeftAdapterMixin):
     """A model of diffusers that loads exactly or not at all."""
+
+    @staticmethod
+    def _get_init_keys(input_class: type[Any]) -> set[str]:
+        """Let diffusers know a variant's constructor, which hands on what it does not know."""
+        return {"self", *constructor_defaults(input_class)}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -39,7 +82,8 @@ class StrictModel(ModelMixin, PeftAdapterMixin):
             the model in evaluation mode; with `output_loading_info=True` diffusers' report beside it.
 
         Raises:
-            InputError: listing every missing, unexpected and misshapen key; or `ignore_mismatched_sizes` is asked for.
+            InputError: listing every missing, unexpected and misshapen key; or `ignore_mismatched_sizes` is asked for;
+                or the weights are of another variant.
             OSError: there are no weights, or they cannot be read.
         """
         if kwargs.pop("ignore_mismatched_sizes", False):
@@ -47,7 +91,9 @@ class StrictModel(ModelMixin, PeftAdapterMixin):
         wants_report = kwargs.pop("output_loading_info", False)
         path = pretrained_model_name_or_path
         # Quantised weights have shapes of their own, which diffusers' quantisers check.
-        quantized = {**cls.load_config(path, **kwargs), **kwargs}.get("quantization_config") is not None
+        config = cls.load_config(path, **kwargs)
+        check_class(str(path), config.get("_class_name"), cls)
+        quantized = {**config, **kwargs}.get("quantization_config") is not None
         # Ignoring them makes diffusers report them all instead of stopping at the first.
         model, report = super().from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=not quantized, **kwargs

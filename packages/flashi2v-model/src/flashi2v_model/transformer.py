@@ -3,9 +3,10 @@
 B batch, C latent channels, F frames, H W latent grid, N tokens, L text tokens, D width.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -19,12 +20,19 @@ from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentSh
 from flashi2v_model.strict import StrictModel
 from flashi2v_npu_ops import layer_norm_modulate, split_frequencies
 
+# What `embed` is given, in order. What a variant's asks for beyond these is its conditioning.
+EMBED_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "condition", "low_freq_energy_ratio")
+
 
 class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffusers looks for its own in this module
     """Velocity network of FlashI2V.
 
     Parameter and config names follow diffusers' `WanTransformer3DModel`, plus `learnable_proj` (the latent shift phi)
     and `fourier_embedding`.
+
+    A variant is a subclass that overrides `embed`, and adds or removes modules in its constructor. What its `embed`
+    asks for beyond the usual arguments, by name, is its conditioning: tensors (B,) or (B, n). A constructor with
+    arguments of its own takes the others as `**config`, and hands its own to `register_to_config`.
 
     Args:
         patch_size: (frames, height, width) of latent per token.
@@ -57,6 +65,14 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
         "condition_embedder",
         "norm",
     )
+
+    conditioning_names: ClassVar[tuple[str, ...]] = ()  # what `embed` asks for by name, in a variant
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        asked = inspect.signature(cls.embed).parameters.values()
+        named = [one.name for one in asked if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+        cls.conditioning_names = tuple(name for name in named[1:] if name not in EMBED_INPUTS)
 
     @register_to_config
     def __init__(
@@ -127,6 +143,7 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
         low_freq_energy_ratio: float | Tensor = 0.1,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        conditioning: Mapping[str, Tensor] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity eps - z of a noisy latent that starts with a given frame.
 
@@ -139,12 +156,14 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
             low_freq_energy_ratio: in [0, 1], one number or (B,): where the high frequencies of c start.
             attention_kwargs: {"scale": weight of the adapters}, as diffusers' pipelines hand it on.
             return_dict: return a `Transformer2DModelOutput` instead of a tuple.
+            conditioning: what the `embed` of a variant asks for, by name.
 
         Returns:
             (B, C, F, H, W) in fp32.
 
         Raises:
-            ValueError: shapes do not match each other or the patch; `attention_kwargs` has another key.
+            ValueError: shapes do not match each other or the patch; `attention_kwargs` has another key; `conditioning`
+                has others than `conditioning_names`.
 
         Source: FlashI2V, arXiv 2509.25187.
         """
@@ -152,9 +171,12 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
         _check_shape("timestep", timestep, hidden_states.shape[:1])
         batch, channels, _, height, width = hidden_states.shape
         _check_shape("condition", condition, (batch, channels, 1, height, width))
+        more = dict(conditioning or {})
+        if sorted(more) != sorted(self.conditioning_names):
+            raise ValueError(f"conditioning must name {self.conditioning_names} here, got {sorted(more)}")
         with _adapters_scaled(self, attention_kwargs):
             x, text, time, modulation = self.embed(
-                hidden_states, timestep, encoder_hidden_states, condition, low_freq_energy_ratio
+                hidden_states, timestep, encoder_hidden_states, condition, low_freq_energy_ratio, **more
             )
             velocity = self.project(self.run_blocks(x, text, modulation, grid), time, grid)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
@@ -176,7 +198,7 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
         grid = self.token_grid(hidden_states.shape)
         _check_shape("timestep", timestep, hidden_states.shape[:1])
         _check_shape("fourier_features", fourier_features, hidden_states.shape)
-        x, text, time, modulation = self._tokens(hidden_states, timestep, encoder_hidden_states, fourier_features)
+        x, text, time, modulation = self.tokens(hidden_states, timestep, encoder_hidden_states, fourier_features)
         return self.project(self.run_blocks(x, text, modulation, grid), time, grid)
 
     # The three parts of the forward pass; a pipeline stage has some of the blocks, and the first and last part perhaps.
@@ -196,7 +218,7 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
         shift, features = self.guide(condition, hidden_states.shape[2], low_freq_energy_ratio)
         # Rounded to the weights' dtype once, behind the shift.
         exact = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        return self._tokens(exact - shift, timestep, encoder_hidden_states, features)
+        return self.tokens(exact - shift, timestep, encoder_hidden_states, features)
 
     def guide(self, condition: Tensor, num_frames: int, low_freq_energy_ratio: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return what the first frame contributes: the shift s, and the high-pass features, (B, C, F, H, W) each.
@@ -210,15 +232,20 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
         source = low[:, :, None] if self.config.low_freq_proj else condition
         return self.learnable_proj(source, num_frames), high[:, :, None].expand(-1, -1, num_frames, -1, -1)
 
-    def _tokens(
-        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, fourier_features: Tensor
+    def tokens(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        fourier_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what `embed` does; arguments of `trunk`."""
+        """Return what `embed` does; arguments of `trunk`, of which a variant may leave the features out."""
         dtype = self.patch_embedding.weight.dtype
         time, modulation, text = self.condition_embedder(timestep, encoder_hidden_states)
-        fourier = self.fourier_embedding(fourier_features.to(dtype))
-        x = rearrange(self.patch_embedding(hidden_states.to(dtype)) + fourier, "b d f h w -> b (f h w) d")
-        return x, text, time, modulation
+        x = self.patch_embedding(hidden_states.to(dtype))
+        if fourier_features is not None:
+            x = x + self.fourier_embedding(fourier_features.to(dtype))
+        return rearrange(x, "b d f h w -> b (f h w) d"), text, time, modulation
 
     def run_blocks(self, x: Tensor, text: Tensor, modulation: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Return the tokens, (B, N, D), behind all blocks; arguments as `embed` returns them."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashi2v_model.errors import InputError
+from flashi2v_model.strict import constructor_defaults
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
 from flashi2v_model.weights.checkpoint import (
     checkpoint_directory,
@@ -31,6 +32,7 @@ __all__ = [
     "load_weights",
     "model_arguments",
     "read_state_dict",
+    "variant_arguments",
 ]
 
 
@@ -76,10 +78,12 @@ def _named_as(layout: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: own[key] for key, name in translate(own, "diffusers", layout).items()}
 
 
-def _meta_model(arguments: Mapping[str, Any]) -> FlashI2VTransformer3DModel:
+def _meta_model(
+    arguments: Mapping[str, Any], transformer: type[FlashI2VTransformer3DModel] = FlashI2VTransformer3DModel
+) -> FlashI2VTransformer3DModel:
     try:
         with torch.device("meta"):
-            return FlashI2VTransformer3DModel(**arguments)
+            return transformer(**arguments)
     except ValueError as error:
         raise InputError(f"there is no transformer of these sizes: {error}") from error
 
@@ -166,10 +170,37 @@ def model_arguments(
     return {key: told.get(key, default) for key, default in DEFAULTS.items()}, assumed
 
 
+def variant_arguments(path: str | Path, transformer: type[FlashI2VTransformer3DModel]) -> dict[str, Any]:
+    """Return the constructor arguments of a variant at `path`: all that its config.json says.
+
+    Raises:
+        InputError: there is none, or it is of another variant.
+    """
+    _, stored = stored_settings(path, transformer)
+    if not stored:
+        raise InputError(f"{path}: no config.json beside the weights tells the sizes of a {transformer.__name__}")
+    return constructor_defaults(transformer) | stored
+
+
+def check_variant_layout(state_dict: Mapping[str, Tensor], target: str, transformer: type[Any]) -> None:
+    """Refuse to write a variant in another layout than diffusers', or to take it from one.
+
+    Raises:
+        InputError: naming the parameters that such a layout has no place for.
+    """
+    layout = detect_layout(state_dict)
+    if layout == target == "diffusers":
+        return
+    added = [key for key in state_dict if key not in translate(state_dict, layout, layout)]
+    what = f"has no place for {', '.join(added[:8])} of" if added else "cannot say that the weights are those of"
+    other = target if layout == "diffusers" else layout
+    raise InputError(f"the {other} layout {what} a {transformer.__name__}: variants live in the diffusers layout alone")
+
+
 def load_weights(
     model: FlashI2VTransformer3DModel, path: str | Path, *, new_layers_may_start: bool = False, ema: bool = True
 ) -> list[str]:
-    """Load weights of any layout into a model, exactly or not at all.
+    """Load weights of any layout into a model, exactly or not at all. Those of a variant are in diffusers' layout.
 
     Beside the model no second copy of the weights is allocated (legacy `.pt` files excepted). Nor is a model on the
     meta device: its parameters become the file's own tensors, memory-mapped on the CPU, and are copied only where their
@@ -178,7 +209,8 @@ def load_weights(
     Args:
         model: on any device; its dtypes stay.
         path: what `read_state_dict` reads.
-        new_layers_may_start: accept a text-to-video trunk; the new layers then keep their start values.
+        new_layers_may_start: accept weights without the layers that FlashI2V adds to a text-to-video trunk, or a
+            variant to FlashI2V; these then keep their start values.
         ema: of a checkpoint, the moving average where it has one, instead of the raw weights.
 
     Returns:
@@ -194,12 +226,17 @@ def load_weights(
     own = model.state_dict()
     layout = detect_layout(weights)
     names = translate(own, "diffusers", layout)  # ours to theirs
-    kept = [key for key in own if key.startswith(NEW_LAYERS)] if new_layers_may_start and is_trunk(weights) else []
+    added = [key for key in own if key not in names]  # by a variant
+    names |= {key: key for key in added}
+    kept = []
+    if new_layers_may_start:
+        kept += [key for key in own if key.startswith(NEW_LAYERS)] if is_trunk(weights) else []
+        kept += added if not weights.keys() & set(added) else []
     faults = compare(weights, {names[key]: tensor for key, tensor in own.items()}, {names[key] for key in kept})
-    faults += contradictions(*stored_settings(path), model.config)
+    faults += contradictions(*stored_settings(path, type(model)), model.config)
     if faults:
         hint = ""
-        if is_trunk(weights) and not kept:
+        if is_trunk(weights) and not is_trunk(own) and not kept:
             hint = " (these are weights of a text-to-video trunk, which training can start from but nothing can sample)"
         raise InputError(f"{path} does not fit the transformer{hint}: {'; '.join(faults)}")
     if any(own[key].is_meta for key in kept):
@@ -235,14 +272,18 @@ def _fill_from_checkpoint(
     model.load_state_dict({name: filled[name] for name in keys if own[name].is_meta}, assign=True, strict=False)
 
 
-def as_model(state_dict: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> FlashI2VTransformer3DModel:
+def as_model(
+    state_dict: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    transformer: type[FlashI2VTransformer3DModel] = FlashI2VTransformer3DModel,
+) -> FlashI2VTransformer3DModel:
     """Wrap weights (diffusers names) in a model that shares their memory.
 
     Raises:
         InputError: they are not those of the whole transformer that the arguments describe.
     """
-    model = _meta_model(arguments)
-    if is_trunk(state_dict):
+    model = _meta_model(arguments, transformer)
+    if is_trunk(state_dict) and not is_trunk(model.state_dict()):
         raise InputError(
             "these are weights of a text-to-video trunk, without FlashI2V's new layers, so they make no model: "
             "train from them (predictor.from_pretrained takes them as they are; the new layers start at zero)"

@@ -3,7 +3,6 @@
 Settings go by the names of `FlashI2VTransformer3DModel`'s constructor.
 """
 
-import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -13,16 +12,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from flashi2v_model.errors import InputError
+from flashi2v_model.strict import check_class, constructor_defaults, known_names
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
 from flashi2v_model.weights.checkpoint import checkpoint_directory
 from flashi2v_model.weights.reading import check_header, read_json
 
 HEADER = "flashi2v_config"  # key of a safetensors header
-DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(FlashI2VTransformer3DModel.__init__).parameters.items()
-    if name != "self"
-}
+DEFAULTS = constructor_defaults(FlashI2VTransformer3DModel)
 # The configuration files' names, where they differ.
 _PREDICTOR = {
     "num_attention_heads": "num_heads",
@@ -40,28 +36,33 @@ _WAN = {
 }
 
 
-def stored_settings(path: str | Path) -> tuple[str, dict[str, Any]]:
+def stored_settings(
+    path: str | Path, transformer: type[FlashI2VTransformer3DModel] = FlashI2VTransformer3DModel
+) -> tuple[str, dict[str, Any]]:
     """Return where the settings of the weights at `path` are written, and those written there (none is possible).
 
     Args:
         path: what `read_state_dict` takes.
+        transformer: class that the weights are for.
 
     Raises:
-        InputError: the file is damaged, or describes a model that is none of ours.
+        InputError: the file is damaged, or describes a model that is none of ours, or another variant.
     """
     path = checkpoint_directory(Path(path))
     directories = (path.parent,) if path.is_file() else (path, path / "transformer")
     for file in (directory / "config.json" for directory in directories):
-        if file.is_file() and (settings := _from_config(file)):
+        if file.is_file() and (settings := _from_config(file, transformer)):
             return str(file), settings
     if path.is_file() and (settings := _from_header(path)):
         return f"the header of {path}", settings
     return "", {}
 
 
-def _from_config(file: Path) -> dict[str, Any]:
+def _from_config(file: Path, transformer: type[FlashI2VTransformer3DModel]) -> dict[str, Any]:
     values = read_json(file)
     kind = values.get("_class_name")
+    if "conv3x3x3_proj" in values:
+        check_class(str(file), kind, transformer)
     if kind == "WanModel":
         settings = _checked(file, {ours: values[wan] for wan, ours in _WAN.items() if wan in values})
         if "dim" in values and "num_attention_heads" in settings:
@@ -69,14 +70,15 @@ def _from_config(file: Path) -> dict[str, Any]:
                 raise InputError(f"{file}: dim must be like 1536, got {values['dim']!r}")
             settings["attention_head_dim"] = values["dim"] // settings["num_attention_heads"]
         return settings
-    if kind not in (None, "FlashI2VTransformer3DModel", "WanTransformer3DModel") or "num_attention_heads" not in values:
+    if kind not in (None, *known_names(transformer)) or "num_attention_heads" not in values:
         return {}  # a run's, say, or another library's
     values = {key: value for key, value in values.items() if not key.startswith("_")}
     # Wan2.1's own configs name parts of its image-to-video model, unset.
-    foreign = [key for key, value in values.items() if key not in DEFAULTS and value is not None]
+    defaults = constructor_defaults(transformer)
+    foreign = [key for key, value in values.items() if key not in defaults and value is not None]
     if foreign:
         raise InputError(f"{file}: a FlashI2V transformer has no {', '.join(foreign)}")
-    return _checked(file, {key: value for key, value in values.items() if key in DEFAULTS})
+    return _checked(file, {key: value for key, value in values.items() if key in defaults})
 
 
 def _from_header(file: Path) -> dict[str, Any]:
@@ -96,6 +98,8 @@ def _from_header(file: Path) -> dict[str, Any]:
 def _checked(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     settings = _in_form(settings)
     for key, value in settings.items():
+        if key not in DEFAULTS:  # of a variant
+            continue
         default = DEFAULTS[key]
         fits = type(value) is type(default) or (type(value), type(default)) == (int, float)
         if not fits and not (key == "qk_norm" and value is None):
@@ -121,7 +125,7 @@ def contradictions(
         own: those of the model.
         whose: what has `own`.
     """
-    own = _in_form({key: own[key] for key in stored})
+    own = _in_form({key: own.get(key) for key in stored})
     return [
         f"{key} is {value!r} in {where}, {whose} {own[key]!r} (predictor.{_PREDICTOR.get(key, key)})"
         for key, value in stored.items()
