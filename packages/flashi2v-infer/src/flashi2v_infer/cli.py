@@ -51,6 +51,7 @@ def infer(
     width: Annotated[int | None, Parameter(group=_ONE)] = None,
     fps: Annotated[float | None, Parameter(group=_ONE)] = None,
     scheduler: Annotated[SchedulerName | None, Parameter(group=_ONE)] = None,
+    conditioning: Annotated[list[str], Parameter(group=_ONE)] = [],  # noqa: B006 (never changed)
     strip: Annotated[Path | None, Parameter(group=_BOTH)] = None,
     seed: Annotated[int | None, Parameter(group=_BOTH)] = None,
     plan: Annotated[bool, Parameter(group=_BOTH, negative=())] = False,
@@ -105,6 +106,8 @@ def infer(
         Frames per second of the file (default 16).
     scheduler
         The sampler: euler as the reference, or heun, unipc, dpm++, of second order (default: the model's own).
+    conditioning
+        What a variant of the network (--recipe) asks for: motion_score=0.7, or camera=0,0,1 for a list of numbers.
     strip
         Also draw some frames in a row: into this .png for one video; into this directory, as video_0.png, ..., for
         a batch (default: not).
@@ -124,7 +127,8 @@ def infer(
         "width": width,
     }
     required = {"image": image, "prompt": prompt, "output": output}
-    optional = {"negative_prompt": negative_prompt, "fps": fps, "scheduler": scheduler}
+    optional: dict[str, Any] = {"negative_prompt": negative_prompt, "fps": fps, "scheduler": scheduler}
+    optional["conditioning"] = conditioning or None
     given = [_option(name) for name, value in (required | numbers | optional).items() if value is not None]
     if (mm_model is None) == (model is None):
         raise InputError("give one of --mm-model FILE (a batch) and --model DIR (one video): see flashi2v-infer --help")
@@ -141,6 +145,7 @@ def infer(
     if resume:
         raise InputError("--resume: only together with --mm-model, of whose videos some may be finished")
     chosen = {name: value for name, value in numbers.items() if value is not None}
+    chosen["conditioning"] = dict(map(_conditioning, conditioning))
     is_demo = model == demo.NAME
     settings = replace(demo.SETTINGS, **chosen) if is_demo else SamplingSettings(**chosen)
     if is_demo:
@@ -174,6 +179,15 @@ def infer(
     if is_demo and sample is not None:
         for note in demo.notes(prompt, sample.vae_psnr):
             logger.warning(note)
+
+
+def _conditioning(words: str) -> tuple[str, float | list[float]]:
+    name, _, values = words.partition("=")
+    try:
+        numbers = [float(value) for value in values.split(",")]
+    except ValueError:
+        raise InputError(f"--conditioning {words}: must be NAME=NUMBER, or NAME=NUMBER,NUMBER,...") from None
+    return name, numbers if "," in values else numbers[0]
 
 
 def _option(name: str) -> str:

@@ -58,6 +58,7 @@ class InferenceConfig(Settings):
     diffusion: SamplingConfig
     seed: int = 0
     negative_prompt: str = ""
+    conditioning: dict[str, float | list[float]] = Field({}, description="what a variant of the network asks for")
 
     @model_validator(mode="after")
     def _fill_in_dtypes(self) -> "InferenceConfig":
@@ -138,4 +139,5 @@ class InferenceConfig(Settings):
             num_inference_steps=self.diffusion.num_inference_steps,
             guidance_scale=self.diffusion.guidance_scale,
             low_freq_energy_ratio=SamplingSettings.low_freq_energy_ratio if ratio is None else ratio,
+            conditioning=self.conditioning,
         )

@@ -1,5 +1,5 @@
 """How a video is computed: where, in which precision and within how much memory. What is computed stays the same, up
-to rounding, except for the seams of a tiled VAE.
+to rounding, except for the seams of a tiled VAE; and for a variant of the network, which has to be named.
 
 Nothing heavy is imported, so that a contradiction is told at once.
 """
@@ -44,6 +44,8 @@ class Execution:
         keep_text_encoder: Hold the text encoder in the CPU's memory once all prompts are encoded, for more of them,
             instead of letting go of it.
         context_parallel_size: Processes of torchrun that share each video; it must divide the attention heads.
+        recipe: module:Class of the variant of the network that the weights are of, or of the recipe that it was trained
+            by (default: FlashI2V's own).
 
     Raises:
         InputError: two of them contradict each other.
@@ -60,6 +62,7 @@ class Execution:
     cfg_batch: _Flag = False
     keep_text_encoder: _InPython[bool] = False
     context_parallel_size: int = 1
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -23,6 +23,7 @@ from flashi2v_model.errors import named
 from flashi2v_model.layers import use_fused_rms_norm
 from flashi2v_model.parallel import check_degree
 from flashi2v_model.scheduler import make_scheduler
+from flashi2v_model.variants import transformer_class
 from flashi2v_model.weights.reading import check_directory, weight_files
 from flashi2v_npu_ops import UnsupportedError
 from flashi2v_npu_ops.device import claim_device, resolve_device
@@ -82,7 +83,7 @@ def load_from_config(
         logger.warning("%s is slow on most CPUs: set predictor.dtype to fp32", predictor.dtype)
     for note in predictor.notes():
         logger.info(note)
-    transformer = _load_transformer(predictor, where)
+    transformer = _load_transformer(predictor, where, transformer_class(execution.recipe))
     tokenizer = _load_tokenizer(config.tokenizer.from_pretrained)
     text_encoder = load_text_encoder(encoder, where)
     vae = load_vae(ae, where)
@@ -161,7 +162,7 @@ def load_from_pretrained(
         return loaded.requires_grad_(False).eval()
 
     parts = {
-        "transformer": part(FlashI2VTransformer3DModel, "transformer", dtype),
+        "transformer": part(transformer_class(execution.recipe), "transformer", dtype),
         "text_encoder": part(UMT5EncoderModel, "text_encoder", dtype),
         "vae": part(AutoencoderKLWan, "vae", DTYPES[execution.settled_vae_dtype()]),
     }
@@ -190,9 +191,11 @@ def check_model(model: str) -> Path | None:
     return None
 
 
-def _load_transformer(config: PredictorConfig, device: torch.device) -> FlashI2VTransformer3DModel:
+def _load_transformer(
+    config: PredictorConfig, device: torch.device, network: type[FlashI2VTransformer3DModel]
+) -> FlashI2VTransformer3DModel:
     with torch.device("meta"):  # random start values of a large model would take minutes
-        transformer = FlashI2VTransformer3DModel(**config.transformer_arguments())
+        transformer = network(**config.transformer_arguments())
     use_fused_rms_norm(transformer, config.use_fused_rmsnorm)
     cast(transformer, DTYPES[config.dtype])
     assert config.from_pretrained is not None

@@ -5,7 +5,7 @@ B videos, C latent channels, T video frames, F latent frames, H W latent grid, L
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -38,6 +38,7 @@ from flashi2v_model.sampling import Generators, denoise, set_timesteps
 logger = logging.getLogger(__name__)
 
 OutputType: TypeAlias = Literal["pil", "np", "pt", "latent"]
+Conditioning: TypeAlias = float | Sequence[float] | Tensor
 AnyFrames: TypeAlias = list[list[Image.Image]] | NDArray[np.float32] | Tensor
 StepCallback: TypeAlias = Callable[["FlashI2VPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
@@ -141,6 +142,7 @@ class FlashI2VPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        conditioning: Mapping[str, Conditioning] | None = None,
     ) -> FlashI2VPipelineOutput | tuple[AnyFrames]:
         """Sample one video for every image and prompt.
 
@@ -169,6 +171,8 @@ class FlashI2VPipeline(DiffusionPipeline):
                 "latents" of the dict that it returns take the place of y; None leaves y as it is. It ends the run by
                 `pipe._interrupt = True`.
             callback_on_step_end_tensor_inputs: what the callback is given; there is nothing but "latents".
+            conditioning: what a variant of the transformer asks for, by name: a number or a list of them for all
+                videos, or a tensor with a row for each, (B,) or (B, n).
 
         Raises:
             InputError: an argument cannot be used; the message says what can.
@@ -195,6 +199,7 @@ class FlashI2VPipeline(DiffusionPipeline):
         self._interrupt = False
         _tell_of_attention_backend()
 
+        more = self._conditioning(conditioning or {}, len(images))
         text = self._embedded(prompts, max_sequence_length)
         negative_text = self._embedded(negatives, max_sequence_length) if settings.uses_negative_prompt else None
         first_frames = torch.stack([prepare_image(image, height, width) for image in images])  # (B, 3, 1, 8H, 8W)
@@ -216,6 +221,7 @@ class FlashI2VPipeline(DiffusionPipeline):
             guidance_scale,
             low_freq_energy_ratio,
             cfg_batch=self.execution.cfg_batch if cfg_batch is None else cfg_batch,
+            conditioning=more,
             generator=generator,
             progress=self.progress_bar,
             on_step=on_step,
@@ -263,6 +269,25 @@ class FlashI2VPipeline(DiffusionPipeline):
         if isinstance(prompts, Tensor):
             return prompts.to(self._execution_device)
         return self.encode_prompt(prompts, max_sequence_length)
+
+    def _conditioning(self, given: Mapping[str, Conditioning], num_videos: int) -> dict[str, Tensor]:
+        """Return further tensors of the network, with a row for each video."""
+        wanted = self.transformer.conditioning_names
+        if sorted(given) != sorted(wanted):
+            raise InputError(
+                f"conditioning: this {type(self.transformer).__name__} asks for {', '.join(wanted) or 'none'}, got "
+                f"{', '.join(sorted(given)) or 'none'}"
+            )
+        tensors = {}
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                if not value.ndim or len(value) != num_videos:
+                    raise InputError(f"conditioning: {name} must have a row for each of {num_videos} videos")
+                tensors[name] = value.to(self._execution_device, torch.float32)
+                continue
+            tensor = torch.tensor(value, dtype=torch.float32, device=self._execution_device)
+            tensors[name] = tensor.expand(num_videos, *tensor.shape)
+        return tensors
 
     def _noise(
         self, num_videos: int, settings: SamplingSettings, generator: Generators | None, latents: Tensor | None

@@ -1,6 +1,7 @@
 """What a sampling run is asked for, checked before anything heavy is loaded."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flashi2v_data.errors import InputError
 from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
@@ -23,6 +24,7 @@ class SamplingSettings:
         low_freq_energy_ratio: in [0, 1], how much of the first frame's low frequencies are kept from guiding the video.
         max_sequence_length: text tokens that the transformer attends to, padding included; the number it was trained
             with, 512 in every release. None: what the transformer's config says.
+        conditioning: what a variant of the network asks for, by name.
 
     Raises:
         InputError: a number cannot be used; the message says which can.
@@ -35,6 +37,7 @@ class SamplingSettings:
     guidance_scale: float = 5.0
     low_freq_energy_ratio: float = 0.1
     max_sequence_length: int | None = None
+    conditioning: Mapping[str, float | Sequence[float]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.num_frames % TEMPORAL_MULTIPLE != 1:

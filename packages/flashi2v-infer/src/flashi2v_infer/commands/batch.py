@@ -64,7 +64,7 @@ class Batch:
     image_list: str
 
 
-def read_batch(config: InferenceConfig, seed: int, vae_tiling: bool | None = None) -> Batch:
+def read_batch(config: InferenceConfig, seed: int, vae_tiling: bool | None = None, recipe: str | None = None) -> Batch:
     """Read prompts and images; an image that cannot be used costs its own video only, and is reported.
 
     Args:
@@ -72,6 +72,7 @@ def read_batch(config: InferenceConfig, seed: int, vae_tiling: bool | None = Non
         seed: of the noise.
         vae_tiling: as of `Execution`: where it was asked for, tiles are a setting like others; a choice by the free
             memory is in the records too, and compared with nothing.
+        recipe: as of `Execution`.
 
     Raises:
         InputError: the lists or a prompt cannot be used, or no image can.
@@ -79,7 +80,7 @@ def read_batch(config: InferenceConfig, seed: int, vae_tiling: bool | None = Non
     check_name(config.save_path, "save_path")
     directory = Path(config.save_path)
     check_directory(directory, "save_path")
-    source = _source(config, vae_tiling)
+    source = _source(config, vae_tiling, recipe)
     pictures: dict[str, tuple[Pixels, str]] = {}  # many videos may start with one image
     jobs: list[Job] = []
     bad_lines: dict[int, str] = {}
@@ -119,7 +120,7 @@ def _read_picture(config: InferenceConfig, path: str, where: str) -> tuple[Pixel
     return cropped, hash_file(path)
 
 
-def _source(config: InferenceConfig, vae_tiling: bool | None) -> Source:
+def _source(config: InferenceConfig, vae_tiling: bool | None, recipe: str | None) -> Source:
     predictor = str(config.predictor.from_pretrained)
     parts = {
         "predictor": predictor,
@@ -127,7 +128,7 @@ def _source(config: InferenceConfig, vae_tiling: bool | None) -> Source:
         "text_encoder": config.text_encoder.from_pretrained,
         "tokenizer": config.tokenizer.from_pretrained,
     }
-    settings = {**config.model_settings, "vae_tiling": vae_tiling}
+    settings = {**config.model_settings, "vae_tiling": vae_tiling, "network": {"recipe": recipe} if recipe else {}}
     return Source(predictor, settings, {part: fingerprint(path) for part, path in parts.items()})
 
 

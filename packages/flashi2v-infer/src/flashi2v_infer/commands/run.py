@@ -84,7 +84,7 @@ def sample_batch(
     quieten()
 
     def read() -> tuple[Batch, Sequence[Job]]:
-        batch = read_batch(config, config.seed if seed is None else seed, execution.vae_tiling)
+        batch = read_batch(config, config.seed if seed is None else seed, execution.vae_tiling, execution.recipe)
         if strips is not None:
             for job in batch.jobs:
                 check_spared(strip_path(strips, job.request.index), "--strip", job.request.image)
@@ -288,6 +288,7 @@ def sample_one(
             "dtype": _dtype(pipeline.transformer),
             "vae_dtype": _dtype(pipeline.vae),
             "vae_tiling": execution.vae_tiling,
+            "network": {"recipe": execution.recipe} if execution.recipe else {},
             "scheduler": {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__},
         }
         source = Source(model, settings, {"pipeline": fingerprint(model)})

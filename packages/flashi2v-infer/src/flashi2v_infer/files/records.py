@@ -12,6 +12,7 @@ _PACKAGES = ("flashi2v-infer", "flashi2v-model", "flashi2v-npu-ops", "torch", "d
 
 # Names, by which the same things may go elsewhere: their contents count.
 _NAMES = ("image", "model")
+_KNOWN_BEFORE = ("settings.conditioning.", "model_settings.network.")
 
 
 def versions() -> dict[str, str]:
@@ -55,6 +56,8 @@ def origin(request: Request, image_contents: str, source: Source) -> dict[str, A
 def differences(record: Mapping[str, Any], origin: Mapping[str, Any]) -> list[str]:
     """Say in which facts a record differs from an `origin`; versions and devices are no such facts."""
     then, now = dict(_flatten(record)), dict(_flatten(origin))
+    # A record holds more than what is known before sampling; of these everything is.
+    now |= {key: None for key in then if key.startswith(_KNOWN_BEFORE) and key not in now}
     return [
         f"{key} was {_short(then.get(key))}, is {_short(value)}"
         for key, value in now.items()

@@ -17,6 +17,7 @@ from flashi2v_model.config import DType
 from flashi2v_model.encoders import DTYPES, configure_tiling
 from flashi2v_model.errors import named
 from flashi2v_model.presets import TRANSFORMERS
+from flashi2v_model.variants import transformer_class
 from flashi2v_model.weights.reading import check_directory, read_json
 
 # Of the encoders that every release uses, for where their config.json is not at hand.
@@ -61,6 +62,7 @@ def parts_of_config(config: InferenceConfig, execution: Execution) -> Parts:
         _read_config(Path(encoder.from_pretrained), "text_encoder.from_pretrained"),
         _read_config(Path(ae.from_pretrained), "ae.from_pretrained"),
         (predictor.dtype, encoder.dtype, ae.dtype),
+        execution.recipe,
     )
     configure_tiling(parts.vae, ae)
     return parts
@@ -81,7 +83,8 @@ def parts_of_model(model: str, execution: Execution, device_type: str) -> Parts:
     names = ("transformer", "text_encoder", "vae")
     transformer, text_encoder, vae = (None if path is None else _read_config(path / name, "--model") for name in names)
     dtype = execution.settled_dtype(device_type)
-    return build_parts(transformer, text_encoder, vae, (dtype, dtype, execution.settled_vae_dtype()))
+    dtypes = (dtype, dtype, execution.settled_vae_dtype())
+    return build_parts(transformer, text_encoder, vae, dtypes, execution.recipe)
 
 
 def _read_config(directory: Path, key: str) -> dict[str, Any] | None:
@@ -98,6 +101,7 @@ def build_parts(
     text_encoder: dict[str, Any] | None,
     vae: dict[str, Any] | None,
     dtypes: tuple[DType, DType, DType],
+    recipe: str | None = None,
 ) -> Parts:
     found = {"transformer": transformer, "text encoder": text_encoder, "VAE": vae}
     standard = {"transformer": "FlashI2V 1.3B's", "text encoder": "UMT5-XXL's", "VAE": "Wan2.1's"}
@@ -106,9 +110,10 @@ def build_parts(
         for part, config in found.items()
         if config is None
     )
+    network = transformer_class(recipe)
     with torch.device("meta"):
         parts = Parts(
-            FlashI2VTransformer3DModel.from_config(transformer or TRANSFORMERS["1.3b"]),
+            network.from_config(transformer or TRANSFORMERS["1.3b"]),
             UMT5EncoderModel(UMT5Config(**(text_encoder or _UMT5_XXL))),
             AutoencoderKLWan.from_config(vae or {}),
             assumptions,
