@@ -17,9 +17,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_train.cost import best_split, bubble
-from flashi2v_train.layout import even_split
-from flashi2v_train.pipeline import Stage, keep_layers, make_schedule
-from flashi2v_train.step import Inputs, mean_loss
+from flashi2v_train.engines import make_schedule
+from flashi2v_train.parallel_dims import even_split
+from flashi2v_train.parallelise import Stage, keep_layers
 
 PROCESSES, MICRO_BATCHES, LAYERS = 4, 16, 12
 LATENT, TEXT = (16, 5, 16, 16), 64
@@ -35,13 +35,13 @@ def measure(stage: Stage, repeats: int = 5) -> Times:
     dim = stage.transformer.config.num_attention_heads * stage.transformer.config.attention_head_dim
     num_tokens = stage.grid[0] * stage.grid[1] * stage.grid[2]
     if stage.embeds:
-        arguments = Inputs(
+        arguments = (
             torch.randn(1, *LATENT),
             1000 * torch.rand(1),
             torch.randn(1, TEXT, MODEL["text_dim"]),
             torch.randn(1, LATENT[0], 1, *LATENT[2:]),
             torch.rand(1),
-        ).tensors()
+        )
     else:
         shapes = (1, num_tokens, dim), (1, TEXT, dim), (1, dim), (1, 6, dim)
         arguments = tuple(torch.randn(shape, requires_grad=True) for shape in shapes)
@@ -71,7 +71,7 @@ def actions(schedule: str, num_stages: int) -> dict[int, list[_Action]]:
         PipelineStage(torch.nn.Identity(), v * PROCESSES, num_stages, torch.device("cpu"), group=group)
         for v in range(per_process)
     ]
-    made = make_schedule(schedule, stages, MICRO_BATCHES, mean_loss)
+    made = make_schedule(schedule, stages, MICRO_BATCHES, torch.nn.functional.mse_loss)
     order = made.pipeline_order if isinstance(made, PipelineScheduleMulti) else made._get_pipeline_order()
     rows = {}
     for rank, row in order.items():

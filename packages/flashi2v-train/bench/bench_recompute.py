@@ -7,13 +7,13 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import mse_loss
 
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_npu_ops.device import peak_memory, reset_peak_memory
 from flashi2v_train.options import MemoryOptions
-from flashi2v_train.pipeline import Stage
+from flashi2v_train.parallelise import Stage
 from flashi2v_train.recompute import save_memory
-from flashi2v_train.step import Inputs, mean_loss
 
 LAYERS, LATENT, TEXT, TEXT_DIM = 8, (16, 9, 32, 32), 64, 256
 MODEL = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "text_dim": TEXT_DIM, "text_len": TEXT}
@@ -37,7 +37,7 @@ def measure(options: dict) -> tuple[int, int, float]:
     model = FlashI2VTransformer3DModel(num_layers=LAYERS, **MODEL)
     save_memory(model, MemoryOptions(**options), offload_attention=False, device=device)
     stage = Stage(model, LATENT)
-    inputs = Inputs(
+    inputs = (
         torch.randn(1, *LATENT),
         1000 * torch.rand(1),
         torch.randn(1, TEXT, TEXT_DIM),
@@ -53,11 +53,11 @@ def measure(options: dict) -> tuple[int, int, float]:
         return tensor
 
     def step() -> None:
-        mean_loss(stage(*inputs.tensors()), wanted).backward()
+        mse_loss(stage(*inputs), wanted).backward()
 
     step()  # gradients are there from now on
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = mean_loss(stage(*inputs.tensors()), wanted)
+        loss = mse_loss(stage(*inputs), wanted)
     num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     kept.clear()
     del loss

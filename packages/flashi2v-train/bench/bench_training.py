@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from flashi2v_model.presets import save
+from flashi2v_train.batch import Batch, pick
 from flashi2v_train.config import read_run_config
 from flashi2v_train.options import TrainOptions
-from flashi2v_train.parallel import join_world
 from flashi2v_train.processes import StopSignal
-from flashi2v_train.step import Inputs, draw, make_inputs, mean_loss
 from flashi2v_train.trainer import Trainer
+from flashi2v_train.world import join_world
 
 SIZE, FRAMES, CLIPS, BATCH, STEPS = 128, 33, 12, 2, 12
 PREDICTOR = {"hidden_size": 256, "num_heads": 4, "num_layers": 8, "ffn_dim": 1024, "text_dim": 64, "text_len": 64}
@@ -30,27 +30,26 @@ PREDICTOR = {"hidden_size": 256, "num_heads": 4, "num_layers": 8, "ffn_dim": 102
 class Measured(Trainer):
     """Before each step times the bare forward and backward of the same model on inputs of the same shape."""
 
-    batch: tuple[Inputs, torch.Tensor] | None = None
+    batch: Batch | None = None
 
-    def _train_step(self, *arguments):
+    def train_step(self, *arguments):
         if self.batch is None:
-            assert self.source is not None
-            samples = next(self.source)
-            self.batch = make_inputs(samples.features, draw(self.config, samples.keys))
+            self.batch, _ = self.next_batch()
             self.bare, self.whole = [], []
             self._bare()  # warm
         self.bare.append(self._bare())
         started = time.perf_counter()
-        result = super()._train_step(*arguments)
+        result = super().train_step(*arguments)
         self.whole.append(time.perf_counter() - started)
         return result
 
     def _bare(self) -> float:
         assert self.batch is not None
-        inputs, wanted = self.batch
+        inputs, wanted = self.recipe.inputs(self.batch), self.recipe.target(self.batch)
         self.optimizer.zero_grad(set_to_none=True)
         started = time.perf_counter()
-        mean_loss(self.stages[0](*inputs.tensors()), wanted).backward()
+        velocity = self.stages[0](*pick(inputs, self.stages[0].names))
+        self.recipe.loss(velocity, wanted).mean().backward()
         return time.perf_counter() - started
 
 
@@ -126,7 +125,7 @@ def prepare(root: Path) -> dict[str, Path]:
 def train(files: dict[str, Path], run: Path, **options: object) -> Measured:
     values = {"device": "cpu", "train_iters": STEPS, "micro_batch_size": BATCH, "save_interval": STEPS, **options}
     config = read_run_config(TrainOptions(**files, save=run, **values))
-    with join_world("cpu", config.layout(1)) as world:
+    with join_world("cpu", config.parallel_dims(1)) as world:
         trainer = Measured(config, world)
         trainer.run(StopSignal())
     return trainer

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from flashi2v_data.console import configure_logging
 from flashi2v_data.errors import InputError, StorageError
-from flashi2v_train.layout import Layout
 from flashi2v_train.options import LaunchOptions
+from flashi2v_train.parallel_dims import ParallelDims
 from flashi2v_train.processes import StopSignal, adopt_slurm, start
 
 
@@ -55,13 +55,13 @@ def fails_once(directory: Path) -> None:
 
 
 def hangs(directory: Path, how: str) -> None:
-    from flashi2v_train.parallel import join_world  # imports the model, which takes seconds
     from flashi2v_train.watchdog import Watchdog
+    from flashi2v_train.world import join_world  # imports the model, which takes seconds
 
     configure_logging()
     (directory / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
     size = int(os.environ["WORLD_SIZE"])
-    layout = Layout(tensor=1, context=1, pipeline=1, data=size, replicas=1, layers=(1,))
+    layout = ParallelDims(tensor=1, context=1, pipeline=1, data=size, replicas=1, layers=(1,))
     with join_world("cpu", layout) as world:
         with Watchdog(world.rank, world.size, world.control, timeout_seconds=3) as watchdog:
             for step in range(1, 4):

@@ -30,10 +30,10 @@ from flashi2v_model.weights.conversion import read_state_dict
 from flashi2v_train import checkpoint
 from flashi2v_train.checkpoint import Checkpoints, load, run_state
 from flashi2v_train.ema import EMA
-from flashi2v_train.layout import Layout
-from flashi2v_train.options import LayoutOptions
-from flashi2v_train.parallel import World, join_world, shard
-from flashi2v_train.pipeline import Stage, keep_layers
+from flashi2v_train.options import ParallelOptions
+from flashi2v_train.parallel_dims import ParallelDims
+from flashi2v_train.parallelise import Stage, keep_layers, shard
+from flashi2v_train.world import World, join_world
 
 pytestmark = pytest.mark.slow
 
@@ -46,15 +46,15 @@ SMALL = {
     "num_layers": 6,
 }
 LAYOUTS = {
-    "one": Layout(1, 1, 1, 1, 1, (6,)),
-    "sharded over 2": Layout(1, 1, 1, 2, 1, (6,)),
-    "sharded over 4": Layout(1, 1, 1, 4, 1, (6,)),
-    "2 replicas of 2 shards": Layout(1, 1, 1, 4, 2, (6,)),
-    "pipeline 1 2 2 1": Layout(1, 1, 4, 1, 1, (1, 2, 2, 1)),
-    "pipeline 3 3": Layout(1, 1, 2, 1, 1, (3, 3)),
-    "sharded pipeline": Layout(1, 1, 2, 2, 1, (2, 4)),
-    "tensor parallel": Layout(2, 1, 1, 1, 1, (6,)),
-    "sharded tensor parallel": Layout(2, 1, 1, 2, 1, (6,)),
+    "one": ParallelDims(1, 1, 1, 1, 1, (6,)),
+    "sharded over 2": ParallelDims(1, 1, 1, 2, 1, (6,)),
+    "sharded over 4": ParallelDims(1, 1, 1, 4, 1, (6,)),
+    "2 replicas of 2 shards": ParallelDims(1, 1, 1, 4, 2, (6,)),
+    "pipeline 1 2 2 1": ParallelDims(1, 1, 4, 1, 1, (1, 2, 2, 1)),
+    "pipeline 3 3": ParallelDims(1, 1, 2, 1, 1, (3, 3)),
+    "sharded pipeline": ParallelDims(1, 1, 2, 2, 1, (2, 4)),
+    "tensor parallel": ParallelDims(2, 1, 1, 1, 1, (6,)),
+    "sharded tensor parallel": ParallelDims(2, 1, 1, 2, 1, (6,)),
 }
 # How matrices are shared with tensor parallelism: by rows, by columns; the rest is the same on all.
 ROWS, COLUMNS = (".to_q.weight", ".to_q.bias", ".net.0.proj.weight"), (".to_out.0.weight", ".net.2.weight")
@@ -63,9 +63,9 @@ PROGRESS = {"iteration": 7, "clip": {"mean": 0.25}}
 
 def _transformer(world: World) -> FlashI2VTransformer3DModel:
     transformer = FlashI2VTransformer3DModel(**SMALL)
-    layers = world.layout.layers_of(world.pipeline_rank)
+    layers = world.dims.layers_of(world.pipeline_rank)
     keep_layers(transformer, layers, embeds=world.embeds, projects=world.projects)
-    if world.layout.tensor > 1:
+    if world.dims.tensor > 1:
         mesh = world.weights_mesh["tensor"]
         for name, parameter in list(transformer.named_parameters()):
             dim = 0 if name.endswith(ROWS) else 1 if name.endswith(COLUMNS) else None
@@ -73,7 +73,7 @@ def _transformer(world: World) -> FlashI2VTransformer3DModel:
                 owner, _, last = name.rpartition(".")
                 shared = distribute_tensor(parameter.detach(), mesh, [Shard(dim)])
                 setattr(transformer.get_submodule(owner), last, torch.nn.Parameter(shared))
-    shard(Stage(transformer, (16, 1, 4, 4)), transformer, world, LayoutOptions(), bf16=False)
+    shard(Stage(transformer, (16, 1, 4, 4)), transformer, world, ParallelOptions(), bf16=False)
     return transformer
 
 

@@ -26,12 +26,11 @@ from flashi2v_train.cost import (
     predict,
     suggest_split,
 )
+from flashi2v_train.engines import make_schedule
 from flashi2v_train.options import TrainOptions
-from flashi2v_train.parallel import join_world
-from flashi2v_train.pipeline import make_schedule, mean_loss
-from flashi2v_train.step import Inputs
+from flashi2v_train.parallelise import build_stages
 from flashi2v_train.tracing import build_stage
-from flashi2v_train.trainer import build_stages
+from flashi2v_train.world import join_world
 
 RELEASES = {
     "1.3B": {},
@@ -58,16 +57,16 @@ def full_size(workspace, name, **options) -> RunConfig:
     return read(workspace, changes, **options)
 
 
-def inputs(config: RunConfig, batch: int) -> Inputs:
+def inputs(config: RunConfig, batch: int) -> list[torch.Tensor]:
     channels, _, height, width = config.latent_shape
     predictor = config.model.predictor
-    return Inputs(
+    return [
         torch.randn(batch, *config.latent_shape),
         1000 * torch.rand(batch),
         torch.randn(batch, predictor.text_len, predictor.text_dim),
         torch.randn(batch, channels, 1, height, width),
         torch.rand(batch),
-    )
+    ]
 
 
 @pytest.mark.parametrize("changes", [{}, {"model.predictor.conv3x3x3_proj": False}], ids=["3x3x3", "1x3x3"])
@@ -75,9 +74,9 @@ def test_operations_are_those_that_torch_counts(workspace, changes):
     changes |= {"model.predictor.hidden_size": 96, "model.predictor.ffn_dim": 256}
     config = read(workspace, changes)
     operations = count_operations(config.model.predictor, config.latent_shape)
-    with join_world("cpu", config.layout(1)) as world:
+    with join_world("cpu", config.parallel_dims(1)) as world:
         (stage,) = build_stages(config, world, weights=False)
-        arguments = inputs(config, 1).tensors()
+        arguments = inputs(config, 1)
         # The counter does not know the CPU's fused attention.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             stage(*arguments)
@@ -88,8 +87,8 @@ def test_a_training_step_of_a_release_has_the_operations_that_torch_counts(works
     config = full_size(workspace, "1.3B", bf16=False)
     few = config.model.predictor.model_copy(update={"num_layers": 3})  # of all, as they are alike
     config = replace(config, model=config.model.model_copy(update={"predictor": few}))
-    stage = build_stage(config, config.layout(1), 0)
-    arguments = [tensor.to("meta") for tensor in inputs(config, 1).tensors()]
+    stage = build_stage(config, config.parallel_dims(1), 0)
+    arguments = [tensor.to("meta") for tensor in inputs(config, 1)]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         stage(*arguments).sum().backward()
     operations = count_operations(few, config.latent_shape)
@@ -115,17 +114,17 @@ def test_what_is_computed_again_is_what_torch_counts_more(workspace, options):
     skips = options.get("recompute_skip_core_attention", False)
 
     def count(config) -> int:
-        with join_world("cpu", config.layout(1)) as world:
+        with join_world("cpu", config.parallel_dims(1)) as world:
             (stage,) = build_stages(config, world, weights=False)
             # The counter knows the plain attention only, and what is skipped is the fused one.
             attention = nullcontext() if skips else sdpa_kernel(SDPBackend.MATH)
             with FlopCounterMode(display=False) as counter, attention:
-                stage(*inputs(config, 1).tensors()).sum().backward()
+                stage(*inputs(config, 1)).sum().backward()
         return counter.get_total_flops()
 
     config = read(workspace, changes, recompute_granularity="full", **options)
     more = count(config) - count(read(workspace, changes))
-    expected = count_recomputed(config, config.layout(1))
+    expected = count_recomputed(config, config.parallel_dims(1))
     if skips:  # the layer that is computed again as a whole attends twice, unseen by the counter
         expected -= count_operations(config.model.predictor, config.latent_shape).attention
     assert more == pytest.approx(expected, rel=0.02)
@@ -134,7 +133,7 @@ def test_what_is_computed_again_is_what_torch_counts_more(workspace, options):
 def test_attention_that_is_computed_again_counts_in_all_layers(workspace):
     config = read(workspace, {"model.predictor.num_layers": 4}, recompute_granularity="selective")
     tokens, text, dim = num_tokens(config), 16, 48
-    assert count_recomputed(config, config.layout(1)) == 4 * 4 * tokens * (tokens + text) * dim
+    assert count_recomputed(config, config.parallel_dims(1)) == 4 * 4 * tokens * (tokens + text) * dim
 
 
 def test_the_releases_have_their_sizes(workspace):
@@ -161,7 +160,7 @@ def test_the_releases_have_their_sizes(workspace):
 def test_activations_are_those_that_autograd_keeps(workspace, options):
     changes = {"model.predictor.num_layers": 4}
     config = read(workspace, changes, micro_batch_size=2, **options)
-    predicted = predict(config, config.layout(1))[0]
+    predicted = predict(config, config.parallel_dims(1))[0]
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor):
@@ -169,11 +168,11 @@ def test_activations_are_those_that_autograd_keeps(workspace, options):
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    with join_world("cpu", config.layout(1)) as world:
+    with join_world("cpu", config.parallel_dims(1)) as world:
         (stage,) = build_stages(config, world, weights=False)
         own = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            stage(*inputs(config, 2).tensors())
+            stage(*inputs(config, 2))
     measured = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
     assert predicted.memory.activations == pytest.approx(measured, rel=0.1)
     assert predicted.parameters == _total(config)
@@ -182,18 +181,18 @@ def test_activations_are_those_that_autograd_keeps(workspace, options):
 def test_layers_that_are_computed_again_are_kept_in_the_meantime(workspace):
     changes = {"model.predictor.num_layers": 4}
     plan = {"recompute_granularity": "full", "recompute_method": "uniform"}
-    plain = predict(read(workspace, changes), read(workspace, changes).layout(1))[0].memory
+    plain = predict(read(workspace, changes), read(workspace, changes).parallel_dims(1))[0].memory
     assert plain.recomputed == 0
     for group in (1, 2):
         config = read(workspace, changes, **plan, recompute_num_layers=group)
-        memory = predict(config, config.layout(1))[0].memory
+        memory = predict(config, config.parallel_dims(1))[0].memory
         assert memory.activations + 4 / group * memory.recomputed == pytest.approx(plain.activations, rel=0.1)
         assert memory.activations + memory.recomputed < plain.activations
 
 
 def test_what_is_offloaded_is_not_on_the_device(workspace):
     config = full_size(workspace, "1.3B", fsdp_cpu_offload=True)
-    memory = predict(config, config.layout(1))[0].memory
+    memory = predict(config, config.parallel_dims(1))[0].memory
     assert memory.weights == memory.gradients == memory.optimizer == memory.average == 0
     assert memory.gathered > 0
     assert memory.activations > 0
@@ -201,7 +200,7 @@ def test_what_is_offloaded_is_not_on_the_device(workspace):
 
 def test_sharding_divides_what_it_should(workspace):
     alone, shared = (full_size(workspace, "1.3B", nproc_per_node=n) for n in (1, 8))
-    one, eight = predict(alone, alone.layout(1))[0].memory, predict(shared, shared.layout(8))[0].memory
+    one, eight = predict(alone, alone.parallel_dims(1))[0].memory, predict(shared, shared.parallel_dims(8))[0].memory
     for part in ("weights", "gradients", "optimizer", "average"):
         assert getattr(eight, part) == pytest.approx(getattr(one, part) / 8)
     assert eight.activations == one.activations
@@ -210,7 +209,7 @@ def test_sharding_divides_what_it_should(workspace):
 
 def test_stages_hold_what_is_theirs(workspace):
     config = full_size(workspace, "1.3B", pipeline_model_parallel_size=4, global_batch_size=16, nproc_per_node=4)
-    costs = predict(config, config.layout(4))
+    costs = predict(config, config.parallel_dims(4))
     assert sum(cost.parameters for cost in costs) == _total(config)
     assert costs[0].memory.activations > costs[3].memory.activations
 
@@ -248,14 +247,14 @@ def test_as_many_micro_batches_are_in_flight_as_the_schedule_plans(
         global_batch_size=num_micro_batches,
     )
     stages = [PlannedStage(number, num_stages, num_processes) for number in range(0, num_stages, num_processes)]
-    plan = make_schedule(schedule, stages, num_micro_batches, mean_loss).pipeline_order
+    plan = make_schedule(schedule, stages, num_micro_batches, torch.nn.functional.mse_loss).pipeline_order
     for rank in range(num_processes):
         kept, most = 0, 0
         for action in plan[rank]:
             kind = "nothing" if action is None else action.computation_type.name
             kept += {"FORWARD": 1, "FULL_BACKWARD": -1, "BACKWARD_WEIGHT": -1}.get(kind, 0)
             most = max(most, kept)
-        assert in_flight(config, config.layout(num_processes), rank) == most
+        assert in_flight(config, config.parallel_dims(num_processes), rank) == most
 
 
 def test_one_forward_one_backward_keeps_as_many_micro_batches_as_there_are_stages_ahead(workspace):
@@ -265,7 +264,7 @@ def test_one_forward_one_backward_keeps_as_many_micro_batches_as_there_are_stage
         pipeline_model_parallel_size=4,
         global_batch_size=16,
     )
-    assert [in_flight(config, config.layout(4), rank) for rank in range(4)] == [4, 3, 2, 1]
+    assert [in_flight(config, config.parallel_dims(4), rank) for rank in range(4)] == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("costs", [(1.0, 0.0, 0.0), (1.0, 1.7, 0.4), (0.3, 2.0, 1.0), (1.0, 0.0, 5.0)])
@@ -350,7 +349,7 @@ def test_a_dry_run_says_what_would_happen_and_leaves_nothing(workspace, monkeypa
 
 def test_a_split_is_suggested_as_it_is_to_be_written(workspace):
     config = full_size(workspace, "1.3B", pipeline_model_parallel_size=4, global_batch_size=8, nproc_per_node=4)
-    text = suggest_split(config, config.layout(4))
+    text = suggest_split(config, config.parallel_dims(4))
     split = json.loads("{" + text.splitlines()[0] + "}")["pipeline_num_layers"]
     assert sum(split) == 30
     assert split[0] <= min(split[1:3])

@@ -16,11 +16,11 @@ from flashi2v_data.errors import InputError
 from flashi2v_data.store.reader import open_store, write_store
 from flashi2v_train import encode, features
 from flashi2v_train.config import RunConfig, read_run_config
-from flashi2v_train.encode import made_by
 from flashi2v_train.features import FeatureSource
 from flashi2v_train.options import TrainOptions
-from flashi2v_train.parallel import join_world
+from flashi2v_train.provenance import provenance
 from flashi2v_train.trainer import train
+from flashi2v_train.world import join_world
 
 # One frame of five, mirrored or not: features are then of the first epoch's draws.
 DRAWN = {"data.dataset_param.sample_num_frames": 1}
@@ -62,11 +62,11 @@ def read_samples(config: RunConfig, num_steps: int) -> list[tuple]:
     data = config.data.dataset_param
     loads = {"video": data.load_video_features, "text": data.load_text_features}
     found = []
-    with join_world("cpu", config.layout(1)) as world:
-        source = FeatureSource(config, world, 1, made_by(config, **loads) if any(loads.values()) else None)
-        for step in (next(source) for _ in range(num_steps)):
-            tensors = zip(step.features.latents, step.features.condition, step.features.context, strict=True)
-            found += zip(step.keys, step.paths, step.captions, tensors, strict=True)
+    with join_world("cpu", config.parallel_dims(1)) as world:
+        source = FeatureSource(config, world, 1, provenance(config, **loads) if any(loads.values()) else None)
+        for batch, origins in (next(source) for _ in range(num_steps)):
+            tensors = zip(batch["latents"], batch["condition"], batch["text"], strict=True)
+            found += [(*origin, of_sample) for origin, of_sample in zip(origins, tensors, strict=True)]
         found.append(source.num_skipped)
     return found
 
@@ -236,7 +236,7 @@ def serve(rank: int, cases: list[tuple[str, TrainOptions]], ports: list[int], di
             continue
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         config = read_run_config(options)
-        with join_world("cpu", config.layout(size)) as world:
+        with join_world("cpu", config.parallel_dims(size)) as world:
             source = FeatureSource(config, world, samples)
             served = [next(source) for _ in range(3)]
             state = source.state_dict()  # within a round of two
@@ -246,9 +246,9 @@ def serve(rank: int, cases: list[tuple[str, TrainOptions]], ports: list[int], di
             served.append(next(source))
             source.close()
         found = [
-            (key, path, caption, *(part[i] for part in vars(step.features).values()))
-            for step in served
-            for i, (key, path, caption) in enumerate(zip(step.keys, step.paths, step.captions))
+            ((*origin.key,), origin.path, origin.caption, *(tensor[i] for tensor in batch.values()))
+            for batch, origins in served
+            for i, origin in enumerate(origins)
         ]
         torch.save(found, directory / f"{name}-{rank}.pt")
 
@@ -286,5 +286,5 @@ def test_a_set_smaller_than_a_step_is_refused(workspace):
 
 def test_features_depend_on_what_is_read_alone(workspace):
     config = read_run_config(TrainOptions(**workspace.files(), device="cpu"))
-    assert made_by(config).keys() == made_by(config, text=False).keys() | made_by(config, video=False).keys()
-    assert made_by(config, video=False)["tokenizer_max_length"] == 16
+    assert provenance(config).keys() == provenance(config, text=False).keys() | provenance(config, video=False).keys()
+    assert provenance(config, video=False)["tokenizer_max_length"] == 16

@@ -20,9 +20,9 @@ from flashi2v_train.clip import AdaptiveClip, scale_gradients, share_of_square
 from flashi2v_train.config import read_run_config
 from flashi2v_train.cost import count_parameters
 from flashi2v_train.options import TrainOptions
-from flashi2v_train.parallel import join_world
 from flashi2v_train.processes import StopSignal
 from flashi2v_train.trainer import Trainer
+from flashi2v_train.world import join_world
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +108,7 @@ class Recorded(Trainer):
 
     gradients: dict[str, torch.Tensor] | None = None
 
-    def _update(self, *arguments):
+    def update(self, norm):
         if self.gradients is None:
             self.gradients = {}
             for name, parameter in self.parameters.items():
@@ -117,7 +117,7 @@ class Recorded(Trainer):
                     continue
                 whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
                 self.gradients[name] = whole.clone()
-        return super()._update(*arguments)
+        return super().update(norm)
 
 
 class Case(NamedTuple):
@@ -138,7 +138,7 @@ def run_case(rank: int, case: Case) -> dict[str, torch.Tensor]:
         "MASTER_PORT": str(case.port),
     }
     config = read_run_config(case.options)
-    with join_world("cpu", config.layout(case.num_processes)) as world:
+    with join_world("cpu", config.parallel_dims(case.num_processes)) as world:
         trainer = Recorded(config, world)
         trainer.run(StopSignal())
         trace = clip_trace(trainer)
@@ -149,7 +149,7 @@ def clip_trace(trainer: Trainer) -> torch.Tensor:
     """Clip gradients of known norms; return their norms after it, as all processes together find them."""
     world, clip = trainer.world, AdaptiveClip(1.0, 0.99)
     num_parameters = sum(count_parameters(trainer.config).values())
-    holders = world.size // world.layout.pipeline
+    holders = world.size // world.dims.pipeline
 
     def norm() -> float:
         share = share_of_square(trainer.parameters.values(), holders, world.device)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from flashi2v_data import generator
 from flashi2v_data.errors import InputError
+from flashi2v_train.batch import Batch, chunk, join, rows, to
 from flashi2v_train.clip import AdaptiveClip, PlainClip
-from flashi2v_train.config import TrainOptions, read_run_config
+from flashi2v_train.config import RunConfig, TrainOptions, read_run_config
 from flashi2v_train.ema import EMA
 from flashi2v_train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
-from flashi2v_train.step import draw
 
 # (norm, norm after clipping, threshold, mean, variance) of the public NPU release, max_norm 1.0, decay 0.99
 CLIP_TRACE = (
@@ -105,12 +106,16 @@ def test_the_projection_learns_at_its_own_rate():
     assert rates[id(model["other"].bias)] == 0.5
 
 
+def draw(config: RunConfig, keys: list[tuple[int, int]]) -> Batch:
+    return config.recipe.draw(config, lambda purpose: [generator(config.options.seed, purpose, *key) for key in keys])
+
+
 def test_draws_depend_on_seed_epoch_and_sample_alone(workspace):
     config = read_run_config(options().model_copy(update=workspace.files()))
     keys = [(0, 3), (1, 3), (0, 5)]
     together, alone = draw(config, keys), draw(config, keys[1:2])
-    for name, value in vars(together).items():
-        assert torch.equal(value[1:2], getattr(alone, name)), name
+    for name, value in together.items():
+        assert torch.equal(value[1:2], alone[name]), name
         assert not torch.equal(value[0], value[1]), name
         assert not torch.equal(value[0], value[2]), name
 
@@ -119,6 +124,15 @@ def test_drawn_ratios_stay_in_the_configured_range(workspace):
     config = read_run_config(
         options().model_copy(update=workspace.files({"model.predictor.low_freq_energy_ratio": [0.2, 0.3]}))
     )
-    ratios = draw(config, [(0, i) for i in range(200)]).ratio
+    ratios = draw(config, [(0, i) for i in range(200)])["low_freq_energy_ratio"]
     assert 0.2 <= ratios.min() < 0.21
     assert 0.29 < ratios.max() <= 0.3
+
+
+def test_a_batch_is_taken_apart_and_put_together_by_all_its_names():
+    batch = {"latents": torch.arange(12.0).view(6, 2), "sigma": torch.arange(6.0)}
+    parts = chunk(batch, 3)
+    assert [part["sigma"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert all(torch.equal(tensor, batch[name]) for name, tensor in join(parts).items())
+    assert rows(batch, 2, 4)["latents"].tolist() == parts[1]["latents"].tolist()
+    assert to(batch, "meta")["sigma"].is_meta

@@ -128,7 +128,7 @@ def test_a_run_leaves_what_it_promises(workspace):
     assert all(0 <= line["data_wait_share"] <= 1 for line in lines)
     summary = json.loads((directory / "train_summary.json").read_text())
     assert (summary["ended"], summary["steps"], summary["final_loss"]) == ("done", 4, lines[-1]["loss"])
-    assert summary["layout"] == "one process"
+    assert summary["parallel"] == "one process"
     config = json.loads((directory / "config.json").read_text())
     assert config["options"]["train_iters"] == 4
     assert config["model"]["predictor"]["conv3x3x3_proj"] is True
@@ -190,7 +190,7 @@ def test_a_text_to_video_trunk_is_started_from_and_its_new_layers_are_said_aloud
 
 def test_a_step_that_is_not_finite_is_skipped_and_kept_and_a_diverged_run_stops(workspace, monkeypatch, caplog):
     from flashi2v_train.autopsy import load_autopsy
-    from flashi2v_train.pipeline import DirectEngine
+    from flashi2v_train.engines import DirectEngine
     from flashi2v_train.processes import RunError
 
     compute, calls = DirectEngine.train, []
@@ -212,11 +212,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_kept_and_a_diverged_run_stops(
     assert all(tensor.isfinite().all() for tensor in saved.values())
     kept = sorted((workspace.directory / "run/autopsy").iterdir())
     assert [path.name for path in kept] == [f"step_000000{n}_rank_0.safetensors" for n in (2, 4, 5, 6)]
-    inputs, velocity, origin = load_autopsy(kept[0])
-    assert torch.equal(inputs.noisy, calls[1][0].noisy)
-    assert torch.equal(velocity, calls[1][1])
+    batch, origins = load_autopsy(kept[0])
+    recipe = read_run_config(options(workspace)).recipe
+    assert torch.equal(recipe.inputs(batch)["hidden_states"], calls[1][0]["hidden_states"])
+    assert torch.equal(recipe.target(batch)["velocity"], calls[1][1]["velocity"])
     assert "step 2 is not finite and is skipped: loss nan" in caplog.text
-    assert len(origin["keys"]) == 2
+    assert len(origins) == 2
 
 
 def test_frozen_parameters_stay_as_they_are(workspace):

@@ -16,19 +16,20 @@ from torch import Tensor, nn
 
 from flashi2v_data import FeatureWriter, FlashI2VDataset, generator, open_store
 from flashi2v_data.errors import InputError
-from flashi2v_data.loading.loader import Batch
+from flashi2v_data.loading.loader import Batch as LoadedBatch
 from flashi2v_data.loading.sampler import SampleKey
 from flashi2v_data.store.features import video_key
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.encoders import decode_video, encode_text, encode_video, load_text_encoder, load_vae
 from flashi2v_model.scheduler import NUM_TIMESTEPS, euler_scheduler, inference_sigmas, interpolate
+from flashi2v_train.batch import Batch, join
 from flashi2v_train.config import RunConfig, read_run_config
-from flashi2v_train.features import Features
-from flashi2v_train.layout import Layout
+from flashi2v_train.engines import DirectEngine, PipelineEngine
 from flashi2v_train.options import TrainOptions
-from flashi2v_train.parallel import World, join_world, parallelise
-from flashi2v_train.pipeline import DirectEngine, PipelineEngine, Stage, keep_layers
+from flashi2v_train.parallel_dims import ParallelDims
+from flashi2v_train.parallelise import Stage, keep_layers, parallelise
 from flashi2v_train.validation import SIGMAS, Validation
+from flashi2v_train.world import World, join_world
 
 VIDEOS = 8  # in the store
 # The untrained VAE's latents are flat: without detail the cut-off would not matter.
@@ -67,17 +68,18 @@ class Encoders:
         self.captions: list[str] = []
         self.decoded: list[Tensor] = []
 
-    def encode(self, batch: Batch) -> Features:
+    def encode(self, batch: LoadedBatch) -> Batch:
         self.captions += batch["caption"]
-        every = [
-            Features(
-                encode_video(self.vae, video[None]),
-                encode_video(self.vae, video[None, :, :1]) + DETAIL,
-                encode_text(self.text_encoder, ids[None], mask[None]),
-            )
-            for video, ids, mask in zip(batch["video"], batch["prompt_ids"], batch["prompt_mask"])
-        ]
-        return Features(*(torch.cat(parts) for parts in zip(*((f.latents, f.condition, f.context) for f in every))))
+        return join(
+            [
+                {
+                    "latents": encode_video(self.vae, video[None]),
+                    "condition": encode_video(self.vae, video[None, :, :1]) + DETAIL,
+                    "text": encode_text(self.text_encoder, ids[None], mask[None]),
+                }
+                for video, ids, mask in zip(batch["video"], batch["prompt_ids"], batch["prompt_mask"])
+            ]
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         self.decoded.append(latents)
@@ -87,17 +89,17 @@ class Encoders:
 @pytest.fixture
 def world():
     """This process, alone."""
-    with join_world("cpu", Layout(1, 1, 1, 1, 1, (2,))) as world:
+    with join_world("cpu", ParallelDims(1, 1, 1, 1, 1, (2,))) as world:
         yield world
 
 
 def make_validation(config: RunConfig, world: World) -> tuple[Validation, Encoders, FlashI2VTransformer3DModel]:
     encoders, transformer = Encoders(config), make_transformer(config)
-    engine = DirectEngine(Stage(transformer, config.latent_shape), 1)
+    engine = DirectEngine(Stage(transformer, config.latent_shape), 1, config.recipe.loss)
     return Validation(config, world, engine.velocity, encoders.encode, encoders.decode), encoders, transformer
 
 
-def sample(config: RunConfig, number: int, text_drop_ratio: float = 0.0) -> tuple[SampleKey, Batch]:
+def sample(config: RunConfig, number: int, text_drop_ratio: float = 0.0) -> tuple[SampleKey, LoadedBatch]:
     changes = {"text_drop_ratio": text_drop_ratio, "load_video_features": False, "features_path": None}
     param = config.data.dataset_param.model_copy(update=changes)
     dataset = FlashI2VDataset(open_store(param.metafile_or_dir_path), param, seed=config.options.seed)
@@ -121,10 +123,10 @@ def direct_losses(config: RunConfig, num_samples: int) -> list[float]:
         features, noise = encoders.encode(batch), noise_of(config, key)
         ratio = 0.05 + 0.9 * torch.rand(1, generator=generator(config.options.seed, "validation ratio", *key))
         for row, sigma in enumerate(SIGMAS):
-            noisy = interpolate(features.latents, noise, torch.tensor([sigma]))
+            noisy = interpolate(features["latents"], noise, torch.tensor([sigma]))
             timestep = NUM_TIMESTEPS * torch.tensor([sigma])
-            velocity = transformer(noisy, timestep, features.context, features.condition, ratio).sample
-            errors[row, number] = (velocity - (noise - features.latents)).square().mean()
+            velocity = transformer(noisy, timestep, features["text"], features["condition"], ratio).sample
+            errors[row, number] = (velocity - (noise - features["latents"])).square().mean()
     return errors.mean(dim=1).tolist()
 
 
@@ -158,11 +160,11 @@ def test_videos_are_sampled_as_by_the_scheduler_of_diffusers(workspace, world, g
     for t in scheduler.timesteps:
 
         def velocity(context: Tensor, t: Tensor = t, y: Tensor = y) -> Tensor:
-            return transformer(y, t.expand(1), context, features.condition, 0.1).sample
+            return transformer(y, t.expand(1), context, features["condition"], 0.1).sample
 
-        v = velocity(features.context)
+        v = velocity(features["text"])
         if guidance_scale > 1:
-            without = velocity(empty.context)
+            without = velocity(empty["text"])
             v = without + guidance_scale * (v - without)
         y = scheduler.step(v, t, y, return_dict=False)[0]
     (latents,) = encoders.decoded
@@ -226,23 +228,23 @@ def test_features_encoded_ahead_give_the_same_loss_and_the_real_video_as_the_vae
             batch = sample(config, number)[1]
             whole, features = dataset[number], encoders.encode(batch)
             frames = range(whole["first_frame"], whole["first_frame"] + 5)
-            tensors = {"latents": features.latents[0], "condition": features.condition[0]}
+            tensors = {"latents": features["latents"][0], "condition": features["condition"][0]}
             writer.put({video_key(whole["path"], frames): tensors})
     ahead = param.model_copy(update={"load_video_features": True, "features_path": str(tmp_path / "features")})
 
-    def read(batch: Batch) -> Features:
-        contexts = [
+    def read(batch: LoadedBatch) -> Batch:
+        texts = [
             encode_text(encoders.text_encoder, ids[None], mask[None])
             for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"])
         ]
-        return Features(**batch["video_features"], context=torch.cat(contexts))
+        return {**batch["video_features"], "text": torch.cat(texts)}
 
     config = replace(config, data=config.data.model_copy(update={"dataset_param": ahead}))
-    engine = DirectEngine(Stage(transformer, config.latent_shape), 1)
+    engine = DirectEngine(Stage(transformer, config.latent_shape), 1, config.recipe.loss)
     encoders.decoded.clear()
     assert Validation(config, world, engine.velocity, read, encoders.decode)(1) == pytest.approx(expected, rel=1e-6)
     _, truth = encoders.decoded
-    torch.testing.assert_close(truth, encoders.encode(sample(config, 0)[1]).latents)
+    torch.testing.assert_close(truth, encoders.encode(sample(config, 0)[1])["latents"])
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
@@ -260,7 +262,7 @@ def validate_in_process(rank: int, configs: dict[str, RunConfig], ports: list[in
     losses = {}
     for (name, config), port in zip(configs.items(), ports):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        with join_world("cpu", config.layout(2)) as world:
+        with join_world("cpu", config.parallel_dims(2)) as world:
             encoders = Encoders(config) if world.embeds else None
             validate = Validation(
                 config,
@@ -275,16 +277,15 @@ def validate_in_process(rank: int, configs: dict[str, RunConfig], ports: list[in
 
 
 def make_velocity(config: RunConfig, world: World) -> Callable:
-    part, layout = make_transformer(config), world.layout
+    part, layout = make_transformer(config), world.dims
     number = world.pipeline_rank
     if layout.num_stages > 1:
         part = keep_layers(part, layout.layers_of(number), embeds=number == 0, projects=number == 1)
     parallelise(part, world)
     stage = Stage(part, config.latent_shape)
     if layout.num_stages == 1:
-        return DirectEngine(stage, 1).velocity
-    shape = (config.options.micro_batch_size, *config.latent_shape)
-    return PipelineEngine([stage], world, 2, shape, "1f1b").velocity
+        return DirectEngine(stage, 1, config.recipe.loss).velocity
+    return PipelineEngine([stage], world, config, "1f1b").velocity
 
 
 def test_every_layout_measures_the_same_loss_and_writes_the_same_videos(workspace, world, tmp_path, free_ports):

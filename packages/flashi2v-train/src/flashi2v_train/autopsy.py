@@ -3,17 +3,17 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TypedDict
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError
-from flashi2v_train.step import Inputs
+from flashi2v_data.loading.sampler import SampleKey
+from flashi2v_train.batch import Batch
+from flashi2v_train.features import Origin
+from flashi2v_train.processes import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -21,51 +21,26 @@ logger = logging.getLogger(__name__)
 _KEPT = 4
 
 
-class Origin(TypedDict):
-    """Where the inputs of a step come from.
-
-    `keys` are (epoch, index) of the samples, `paths` their videos, `captions` as they were encoded.
-    """
-
-    step: int
-    rank: int
-    keys: list[tuple[int, int]]
-    paths: list[str]
-    captions: list[str]
-
-
-def save_autopsy(
-    directory: Path,
-    step: int,
-    batch: tuple[Inputs, Tensor],
-    keys: Sequence[tuple[int, int]],
-    paths: Sequence[str],
-    captions: Sequence[str],
-    rank: int,
-) -> Path | None:
-    """Write the inputs of a step; of one process the newest few are kept.
+def save_autopsy(directory: Path, step: int, batch: Batch, origins: Sequence[Origin], rank: int) -> Path | None:
+    """Write what a step was computed from; of one process the newest few are kept.
 
     Args:
         directory: in the run's directory.
         step: number of the step, from 1.
-        batch: inputs, and the velocity to learn, of all its samples at this data parallel place.
-        keys: (epoch, index) of the samples.
-        paths: their videos.
-        captions: as they were encoded.
+        batch: all samples of this data parallel rank, with what was drawn for them.
+        origins: of the samples.
         rank: of this process.
 
     Returns:
         the file; None where it could not be written, which is logged and no reason to end the run.
     """
     path = directory / f"step_{step:07d}_rank_{rank}.safetensors"
-    origin = Origin(step=step, rank=rank, keys=[*keys], paths=[*paths], captions=[*captions])
-    inputs, velocity = batch
-    tensors = {field.name: getattr(inputs, field.name) for field in fields(Inputs)} | {"velocity": velocity}
     # Clones, as tensors that share memory cannot be written.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in batch.items()}
+    origin = json.dumps({"step": step, "rank": rank, "samples": [*origins]})
     try:
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, {"origin": json.dumps(origin)})
+            save_file(tensors, temporary, {"origin": origin})
         for old in sorted(directory.glob(f"step_*_rank_{rank}.safetensors"))[:-_KEPT]:
             old.unlink()
     except (OSError, SafetensorError) as error:
@@ -74,18 +49,60 @@ def save_autopsy(
     return path
 
 
-def load_autopsy(path: Path) -> tuple[Inputs, Tensor, Origin]:
-    """Read what `save_autopsy` wrote, onto the CPU: inputs, the velocity to learn, and where they come from.
+def load_autopsy(path: Path) -> tuple[Batch, list[Origin]]:
+    """Read what `save_autopsy` wrote, onto the CPU: a batch for the recipe's `inputs` and `target`.
 
     Raises:
         InputError: there is no such file, or it is of another kind.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            origin: Origin = json.loads(file.metadata()["origin"])
-            inputs = Inputs(**{field.name: file.get_tensor(field.name) for field in fields(Inputs)})
-            velocity = file.get_tensor("velocity")
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+            origins = [
+                Origin(SampleKey(*key), path, caption)
+                for key, path, caption in json.loads(file.metadata()["origin"])["samples"]
+            ]
+            batch = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError) as error:
         raise InputError(f"{path} does not hold the batch of a step: {error}") from None
-    origin["keys"] = [(epoch, index) for epoch, index in origin["keys"]]
-    return inputs, velocity, origin
+    return batch, origins
+
+
+class Skips:
+    """Counts steps that were left out, keeps their batches, and ends a run of which too many were.
+
+    Args:
+        run: its directory.
+        limit: steps in a row that end it.
+        rank: of this process.
+        keeps: this process keeps its batches.
+
+    Attributes:
+        in_a_row: steps left out since the last that was taken.
+        total: of the whole run.
+    """
+
+    def __init__(self, run: Path, limit: int, rank: int, *, keeps: bool) -> None:
+        self._run, self._limit, self._rank, self._keeps = run, limit, rank, keeps
+        self.in_a_row = self.total = 0
+
+    def add(self, step: int, loss: float, norm: float, batch: Batch | None, origins: Sequence[Origin]) -> None:
+        """Leave out a step whose loss or gradient is not finite.
+
+        Raises:
+            RunError: the run has diverged.
+        """
+        self.in_a_row += 1
+        self.total += 1
+        path = None
+        if self._keeps and batch is not None:
+            path = save_autopsy(self._run / "autopsy", step, batch, origins, self._rank)
+        if path is not None or self._rank == 0:
+            logger.warning(
+                "step %d is not finite and is skipped: loss %s, gradient norm %s%s",
+                *(step, loss, norm, "" if path is None else f"; its batch is in {path}"),
+            )
+        if self.in_a_row >= self._limit:
+            raise RunError(
+                f"{self._limit} steps in a row were not finite: lower --lr, or look at the batches in "
+                f"{self._run / 'autopsy'}; the last checkpoint in {self._run} is whole"
+            )

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -37,12 +37,13 @@ from flashi2v_model.weights.checkpoint import (
     SafeReader,
     cause_of,
     checkpoints_of,
+    is_checkpoint,
     missing_part,
     newest_checkpoint,
 )
 from flashi2v_model.weights.checksums import CHECKSUMS, FileSums, HashingFiles, describe, sums_of, warn_unverified
 from flashi2v_train.ema import EMA
-from flashi2v_train.parallel import World
+from flashi2v_train.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -213,13 +214,15 @@ class Checkpoints:
             save_tensors(dict(state), storage_writer=writer, process_group=self._group)
             everyones: list[Any] = [None] * self._world.size
             dist.all_gather_object(everyones, writer.fs.sums, group=self._group)
-            texts = {**texts, CHECKSUMS: _checksums(everyones, texts)}
+            sums: dict[str, FileSums] = {name: found for one in everyones for name, found in one.items()}
+            sums |= {name: sums_of(text.encode()) for name, text in texts.items()}
+            texts = {**texts, CHECKSUMS: describe(sums)}
             self._by_first(lambda: self._complete(partial, final, texts))
         except (OSError, CheckpointException) as error:
             cause_of(error)  # an interrupt is none of the disk
             last = "there is none before it" if self.latest is None else f"{self.latest} is the last whole one"
             raise StorageError(
-                f"{final} could not be written: {_reason(error)}; {last}: make room there, or mend what is wrong, and "
+                f"{final} could not be written: {_reason(error)}; {last}: make room there, or fix what is wrong, and "
                 "start the same command again"
             ) from error
         finally:
@@ -303,11 +306,6 @@ class _Writer(FileSystemWriter):
             raise
 
 
-def _checksums(everyones: Sequence[Mapping[str, FileSums]], texts: Mapping[str, str]) -> str:
-    files = {name: sums for one in everyones for name, sums in one.items()}
-    return describe(files | {name: sums_of(text.encode()) for name, text in texts.items()})
-
-
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -331,8 +329,50 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def find_checkpoint(save: Path, load: Path | None, iteration: int | None, world: World) -> Path | None:
+    """Return the checkpoint that a run goes on from, None where it begins; called by all processes.
+
+    It is what the first process sees: a shared disk may show others an older one yet.
+
+    Args:
+        save: directory of the run.
+        load: of the run to go on from, where this one has no checkpoint of its own.
+        iteration: number of the checkpoint, instead of the newest.
+        world: this process among all.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    found = [_find(save, load, iteration) if world.is_first else None]
+    dist.broadcast_object_list(found, 0, world.control)
+    return found[0]
+
+
+def _find(save: Path, load: Path | None, iteration: int | None) -> Path | None:
+    runs = [save]
+    # Megatron's scripts name one directory twice; it is empty at the first start.
+    if load is not None and load.resolve() != save.resolve():
+        runs.append(load)
+    if iteration is not None:
+        for run in runs:
+            if is_checkpoint(run / f"iter_{iteration:07d}"):
+                return run / f"iter_{iteration:07d}"
+        there = ", ".join(str(int(path.name[5:])) for run in runs for path in checkpoints_of(run)[:10])
+        raise InputError(f"--load-iteration {iteration}: there is no such checkpoint, only {there or 'none'}")
+    for run in runs:
+        directory = newest_checkpoint(run)
+        if directory is not None:
+            later = checkpoints_of(run)[0]
+            if later.name > directory.name:
+                logger.warning("%s is later than the one that %s names, and is not used", later, run / LATEST)
+            return directory
+    if len(runs) > 1:
+        raise InputError(f"--load {load}: holds no checkpoint ({LATEST} is not there)")
+    return None
+
+
 def load(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], world: World) -> dict[str, Any]:
-    """Load a checkpoint into a run's state, on any layout; called by all processes.
+    """Load a checkpoint into a run's state, however it was spread; called by all processes.
 
     Args:
         directory: the checkpoint.
@@ -380,7 +420,7 @@ def _load(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any
     except (ValueError, TypeError, RecursionError, OSError) as error:
         raise DamagedError(f"{directory} is damaged: {_reason(error)}") from error
     for key, value in config.items():
-        if not key.startswith("_") and saved_config.get(key) != value:
+        if (key == "_class_name" or not key.startswith("_")) and saved_config.get(key) != value:
             raise InputError(f"{directory} was trained with {key} {saved_config.get(key)}, this run has {value}")
     try:
         load_tensors(dict(state), storage_reader=reader, process_group=world.control)

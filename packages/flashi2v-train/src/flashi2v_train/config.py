@@ -2,8 +2,9 @@
 
 import importlib.util
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -19,8 +20,12 @@ from flashi2v_model.config import (
     TextEncoderConfig,
     check_pretrained,
 )
-from flashi2v_train.layout import Layout, plan_layout
+from flashi2v_model.variants import load_class
 from flashi2v_train.options import TrainOptions
+from flashi2v_train.parallel_dims import ParallelDims, plan_parallel_dims
+
+if TYPE_CHECKING:
+    from flashi2v_train.recipe import Recipe, RecipeClass
 
 
 class TrainPredictorConfig(PredictorConfig):
@@ -63,6 +68,7 @@ class TrainModelConfig(Settings):
     text_encoder: TextEncoderConfig
     diffusion: DiffusionConfig
     predictor: TrainPredictorConfig
+    recipe: dict[str, Any] = Field({}, description="settings of the recipe that --recipe names")
 
     @model_validator(mode="after")
     def _check_patch(self) -> "TrainModelConfig":
@@ -73,11 +79,31 @@ class TrainModelConfig(Settings):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides what a run computes."""
+    """Everything that decides what a run computes.
+
+    Attributes:
+        options: of the command line.
+        model: the model file.
+        data: the data file.
+        recipe_class: of what is learnt, or of the network alone; None means FlashI2V's own, which takes seconds to
+            import.
+    """
 
     options: TrainOptions
     model: TrainModelConfig
     data: DataConfig
+    recipe_class: "RecipeClass | None" = None
+
+    @cached_property
+    def recipe(self) -> "Recipe":
+        """What is learnt, with its settings.
+
+        Raises:
+            InputError: the settings are not those of the recipe.
+        """
+        from flashi2v_train.recipe import build_recipe
+
+        return build_recipe(self.recipe_class, self.model.recipe, f"{self.options.mm_model}: recipe")
 
     @property
     def bf16(self) -> bool:
@@ -91,14 +117,14 @@ class RunConfig:
         frames = (data.sample_num_frames - 1) // 4 + 1
         return self.model.predictor.in_dim, frames, data.sample_height // 8, data.sample_width // 8
 
-    def layout(self, world_size: int) -> Layout:
+    def parallel_dims(self, world_size: int) -> ParallelDims:
         """Return how this run is spread over a number of processes.
 
         Raises:
             InputError: it cannot be.
         """
         predictor = self.model.predictor
-        return plan_layout(
+        return plan_parallel_dims(
             self.options,
             world_size,
             num_layers=predictor.num_layers,
@@ -106,13 +132,13 @@ class RunConfig:
             split=predictor.pipeline_num_layers,
         )
 
-    def micro_batches(self, layout: Layout) -> int:
-        """Return the micro batches per optimizer step of one data parallel place.
+    def micro_batches(self, dims: ParallelDims) -> int:
+        """Return the micro batches per optimizer step of one data parallel rank.
 
         Raises:
             InputError: the global batch does not divide, or does not fill the pipeline.
         """
-        per_pass = self.options.micro_batch_size * layout.data
+        per_pass = self.options.micro_batch_size * dims.data
         total = self.options.global_batch_size or per_pass
         if total % per_pass:
             raise InputError(
@@ -120,24 +146,27 @@ class RunConfig:
                 f"{per_pass}"
             )
         number = total // per_pass
-        if number < layout.pipeline:
+        if number < dims.pipeline:
             raise InputError(
-                f"micro batches per step: {number}, too few to fill a pipeline of {layout.pipeline} processes: set "
-                f"--global-batch-size to at least {layout.pipeline * per_pass}"
+                f"micro batches per step: {number}, too few to fill a pipeline of {dims.pipeline} processes: set "
+                f"--global-batch-size to at least {dims.pipeline * per_pass}"
             )
-        rounds = max(1, number // layout.pipeline)
-        in_rounds = layout.num_stages > layout.pipeline or self.options.pipeline_schedule == "zero-bubble"
+        rounds = max(1, number // dims.pipeline)
+        in_rounds = dims.num_stages > dims.pipeline or self.options.pipeline_schedule == "zero-bubble"
         if in_rounds and number % rounds:
             raise InputError(
                 f"micro batches per step: {number}, which cannot be split into {rounds} equal rounds: set "
-                f"--global-batch-size to a multiple of {layout.pipeline * per_pass}"
+                f"--global-batch-size to a multiple of {dims.pipeline * per_pass}"
             )
         return number
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as plain JSON values."""
+        options = self.options.model_dump(mode="json", exclude=self.options.unanswered())
+        if self.recipe_class is not None:
+            options["recipe"] = f"{self.recipe_class.__module__}:{self.recipe_class.__qualname__}"
         return {
-            "options": self.options.model_dump(mode="json", exclude=self.options.unanswered()),
+            "options": options,
             "model": self.model.model_dump(mode="json"),
             "data": self.data.model_dump(mode="json"),
         }
@@ -150,16 +179,19 @@ class RunConfig:
             sampling |= {"shift", "guidance_scale"}
         inference = self.model.diffusion.model_fields_set & sampling
         notes += [f"diffusion.{key} has no effect in training: it belongs to sampling" for key in sorted(inference)]
+        if self.data.dataset_param.columns and self.recipe_class is None:
+            notes.append("dataset_param.columns has no effect without --recipe: nothing reads them")
         if self.model.predictor.pipeline_num_layers is not None and self.options.pipeline_model_parallel_size == 1:
             notes.append("predictor.pipeline_num_layers has no effect without --pipeline-model-parallel-size")
         return notes
 
 
-def read_run_config(options: TrainOptions, *, encodes: bool = False) -> RunConfig:
+def read_run_config(options: TrainOptions, *, recipe: "RecipeClass | None" = None, encodes: bool = False) -> RunConfig:
     """Read and check all files of a run, before any device is touched.
 
     Args:
         options: of the command line.
+        recipe: what is learnt, where `options.recipe` does not name it.
         encodes: read them for encoding ahead: features are then to be made, whatever the files say of loading them.
 
     Raises:
@@ -171,7 +203,8 @@ def read_run_config(options: TrainOptions, *, encodes: bool = False) -> RunConfi
     if encodes:
         without = {"load_video_features": False, "load_text_features": False}
         model = model.model_copy(update=without)
-        dataset = data.dataset_param.model_copy(update={**without, "features_path": None})
+        # What is encoded does not depend on columns, and a record that lacks one has latents all the same.
+        dataset = data.dataset_param.model_copy(update={**without, "features_path": None, "columns": {}})
         data = data.model_copy(update={"dataset_param": dataset})
     dataset = data.dataset_param
     if dataset.tokenizer_max_length != model.predictor.text_len:
@@ -197,7 +230,25 @@ def read_run_config(options: TrainOptions, *, encodes: bool = False) -> RunConfi
     if weights is not None and not encodes and not Path(weights).exists():
         raise InputError(f"{options.mm_model}: predictor.from_pretrained: {weights} does not exist")
     read_eval_data(options, data)
-    return RunConfig(options, model, data)
+    config = RunConfig(options, model, data, _find_recipe(options, recipe))
+    if encodes:
+        return config
+    if config.recipe_class is not None:
+        from flashi2v_train.recipe import example
+
+        example(config)  # refuses what does not fit together
+    elif model.recipe:
+        raise InputError(f"{options.mm_model}: recipe has settings, but no --recipe names what they are for")
+    return config
+
+
+def _find_recipe(options: TrainOptions, given: "RecipeClass | None") -> "RecipeClass | None":
+    if options.recipe is None:
+        return given
+    if given is not None:
+        raise InputError(f"--recipe {options.recipe}: this program trains {given.__name__}: leave the option out")
+    found: RecipeClass = load_class(options.recipe, "--recipe")
+    return found
 
 
 def _check_wandb(options: TrainOptions) -> None:
@@ -222,7 +273,8 @@ def read_eval_data(options: TrainOptions, trained_on: DataConfig) -> DataConfig:
     if options.eval_data is None:
         return trained_on
     data = load_config(options.eval_data, DataConfig)
-    for key in ("sample_height", "sample_width", "sample_num_frames", "tokenizer_max_length", "return_prompt_mask"):
+    fixed = ("sample_height", "sample_width", "sample_num_frames", "tokenizer_max_length", "return_prompt_mask")
+    for key in (*fixed, "columns"):
         ours, theirs = getattr(trained_on.dataset_param, key), getattr(data.dataset_param, key)
         if ours != theirs:
             raise InputError(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from flashi2v_data.errors import InputError
 from flashi2v_train.config import RunConfig, TrainPredictorConfig
-from flashi2v_train.layout import Layout, even_split
+from flashi2v_train.parallel_dims import ParallelDims, even_split
 
 if TYPE_CHECKING:
-    from flashi2v_train.pipeline import Stage
+    from flashi2v_train.parallelise import Stage
 
 GIB = 2**30
 # Dense bf16 operations per second with fp32 sums, by a word of the name that the device calls itself; the first that
@@ -116,7 +116,7 @@ def count_operations(predictor: TrainPredictorConfig, latent_shape: tuple[int, i
     )
 
 
-def count_recomputed(config: RunConfig, layout: Layout) -> float:
+def count_recomputed(config: RunConfig, dims: ParallelDims) -> float:
     """Return the operations of one sample that the backward pass does again to save memory."""
     options = config.options
     operations = count_operations(config.model.predictor, config.latent_shape)
@@ -125,7 +125,7 @@ def count_recomputed(config: RunConfig, layout: Layout) -> float:
     if options.recompute_method == "uniform":
         return operations.num_layers * operations.layer
     again = 0.0
-    for number in layout.layers:
+    for number in dims.layers:
         whole = min(number, options.recompute_num_layers or 0)
         partly = min(number - whole, options.recompute_num_layers_skip_core_attention)
         again += whole * operations.layer + partly * operations.matrices
@@ -179,39 +179,39 @@ def best_split(
     return tuple(split)
 
 
-def suggest_split(config: RunConfig, layout: Layout) -> str:
+def suggest_split(config: RunConfig, dims: ParallelDims) -> str:
     """Return what to write into the model file, by operations, and what it brings."""
-    if layout.num_stages == 1:
+    if dims.num_stages == 1:
         return "nothing to split: set --pipeline-model-parallel-size"
-    best, work, excess = _compare_split(config, layout)
+    best, work, excess = _compare_split(config, dims)
     return (
         f'"pipeline_num_layers": {best}\n'
-        f"# the slowest process has {work / 1e12:.3g} TFLOPs per sample forward; now, with {list(layout.layers)}, "
+        f"# the slowest process has {work / 1e12:.3g} TFLOPs per sample forward; now, with {list(dims.layers)}, "
         f"{excess:.1%} more"
     )
 
 
-def check_split(config: RunConfig, layout: Layout) -> str | None:
+def check_split(config: RunConfig, dims: ParallelDims) -> str | None:
     """Return a line about a split whose slowest process has much more to do than it must, or None.
 
     Raises:
         InputError: it has more than twice as much to do.
     """
-    if layout.num_stages == 1:
+    if dims.num_stages == 1:
         return None
-    best, _, excess = _compare_split(config, layout)
+    best, _, excess = _compare_split(config, dims)
     words = (
-        f"with {list(layout.layers)} layers per stage the slowest process has {excess:.0%} more to do than with {best}"
+        f"with {list(dims.layers)} layers per stage the slowest process has {excess:.0%} more to do than with {best}"
     )
     if excess > 1:
         raise InputError(f"{words}, and the others wait: set predictor.pipeline_num_layers to that")
     return f"{words} (predictor.pipeline_num_layers)" if excess > 0.25 else None
 
 
-def _compare_split(config: RunConfig, layout: Layout) -> tuple[str, float, float]:
+def _compare_split(config: RunConfig, dims: ParallelDims) -> tuple[str, float, float]:
     """Return the best split as it is written, the operations of its slowest process, and the excess of the layout's."""
     operations = count_operations(config.model.predictor, config.latent_shape)
-    processes, virtual = layout.pipeline, layout.num_stages // layout.pipeline
+    processes, virtual = dims.pipeline, dims.num_stages // dims.pipeline
     layer, first, last = operations.layer, operations.first, operations.head
     best = best_split(operations.num_layers, processes, virtual, layer=layer, first=first, last=last)
 
@@ -223,7 +223,7 @@ def _compare_split(config: RunConfig, layout: Layout) -> tuple[str, float, float
 
     pieces = [list(best[i : i + processes]) for i in range(0, len(best), processes)]
     written = json.dumps(pieces if virtual > 1 else pieces[0])
-    return written, slowest(best), slowest(layout.layers) / slowest(best) - 1
+    return written, slowest(best), slowest(dims.layers) / slowest(best) - 1
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class ProcessCost:
     memory: Memory
 
 
-def predict(config: RunConfig, layout: Layout) -> list[ProcessCost]:
+def predict(config: RunConfig, dims: ParallelDims) -> list[ProcessCost]:
     """Predict what each process of a pipeline holds; its data, context and tensor parallel neighbours hold as much.
 
     Parameters are those of the real modules; activations are what autograd keeps when these run on the meta device,
@@ -278,14 +278,14 @@ def predict(config: RunConfig, layout: Layout) -> list[ProcessCost]:
     from flashi2v_train.tracing import build_stage, kept_bytes  # torch and diffusers take seconds
 
     options = config.options
-    shards = layout.data // layout.replicas * layout.context
+    shards = dims.data // dims.replicas * dims.context
     on_device = 0 if options.fsdp_cpu_offload else 1
     gathers = shards > 1 or config.bf16 or options.fsdp_cpu_offload
     costs = []
-    for rank in range(layout.pipeline):
-        numbers = layout.stages_of(rank)
-        stages = [build_stage(config, layout, number) for number in numbers]
-        sizes = [_stage_sizes(stage, layout.tensor) for stage in stages]
+    for rank in range(dims.pipeline):
+        numbers = dims.stages_of(rank)
+        stages = [build_stage(config, dims, number) for number in numbers]
+        sizes = [_stage_sizes(stage, dims.tensor) for stage in stages]
         whole, trained = sum(size.all for size in sizes), sum(size.trained for size in sizes)
         # Two blocks at a time: one computes while the next is fetched.
         gathered = (sum(s.root for s in sizes) + 2 * max(s.block for s in sizes)) if options.reshards else whole
@@ -299,15 +299,15 @@ def predict(config: RunConfig, layout: Layout) -> list[ProcessCost]:
                     optimizer=on_device * 8 * trained / shards,
                     average=on_device * 4 * whole / shards if options.use_ema else 0,
                     gathered=(2 if config.bf16 else 4) * gathered if gathers else 0,
-                    activations=kept * in_flight(config, layout, rank) / layout.context,
-                    recomputed=_recomputed_bytes(config, layout, numbers) / layout.context,
+                    activations=kept * in_flight(config, dims, rank) / dims.context,
+                    recomputed=_recomputed_bytes(config, dims, numbers) / dims.context,
                 ),
             )
         )
     return costs
 
 
-def _recomputed_bytes(config: RunConfig, layout: Layout, stages: range) -> float:
+def _recomputed_bytes(config: RunConfig, dims: ParallelDims, stages: range) -> float:
     """Return what the largest group of layers that is computed again at a time keeps, of one micro batch."""
     from flashi2v_train.tracing import build_stage, kept_bytes
 
@@ -326,28 +326,28 @@ def _recomputed_bytes(config: RunConfig, layout: Layout, stages: range) -> float
             "recompute_num_layers_skip_core_attention": 0,
         }
         plain = replace(config, options=options.model_copy(update=changes))
-        return kept_bytes(build_stage(plain, layout, stages[0]), plain)
+        return kept_bytes(build_stage(plain, dims, stages[0]), plain)
 
     group = whole if options.recompute_method == "uniform" else 1
-    return (kept(0) - kept(1)) * min(group, max(layout.layers[number] for number in stages))
+    return (kept(0) - kept(1)) * min(group, max(dims.layers[number] for number in stages))
 
 
-def in_flight(config: RunConfig, layout: Layout, rank: int) -> int:
+def in_flight(config: RunConfig, dims: ParallelDims, rank: int) -> int:
     """Return how many micro batches a process keeps activations of at a time, counted once for each of its stages.
 
     It is what the schedules of torch.distributed.pipelining do.
     """
-    number, virtual = config.micro_batches(layout), layout.num_stages // layout.pipeline
-    if layout.pipeline == 1:
+    number, virtual = config.micro_batches(dims), dims.num_stages // dims.pipeline
+    if dims.pipeline == 1:
         return 1
     schedule = config.options.pipeline_schedule
     if schedule == "gpipe":
         return number * virtual
-    round_size = number // max(1, number // layout.pipeline)
+    round_size = number // max(1, number // dims.pipeline)
     earlier = (virtual - 1) * round_size
-    behind = layout.pipeline - rank - 1
+    behind = dims.pipeline - rank - 1
     if schedule == "zero-bubble":
-        behind = layout.pipeline - 1  # gradients of weights wait, and with them what they are computed from
+        behind = dims.pipeline - 1  # gradients of weights wait, and with them what they are computed from
     elif virtual > 1:
         behind *= 2
     return min(number * virtual, earlier + behind + 1)
@@ -384,10 +384,12 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
     """Count the parameters of the transformer by part: embeddings, latent shift, layers, head."""
     from flashi2v_train.tracing import build_stage
 
-    alone = Layout(tensor=1, context=1, pipeline=1, data=1, replicas=1, layers=(config.model.predictor.num_layers,))
+    alone = ParallelDims(
+        tensor=1, context=1, pipeline=1, data=1, replicas=1, layers=(config.model.predictor.num_layers,)
+    )
     counts = dict.fromkeys(_PARTS.values(), 0)
     for name, parameter in build_stage(config, alone, 0).transformer.named_parameters():
-        counts[_PARTS[name.split(".")[0]]] += parameter.numel()
+        counts[_PARTS.get(name.split(".")[0], "embeddings")] += parameter.numel()
     return counts
 
 
@@ -402,17 +404,17 @@ _PARTS = {
 }
 
 
-def describe_run(config: RunConfig, layout: Layout) -> str:
+def describe_run(config: RunConfig, dims: ParallelDims) -> str:
     """Return what `--dry-run` prints."""
     options = config.options
     operations = count_operations(config.model.predictor, config.latent_shape)
-    micro_batches = config.micro_batches(layout)
-    samples = micro_batches * options.micro_batch_size * layout.data
+    micro_batches = config.micro_batches(dims)
+    samples = micro_batches * options.micro_batch_size * dims.data
     lines = [
         json.dumps(config.as_dict(), indent=1),  # as it would be written to config.json
         "",
-        f"layout       {layout.describe()}" + (f"; {layout.world_size} processes" if layout.world_size > 1 else ""),
-        f"batch        samples per step: {samples} = {layout.data} (data parallel) x {micro_batches} (micro batches) x "
+        f"parallel     {dims.describe()}" + (f"; {dims.world_size} processes" if dims.world_size > 1 else ""),
+        f"batch        samples per step: {samples} = {dims.data} (data parallel) x {micro_batches} (micro batches) x "
         f"{options.micro_batch_size} (micro batch size)",
         f"tokens       {num_tokens(config)} per sample, latents (C, F, H, W) = {config.latent_shape}",
         f"operations   {operations.training / 1e12:.4g} TFLOPs per sample, "
@@ -420,18 +422,18 @@ def describe_run(config: RunConfig, layout: Layout) -> str:
         "parameters   "
         + ", ".join(f"{name} {number / 1e6:.2f} M" for name, number in count_parameters(config).items()),
     ]
-    again = count_recomputed(config, layout)
+    again = count_recomputed(config, dims)
     if again:
         lines.append(
             f"recompute    {again / 1e12:.4g} TFLOPs per sample more, {again / operations.training:.0%}, to save memory"
         )
-    if layout.pipeline > 1:
-        share = bubble(layout.pipeline, micro_batches, layout.num_stages // layout.pipeline)
+    if dims.pipeline > 1:
+        share = bubble(dims.pipeline, micro_batches, dims.num_stages // dims.pipeline)
         lines.append(f"bubble       {share:.1%} of a step in theory, if all stages take equally long")
     kinds = [field.name for field in fields(Memory)]
     lines += ["", f"{'GiB per process':<16}{'parameters':>12}" + "".join(f"{kind:>13}" for kind in [*kinds, "total"])]
-    for rank, cost in enumerate(predict(config, layout)):
-        name = "all" if layout.pipeline == 1 else f"stage {', '.join(map(str, layout.stages_of(rank)))}"
+    for rank, cost in enumerate(predict(config, dims)):
+        name = "all" if dims.pipeline == 1 else f"stage {', '.join(map(str, dims.stages_of(rank)))}"
         sizes = [getattr(cost.memory, kind) / GIB for kind in [*kinds, "total"]]
         lines.append(f"{name:<16}{cost.parameters / 1e6:>10.1f} M" + "".join(f"{size:>13.2f}" for size in sizes))
     lines.append("activations are what autograd keeps; kernels' own memory and the frozen encoders come on top")

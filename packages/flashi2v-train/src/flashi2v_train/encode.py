@@ -3,8 +3,6 @@
 import contextlib
 import itertools
 import logging
-import mmap
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -22,23 +20,22 @@ from flashi2v_data.atomic import atomic_file, check_directory
 from flashi2v_data.captions.cleaning import CaptionCount
 from flashi2v_data.captions.tokenizer import Tokenizer, find_loss
 from flashi2v_data.console import configure_logging, run
-from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.errors import DecodeError
 from flashi2v_data.loading.dataset import FlashI2VDataset
 from flashi2v_data.loading.loader import StatefulLoader
 from flashi2v_data.loading.sampler import SampleKey, StatefulDistributedSampler
-from flashi2v_data.store.features import FeatureStore, FeatureWriter, feature_stores, text_key
+from flashi2v_data.store.features import FeatureStore, FeatureWriter, feature_stores, remove_unbegun, text_key
 from flashi2v_data.store.reader import open_store
-from flashi2v_model.weights.fingerprint import fingerprint
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.options import FileOptions, LaunchOptions, TrainOptions, group_options
+from flashi2v_train.provenance import REPORT, provenance
 
 if TYPE_CHECKING:
     from flashi2v_train.features import Encoders
 
 logger = logging.getLogger(__name__)
 
-REPORT = "report.json"
 # Clips between two writes: as many are lost at most when the command is killed.
 _BATCH = 16
 # Processes wait for each other at the end only, when one may be hours behind; should one die, the launcher ends all.
@@ -91,7 +88,10 @@ app = App(
 @app.default
 def launch(*, options: EncodeOptions) -> None:
     check_directory(options.output, "--output")
-    config = _read_config(options)
+    run_options = TrainOptions(
+        mm_model=options.mm_model, mm_data=options.mm_data, seed=options.seed, device=options.device
+    )
+    config = read_run_config(run_options, encodes=True)
     slurm = processes.adopt_slurm(options)
     if processes.is_started():
         processes.check_started(options)
@@ -110,69 +110,6 @@ def launch(*, options: EncodeOptions) -> None:
         )
 
 
-def _read_config(options: EncodeOptions) -> RunConfig:
-    """Read both files as a run that encodes as it trains."""
-    run_options = TrainOptions(
-        mm_model=options.mm_model, mm_data=options.mm_data, seed=options.seed, device=options.device
-    )
-    return read_run_config(run_options, encodes=True)
-
-
-def made_by(config: RunConfig, *, video: bool = True, text: bool = True) -> dict[str, Any]:
-    """Return everything that features depend on.
-
-    Args:
-        config: of a run.
-        video: of the clips.
-        text: of the captions.
-    """
-    data, model = config.data.dataset_param, config.model
-    found: dict[str, Any] = {}
-    if video:
-        transforms = data.transform_pipeline.model_dump(mode="json")
-        found |= {
-            "clips": len(open_store(data.metafile_or_dir_path)),
-            "vae": fingerprint(model.ae.from_pretrained, whole=True),
-            "vae_dtype": _dtype(model.ae.dtype),
-            "vae_tiles": model.ae.tiling_param.model_dump(mode="json") if model.ae.enable_tiling else None,
-            "size": [data.sample_num_frames, data.sample_height, data.sample_width],
-            "train_fps": data.train_fps,
-            "sample_stride": data.sample_stride,
-            "transforms": transforms,
-            "seed": config.options.seed,
-        }
-        # Features of earlier versions say nothing of these, and were made so.
-        found |= {"geometry": data.geometry} if data.geometry != "reference" else {}
-        found |= {"tone_map": True} if data.tone_map else {}
-    if text:
-        found |= {
-            "text_encoder": fingerprint(model.text_encoder.from_pretrained, whole=True),
-            "text_encoder_dtype": _dtype(model.text_encoder.dtype),
-            "use_attention_mask": model.text_encoder.use_attention_mask,
-            "tokenizer": fingerprint(data.text_tokenizer_path, whole=True),
-            "tokenizer_max_length": data.tokenizer_max_length,
-            "clean_captions": data.clean_captions,
-        }
-    return found
-
-
-def _dtype(name: str) -> str:
-    return "fp32" if name == "float32" else name
-
-
-def check_store(features_path: str) -> None:
-    """Refuse a store that is not encoded to its end.
-
-    Raises:
-        InputError: naming the directory.
-    """
-    if not (Path(features_path) / REPORT).is_file():
-        raise InputError(
-            f"{features_path} is no store that flashi2v-encode has finished ({REPORT} is not there): run it, or run it "
-            "again to its end"
-        )
-
-
 class _Cycle(StatefulDistributedSampler):
     """Some samples of the first epoch, again and again, as the loader reads ahead."""
 
@@ -188,7 +125,7 @@ def _encode(config: RunConfig, output: Path) -> None:
     configure_logging(logging.INFO if processes.is_first() else logging.WARNING)
     # Imported here: the encoders take seconds, and a wrong option should be told at once.
     from flashi2v_model.weights.libraries import quieten
-    from flashi2v_train.parallel import rank_and_size
+    from flashi2v_train.world import rank_and_size
 
     quieten()
     rank, size = rank_and_size()
@@ -198,7 +135,7 @@ def _encode(config: RunConfig, output: Path) -> None:
             stack.callback(dist.destroy_process_group)
         stack.enter_context(processes.hold_directory(output, "--output", dist.group.WORLD if size > 1 else None))
         if rank == 0:
-            _remove_empty_stores(output)
+            remove_unbegun(output)  # what a process left that was killed while it made a store
         if size > 1:
             dist.barrier()
         _encode_share(config, output, rank, size)
@@ -212,7 +149,7 @@ def _encode_share(config: RunConfig, output: Path, rank: int, size: int) -> None
     store = open_store(config.data.dataset_param.metafile_or_dir_path)
     dataset = FlashI2VDataset(store, config.data.dataset_param, seed=config.options.seed)
     encoders = Encoders(config, device)
-    origin = made_by(config)
+    origin = provenance(config)
     mine = range(rank, len(store), size)
     captions, count = _captions(dataset, mine)
     # Before any process writes: a store is read without locks, and must not be open twice in a process.
@@ -253,14 +190,6 @@ def _write_report(output: Path, done: "Sequence[tuple[int, Collection[str], set[
     )
     with atomic_file(output / REPORT) as path:
         path.write_text(report.model_dump_json(indent=1) + "\n")
-
-
-def _remove_empty_stores(output: Path) -> None:
-    """Remove stores that a killed process had only begun to make: they hold no more than LMDB's own two pages."""
-    for store in output.glob("*.lmdb"):
-        file = store / "data.mdb"
-        if store.is_dir() and (not file.exists() or file.stat().st_size <= 2 * mmap.PAGESIZE):
-            shutil.rmtree(store)
 
 
 def _write_clips(

@@ -7,9 +7,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,8 +16,9 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.loading.loader import Batch, build_dataloader
-from flashi2v_data.loading.sampler import SamplerState
+from flashi2v_data.loading.loader import Batch as LoadedBatch
+from flashi2v_data.loading.loader import build_dataloader
+from flashi2v_data.loading.sampler import SampleKey, SamplerState
 from flashi2v_data.randomness import generator
 from flashi2v_model.encoders import (
     Posterior,
@@ -28,40 +28,15 @@ from flashi2v_model.encoders import (
     load_vae,
     video_posterior,
 )
+from flashi2v_train.batch import Batch, join, rows, to
 from flashi2v_train.config import RunConfig
-from flashi2v_train.parallel import World
+from flashi2v_train.world import World
 
 # Named tensors of a clip: what the VAE says of the whole of it, and of its first frame alone. fp32, (C, F, H, W) and
 # (C, 1, H, W), normalised.
 Clip = dict[str, Tensor]
 # `states`, (L, text_dim) in the encoder's dtype, padding zeroed.
 Caption = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Features:
-    """A batch as the transformer's training sees it.
-
-    Attributes:
-        latents: (B, C, F, H, W), z.
-        condition: (B, C, 1, H, W), the first frame's latent.
-        context: (B, L, text_dim), text states with zeroed padding.
-    """
-
-    latents: Tensor
-    condition: Tensor
-    context: Tensor
-
-    @classmethod
-    def join(cls, parts: "list[Features]") -> "Features":
-        """Put batches together."""
-        return cls(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in (field.name for field in fields(cls)))
-        )
-
-    def rows(self, begin: int, end: int) -> "Features":
-        """Return some samples of the batch."""
-        return Features(self.latents[begin:end], self.condition[begin:end], self.context[begin:end])
 
 
 class Encoders:
@@ -81,7 +56,8 @@ class Encoders:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         data, model = config.data.dataset_param, config.model
-        self._vae = None if data.load_video_features else load_vae(model.ae, device)
+        self._reads_video = data.load_video_features
+        self._vae = None if self._reads_video else load_vae(model.ae, device)
         self._text_encoder = None if data.load_text_features else load_text_encoder(model.text_encoder, device)
         if self._vae is not None:
             self._check_width("in_dim", self._vae.config.z_dim)
@@ -96,31 +72,32 @@ class Encoders:
             raise InputError(f"{self.config.options.mm_model}: predictor.{key} is {ours}, the encoder gives {given}")
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, *, sampled: bool) -> Features:
-        """Encode a batch.
+    def __call__(self, batch: LoadedBatch, *, sampled: bool) -> Batch:
+        """Return latents, condition and text of a batch, see `recipe`, and its columns.
 
         Args:
             batch: of the loader.
             sampled: draw from the posteriors, by each sample's epoch and index, instead of taking their modes.
         """
-        parts = []
+        encoded = []
         for i, key in enumerate(zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)):
             clip, states = self.clip(batch, i), self.states(batch, i)
             noise, still_noise = posterior_noise(self.config, *key) if sampled else (None, None)
             latents = Posterior(clip["mean"], clip["std"]).draw(noise)
             condition = Posterior(clip["first_frame_mean"], clip["first_frame_std"]).draw(still_noise)
-            parts.append(Features(latents[None], condition[None], states[None]))
-        return Features.join(parts)
+            encoded.append({"latents": latents[None], "condition": condition[None], "text": states[None]})
+        return join(encoded) | to(batch.get("columns", {}), self.device)
 
-    def clip(self, batch: Batch, i: int) -> Clip:
+    def clip(self, batch: LoadedBatch, i: int) -> Clip:
         """Return what the VAE says of sample i's clip."""
-        if self._vae is not None:
+        if not self._reads_video:
+            assert self._vae is not None
             return self._remember(batch["clip"][i], partial(encode_clip, self._vae, batch, i))
         clip = {name: tensors[i].to(self.device) for name, tensors in batch["video_features"].items()}
         self._check_width("in_dim", len(clip["mean"]))
         return clip
 
-    def states(self, batch: Batch, i: int) -> Tensor:
+    def states(self, batch: LoadedBatch, i: int) -> Tensor:
         """Return the states of sample i's caption, (L, text_dim)."""
         if self._text_encoder is not None:
             encode = partial(self.caption, batch["prompt_ids"][i], batch["prompt_mask"][i])
@@ -157,7 +134,7 @@ class Encoders:
 
 
 @torch.no_grad()
-def encode_clip(vae: AutoencoderKLWan, batch: Batch, i: int) -> Clip:
+def encode_clip(vae: AutoencoderKLWan, batch: LoadedBatch, i: int) -> Clip:
     """Return what a VAE says of sample i's clip."""
     video = batch["video"][i : i + 1].to(vae.device, non_blocking=True)
     whole, still = video_posterior(vae, video), video_posterior(vae, video[:, :, :1])
@@ -181,23 +158,12 @@ def posterior_noise(config: RunConfig, epoch: int, index: int) -> tuple[Tensor, 
     return normal("posterior", frames), normal("condition posterior", 1)
 
 
-@dataclass(frozen=True)
-class StepSamples:
-    """The samples of one optimizer step at one data parallel place.
+class Origin(NamedTuple):
+    """Where a sample comes from: its key, its video, and its caption as it was encoded."""
 
-    Attributes:
-        features: of the samples.
-        keys: (epoch, index) of each.
-        paths: of their videos.
-        captions: as they were encoded.
-        wait_seconds: how long this process waited for data.
-    """
-
-    features: Features
-    keys: list[tuple[int, int]]
-    paths: list[str]
-    captions: list[str]
-    wait_seconds: float
+    key: SampleKey
+    path: str
+    caption: str
 
 
 class FeatureSource:
@@ -210,39 +176,44 @@ class FeatureSource:
     Args:
         config: of the run.
         world: this process among all.
-        samples_per_step: of this data parallel place.
-        made_by: what features must have been made by, where any are loaded.
+        samples_per_step: of this data parallel rank.
+        provenance: what features must have been made by, where any are loaded.
+
+    Attributes:
+        encoders: that make the samples.
+        wait_seconds: how long this process has waited for data, since the start.
 
     Raises:
         InputError: data or encoders do not fit the configuration, or there are fewer samples than one step takes.
     """
 
     def __init__(
-        self, config: RunConfig, world: World, samples_per_step: int, made_by: Mapping[str, Any] | None = None
+        self, config: RunConfig, world: World, samples_per_step: int, provenance: Mapping[str, Any] | None = None
     ) -> None:
         self._config, self._peers = config, world.peers
-        self._samples_per_step, self._num_places = samples_per_step, world.layout.data
+        self._samples_per_step, self._num_replicas = samples_per_step, world.dims.data
         num_peers = world.peers.size()
         self._steps_per_round = num_peers // math.gcd(samples_per_step, num_peers)
         self._loader = build_dataloader(
             config.data,
             seed=config.options.seed,
             batch_size=1,
-            rank=world.data_rank + world.layout.data * world.peers.rank(),
-            num_replicas=world.layout.data * num_peers,
+            rank=world.data_rank + world.dims.data * world.peers.rank(),
+            num_replicas=world.dims.data * num_peers,
             device=world.device,
-            made_by=made_by,
+            made_by=provenance,
             num_required=1,  # peers may be more than records; what a step takes is checked here
         )
-        total, available = samples_per_step * world.layout.data, len(self._loader.dataset)
+        total, available = samples_per_step * world.dims.data, len(self._loader.dataset)
         if available < total:
             raise InputError(
                 f"{config.data.dataset_param.metafile_or_dir_path} holds {available} records, fewer than the {total} "
                 "of one optimizer step: lower --global-batch-size (or --micro-batch-size), or relax the filter"
             )
         self.encoders = Encoders(config, world.device)
-        self._batches: Iterator[Batch] | None = None
-        self._ready: deque[StepSamples] = deque()
+        self.wait_seconds = 0.0
+        self._batches: Iterator[LoadedBatch] | None = None
+        self._ready: deque[tuple[Batch, list[Origin]]] = deque()
         self._state = self._loader.state_dict()
 
     @property
@@ -250,50 +221,43 @@ class FeatureSource:
         """Unreadable videos that this process has met."""
         return len(self._loader.skipped)
 
-    def __next__(self) -> StepSamples:
+    def __next__(self) -> tuple[Batch, list[Origin]]:
+        """Return the samples of the next step, and where they come from."""
         if not self._ready:
             self._ready.extend(self._read_round())
-        self._state["consumed"] += self._samples_per_step * self._num_places
+        self._state["consumed"] += self._samples_per_step * self._num_replicas
         return self._ready.popleft()
 
-    def _read_round(self) -> Iterator[StepSamples]:
+    def _read_round(self) -> Iterator[tuple[Batch, list[Origin]]]:
         if self._batches is None:
             self._batches = iter(self._loader)
         size, steps, num_peers = self._samples_per_step, self._steps_per_round, self._peers.size()
-        parts, origins, waited = [], [], 0.0
+        samples, origins = [], []
         for _ in range(size * steps // num_peers):
             started = time.perf_counter()
-            batch = next(self._batches)
-            waited += time.perf_counter() - started
-            parts.append(self.encoders(batch, sampled=self._config.model.ae.do_sample))
-            origins.append((int(batch["epoch"][0]), int(batch["index"][0]), batch["path"][0], batch["caption"][0]))
-        features = Features.join(parts)
+            loaded = next(self._batches)
+            self.wait_seconds += time.perf_counter() - started
+            samples.append(self.encoders(loaded, sampled=self._config.model.ae.do_sample))
+            key = SampleKey(int(loaded["epoch"][0]), int(loaded["index"][0]))
+            origins.append(Origin(key, loaded["path"][0], loaded["caption"][0]))
+        batch = join(samples)
         if num_peers > 1:
-            features, origins = self._exchange(features, origins)
+            batch, origins = self._exchange(batch, origins)
         for begin in range(0, size * steps, size):
-            here = origins[begin : begin + size]
-            yield StepSamples(
-                features.rows(begin, begin + size),
-                [(epoch, index) for epoch, index, _, _ in here],
-                [path for _, _, path, _ in here],
-                [caption for _, _, _, caption in here],
-                waited if begin == 0 else 0.0,  # the first step of a round waits for all of it
-            )
+            yield rows(batch, begin, begin + size), origins[begin : begin + size]
 
-    def _exchange(
-        self, features: Features, origins: list[tuple[int, int, str, str]]
-    ) -> tuple[Features, list[tuple[int, int, str, str]]]:
+    def _exchange(self, batch: Batch, origins: list[Origin]) -> tuple[Batch, list[Origin]]:
         """Gather what the peers have; sample number u is the (u // G)-th of peer u % G."""
         num_peers = self._peers.size()
 
         def gather(own: Tensor) -> Tensor:
-            parts = [torch.empty_like(own) for _ in range(num_peers)]
-            dist.all_gather(parts, own.contiguous(), self._peers)
-            return torch.stack(parts, 1).flatten(0, 1)
+            everyones = [torch.empty_like(own) for _ in range(num_peers)]
+            dist.all_gather(everyones, own.contiguous(), self._peers)
+            return torch.stack(everyones, 1).flatten(0, 1)
 
-        everyones: list[list[tuple[int, int, str, str]]] = [[] for _ in range(num_peers)]
+        everyones: list[list[Origin]] = [[] for _ in range(num_peers)]
         dist.all_gather_object(everyones, origins, self._peers)
-        whole = Features(gather(features.latents), gather(features.condition), gather(features.context))
+        whole = {name: gather(tensor) for name, tensor in batch.items()}
         return whole, [origin for same_turn in zip(*everyones, strict=True) for origin in same_turn]
 
     def state_dict(self) -> SamplerState:

@@ -1,6 +1,7 @@
 """`flashi2v-train`: check everything, then train here or in processes of its own."""
 
 import logging
+from typing import TYPE_CHECKING
 
 from cyclopts import App
 
@@ -10,42 +11,53 @@ from flashi2v_data.errors import InputError
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.cost import check_split, describe_run, suggest_split
-from flashi2v_train.layout import Layout
 from flashi2v_train.options import TrainOptions
+from flashi2v_train.parallel_dims import ParallelDims
+
+if TYPE_CHECKING:
+    from flashi2v_train.recipe import RecipeClass
 
 logger = logging.getLogger(__name__)
 
-app = App(
-    name="flashi2v-train",
-    help="""Train FlashI2V.
+_HELP = """Train FlashI2V.
 
-    The run's directory (--save) holds metrics.jsonl, TensorBoard events, config.json and checkpoints; starting the
-    same command again resumes from the newest one. SIGTERM and SIGUSR1 let the step end, save and stop.
+The run's directory (--save) holds metrics.jsonl, TensorBoard events, config.json and checkpoints; starting the
+same command again resumes from the newest one. SIGTERM and SIGUSR1 let the step end, save and stop.
 
-    Example: flashi2v-train --mm-model pretrain_model_flashi2v.json --mm-data data.json --save runs/first --bf16
-    """,
-    help_format="plaintext",
-    version=flashi2v_train.__version__,
-)
+Example: flashi2v-train --mm-model pretrain_model_flashi2v.json --mm-data data.json --save runs/first --bf16
+"""
 
 
-@app.default
-def launch(*, options: TrainOptions) -> None:
+def command(recipe: "RecipeClass | None" = None) -> App:
+    """Return the command line, for a recipe or for what `--recipe` names."""
+    app = App(name="flashi2v-train", help=_HELP, help_format="plaintext", version=flashi2v_train.__version__)
+
+    @app.default
+    def launch(*, options: TrainOptions) -> None:
+        _launch(options, recipe)
+
+    return app
+
+
+app = command()
+
+
+def _launch(options: TrainOptions, recipe: "RecipeClass | None") -> None:
     if options.optimizer_selection == "fused_ema_adamw" and not options.use_ema:
         raise InputError("--optimizer-selection fused_ema_adamw contradicts --no-use-ema: leave one of them out")
-    config = read_run_config(options)
+    config = read_run_config(options, recipe=recipe)
     slurm = processes.adopt_slurm(options)
     if processes.is_started():
         processes.check_started(options)
-    layouts = [config.layout(size) for size in processes.world_sizes(options)]
+    every_dims = [config.parallel_dims(size) for size in processes.world_sizes(options)]
     if not options.suggest_split:  # for which the batch does not matter
-        for layout in layouts:
-            config.micro_batches(layout)
+        for dims in every_dims:
+            config.micro_batches(dims)
     if options.dry_run or options.suggest_split:
         if processes.is_first():
-            _answer(config, layouts[-1])
+            _answer(config, every_dims[-1])
         return
-    uneven = check_split(config, layouts[-1])
+    uneven = check_split(config, every_dims[-1])
     ascend = processes.set_ascend_environment(options.device)
     found = [note for note in (slurm, ascend, uneven) if note is not None]
     for note in [*found, *options.notes(), *config.notes()] if processes.is_first() else []:
@@ -58,14 +70,14 @@ def launch(*, options: TrainOptions) -> None:
         logger.info("done: %s", options.save)
 
 
-def _answer(config: RunConfig, layout: Layout) -> None:
+def _answer(config: RunConfig, dims: ParallelDims) -> None:
     from flashi2v_model.weights.libraries import quieten
 
     quieten()
     if config.options.dry_run:
-        print(describe_run(config, layout))
+        print(describe_run(config, dims))
     if config.options.suggest_split:
-        print(suggest_split(config, layout))
+        print(suggest_split(config, dims))
 
 
 def _train(config: RunConfig) -> None:
@@ -77,6 +89,11 @@ def _train(config: RunConfig) -> None:
     train(config)
 
 
-def main() -> None:
-    """Run the command line."""
-    run(app)
+def main(recipe: "RecipeClass | None" = None) -> None:
+    """Run the command line.
+
+    Args:
+        recipe: what is learnt; the default is what `--recipe` names, or FlashI2V's own. A file that ends in
+            `main(MyRecipe)`, under `if __name__ == "__main__"`, is a `flashi2v-train` of its own.
+    """
+    run(app if recipe is None else command(recipe))

@@ -6,6 +6,7 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,12 @@ from tqdm import tqdm
 
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError
+from flashi2v_npu_ops.device import name as device_name
+from flashi2v_npu_ops.device import peak_memory
+from flashi2v_train.config import RunConfig
+from flashi2v_train.cost import count_operations, count_parameters, num_tokens, peak_flops
 from flashi2v_train.options import TrainOptions
+from flashi2v_train.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +33,56 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 # The reference's script measures its speed over these steps, when everything is warm.
 _TIMED = range(100, 201)
+
+
+class Meter:
+    """Measures steps, beside what they compute.
+
+    Args:
+        config: of the run.
+        world: this process among all.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self._config, self._world = config, world
+        self._samples = config.micro_batches(world.dims) * config.options.micro_batch_size * world.dims.data
+        self._flops_per_sample = count_operations(config.model.predictor, config.latent_shape).training
+
+    def measure(self, seconds: float, waited: float) -> Metrics:
+        """Return what is measured of a step that took some seconds, of which it waited some for data."""
+        device = self._world.device
+        metrics: Metrics = {
+            "seconds": seconds,
+            "samples_per_second": self._samples / seconds,
+            "tokens_per_second": self._samples * num_tokens(self._config) / seconds,
+            "data_wait_share": waited / seconds,
+            "peak_memory_bytes": peak_memory(device),
+        }
+        # What makers promise is for bf16.
+        peak = peak_flops(device_name(device.type)) if device.type != "cpu" and self._config.bf16 else None
+        if peak is not None:
+            flops = self._flops_per_sample * self._samples
+            metrics["model_flops_utilisation"] = flops / seconds / peak / self._world.size
+        return metrics
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the summary of the run says beside its numbers."""
+        device = self._world.device.type
+        return {
+            "parameters": sum(count_parameters(self._config).values()),
+            "parallel": self._world.dims.describe(),
+            "processes": self._world.size,
+            "device": f"{device}, {device_name(device)}",
+            "versions": {name: version(name) for name in ("flashi2v-train", "flashi2v-model", "torch")},
+        }
+
+
+def open_log(config: RunConfig, first_step: int) -> "MetricsLog":
+    """Write `config.json`, and return what writes the numbers of steps beside it."""
+    values = config.as_dict()
+    with atomic_file(config.options.save / "config.json") as path:
+        path.write_text(json.dumps(values, indent=1) + "\n")
+    return MetricsLog(config.options, first_step, values)
 
 
 class MetricsLog:

@@ -57,9 +57,9 @@ class _Call:
 
     def __init__(self, before: "weakref.ref[_Call] | None") -> None:
         self._before = before
-        # By place in memory, as the same tensor may be saved twice; the graph keeps what is still needed alive.
+        # By address, as the same tensor may be saved twice; the graph keeps what is still needed alive.
         self._parked: weakref.WeakValueDictionary[tuple[object, ...], _Parked] = weakref.WeakValueDictionary()
-        # A place means one tensor only as long as nothing that was saved is freed.
+        # An address means one tensor only as long as nothing that was saved is freed.
         self._sources: list[Tensor] = []
 
     def park(self, tensor: Tensor, stream: torch.Stream | None) -> "_Parked":
@@ -71,7 +71,7 @@ class _Call:
         return parked
 
     def release_sources(self) -> None:
-        """Let go of what was saved, now that the call saves nothing more."""
+        """Release what was saved, now that the call saves nothing more."""
         self._sources.clear()
 
     def before(self) -> "_Call | None":

@@ -18,6 +18,14 @@ class FileOptions(BaseModel):
     mm_data: Path = Field(description="data file (JSON with # comments): dataset and loader")
 
 
+class RecipeOptions(BaseModel):
+    """What to learn."""
+
+    recipe: str | None = Field(
+        None, description="module:Class of a flashi2v_train.Recipe, from here or installed; default: FlashI2V's own"
+    )
+
+
 class PlanOptions(BaseModel):
     """Questions that start nothing."""
 
@@ -50,7 +58,7 @@ class LaunchOptions(BaseModel):
     )
 
 
-class LayoutOptions(BaseModel):
+class ParallelOptions(BaseModel):
     """How one model and one batch are spread over the processes; data parallelism takes what the others leave."""
 
     tensor_model_parallel_size: int = Field(1, ge=1, description="processes that share each layer's matrices")
@@ -314,9 +322,10 @@ class TrainOptions(
     MemoryOptions,
     OptimizerOptions,
     BatchOptions,
-    LayoutOptions,
+    ParallelOptions,
     LaunchOptions,
     PlanOptions,
+    RecipeOptions,
     FileOptions,
 ):
     """All options of `flashi2v-train`."""
@@ -367,9 +376,9 @@ class TrainOptions(
 
 def group_options(options: type[BaseModel], titles: Mapping[type[BaseModel], str]) -> None:
     """Let `--help` show the options of each part under a title, in this order."""
-    for part, title in titles.items():
+    for section, title in titles.items():
         group = Group.create_ordered(title)
-        for name in part.model_fields:
+        for name in section.model_fields:
             options.model_fields[name].metadata.append(Parameter(group=group))
 
 
@@ -377,9 +386,10 @@ group_options(
     TrainOptions,
     {
         FileOptions: "Files",
+        RecipeOptions: "Recipe",
         PlanOptions: "Questions",
         LaunchOptions: "Processes",
-        LayoutOptions: "Layout",
+        ParallelOptions: "Layout",
         BatchOptions: "Batch",
         OptimizerOptions: "Optimizer",
         MemoryOptions: "Memory and speed",

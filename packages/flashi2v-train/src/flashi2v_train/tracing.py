@@ -6,29 +6,29 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.layers import Attention
 from flashi2v_train.config import RunConfig
-from flashi2v_train.layout import Layout
 from flashi2v_train.optim import freeze
-from flashi2v_train.pipeline import Stage, keep_layers
+from flashi2v_train.parallel_dims import ParallelDims
+from flashi2v_train.parallelise import Stage, keep_layers
+from flashi2v_train.recipe import example
 from flashi2v_train.recompute import save_memory
 
 _META = torch.device("meta")
 
 
-def build_stage(config: RunConfig, layout: Layout, number: int) -> Stage:
+def build_stage(config: RunConfig, dims: ParallelDims, number: int) -> Stage:
     """Build a pipeline stage on the meta device.
 
     Raises:
         InputError: `--freeze` names no parameter.
     """
     with _META:
-        part = FlashI2VTransformer3DModel(**config.model.predictor.transformer_arguments())
+        part = config.recipe.build(config.model.predictor)
     freeze(part, config.options.freeze)
-    if layout.num_stages > 1:
-        part = keep_layers(part, layout.layers_of(number), embeds=number == 0, projects=number == layout.num_stages - 1)
-    return Stage(part.train(), config.latent_shape)
+    if dims.num_stages > 1:
+        part = keep_layers(part, dims.layers_of(number), embeds=number == 0, projects=number == dims.num_stages - 1)
+    return Stage(part.train(), config.latent_shape, tuple(example(config)[0]))
 
 
 def kept_bytes(stage: Stage, config: RunConfig) -> int:
@@ -50,22 +50,19 @@ def kept_bytes(stage: Stage, config: RunConfig) -> int:
 
     own = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        with _META:
-            inputs = _inputs(stage, config, dtype)
-        stage(*inputs)
+        stage(*_inputs(stage, config, dtype))
     return sum(tensor.untyped_storage().nbytes() for key, tensor in seen.items() if key not in own)
 
 
 def _inputs(stage: Stage, config: RunConfig, dtype: torch.dtype) -> tuple[Tensor, ...]:
     predictor, batch = config.model.predictor, config.options.micro_batch_size
     if stage.embeds:
-        channels, _, height, width = config.latent_shape
-        # Noisy latents, timesteps, text, condition, ratios: what the transformer's forward pass is given.
-        shapes = [config.latent_shape, (), (predictor.text_len, predictor.text_dim), (channels, 1, height, width), ()]
-        return tuple(torch.empty(batch, *shape) for shape in shapes)
+        inputs = example(config)[0]
+        return tuple(inputs[name].to(_META).repeat_interleave(batch, dim=0) for name in stage.names)
     dim, tokens = predictor.hidden_size, stage.grid[0] * stage.grid[1] * stage.grid[2]
-    x, text = torch.empty(batch, tokens, dim, dtype=dtype), torch.empty(batch, predictor.text_len, dim, dtype=dtype)
-    time, modulation = torch.empty(batch, dim), torch.empty(batch, 6, dim)
+    with _META:
+        x, text = torch.empty(batch, tokens, dim, dtype=dtype), torch.empty(batch, predictor.text_len, dim, dtype=dtype)
+        time, modulation = torch.empty(batch, dim), torch.empty(batch, 6, dim)
     return tuple(tensor.requires_grad_() for tensor in (x, text, time, modulation))
 
 

@@ -2,33 +2,34 @@
 
 B samples of a micro batch, C latent channels, F latent frames, H W latent grid, T video frames, L text tokens.
 
-Samples are numbered through: number n is the n-th of the data file in its own order, at place n % D of D data parallel
-ones. All random draws belong to a sample, so every validation of a run, on every layout, looks at the same ones.
+Samples are numbered through: number n is the n-th of the data file in its own order, on data parallel rank n % D of
+D. All random draws belong to a sample, so every validation of a run, on every layout, looks at the same ones.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from flashi2v_data.atomic import atomic_file
-from flashi2v_data.loading.loader import Batch, StatefulLoader, build_dataloader
+from flashi2v_data.loading.loader import Batch as LoadedBatch
+from flashi2v_data.loading.loader import StatefulLoader, build_dataloader
 from flashi2v_data.randomness import generator
 from flashi2v_data.video.strips import film_strip
 from flashi2v_data.video.write import write_video
 from flashi2v_model.sampling import guided, integrate, set_timesteps
-from flashi2v_model.scheduler import NUM_TIMESTEPS, euler_scheduler, interpolate, target
-from flashi2v_train.config import RunConfig
-from flashi2v_train.features import Features
-from flashi2v_train.parallel import World
-from flashi2v_train.step import Inputs
+from flashi2v_model.scheduler import euler_scheduler
+from flashi2v_train.batch import Batch, to
+from flashi2v_train.config import RunConfig, read_eval_data
+from flashi2v_train.features import Encoders
+from flashi2v_train.provenance import provenance_of_features
+from flashi2v_train.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -39,30 +40,27 @@ _SAMPLING_RATIO = 0.1
 _DEFAULT_FPS = 16.0
 
 
-@dataclass(frozen=True)
-class _MicroBatch:
-    """Samples with their draws, on the CPU.
+def build_validation(
+    config: RunConfig, world: World, velocity: Callable[[Batch | None], Tensor], encoders: Encoders | None
+) -> "Validation":
+    """Return the validation of a run; called by all processes.
 
-    Attributes:
-        numbers: of the samples.
-        features: of their videos (posterior modes) and captions.
-        noise: (B, C, F, H, W), of the loss at every sigma, and the start of a sampled video.
-        ratio: (B,), the cut-off's energy share for the loss.
-        captions: of the samples.
-        videos: (B, T, 8 H, 8 W, 3) uint8; None where training reads features instead.
+    Args:
+        config: of the run.
+        world: this process among all.
+        velocity: as of `Validation`.
+        encoders: of the training's samples; None where the first stage is not.
+
+    Raises:
+        InputError: as `Validation`.
     """
-
-    numbers: Sequence[int]
-    features: Features
-    noise: Tensor
-    ratio: Tensor
-    captions: Sequence[str]
-    videos: NDArray[np.uint8] | None
-
-    def inputs(self, device: torch.device, noisy: Tensor, timestep: Tensor, ratio: Tensor) -> Inputs:
-        """Return what the transformer is given for a noisy latent (B, C, F, H, W) at a timestep, a number."""
-        text, condition = self.features.context.to(device), self.features.condition.to(device)
-        return Inputs(noisy, timestep.to(device).expand(len(noisy)), text, condition, ratio.to(device))
+    data = read_eval_data(config.options, config.data)
+    validated = replace(config, data=data)
+    provenance = provenance_of_features(validated, world)
+    if encoders is not None and config.options.eval_data is not None:
+        encoders = Encoders(validated, world.device)
+    encode = None if encoders is None else partial(encoders, sampled=False)
+    return Validation(validated, world, velocity, encode, None if encoders is None else encoders.decode, provenance)
 
 
 class Validation:
@@ -75,9 +73,10 @@ class Validation:
         world: this process among all.
         velocity: from one micro batch's inputs, given where the first pipeline stage is, to (B, C, F, H, W) on every
             process; all processes call it equally often. As of `Engine.velocity`.
-        encode: from a batch to its features, posterior modes; needed where the first stage is.
+        encode: from a batch of the loader to latents, condition and text, posterior modes, and columns; needed where
+            the first stage is.
         decode: from latents (B, C, F, H, W) to a video (B, 3, T, 8 H, 8 W) in [-1, 1]; likewise.
-        made_by: what features encoded ahead must have been made by; as of `FlashI2VDataset`.
+        provenance: what features encoded ahead must have been made by; as of `FlashI2VDataset`.
 
     Raises:
         InputError: the data file of the validation does not fit the run, or its data cannot be read.
@@ -87,24 +86,26 @@ class Validation:
         self,
         config: RunConfig,
         world: World,
-        velocity: Callable[[Inputs | None], Tensor],
-        encode: Callable[[Batch], Features] | None,
+        velocity: Callable[[Batch | None], Tensor],
+        encode: Callable[[LoadedBatch], Batch] | None,
         decode: Callable[[Tensor], Tensor] | None,
-        made_by: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         options = config.options
-        self._config, self._world, self._velocity = config, world, velocity
+        self._config, self._world, self._velocity, self._recipe = config, world, velocity, config.recipe
         self._encode, self._decode = encode, decode
         self._data = config.data
-        self._made_by = made_by
+        self._provenance = provenance
         self._num_samples = options.eval_iters * options.micro_batch_size
-        at_once = options.micro_batch_size * world.layout.data
+        at_once = options.micro_batch_size * world.dims.data
         self._loss_calls = -(-self._num_samples // at_once)
         self._video_calls = -(-options.eval_videos // at_once)
         num_calls = max(self._loss_calls, self._video_calls)
         self._guidance_scale = config.model.diffusion.guidance_scale
-        # Where the first stage is not, there is nothing to give the velocity.
-        self._batches: list[_MicroBatch | None] = [None] * num_calls
+        # Micro batches with their draws, on the CPU; None where the first stage is not.
+        self._batches: list[Batch | None] = [None] * num_calls
+        self._captions: dict[int, str] = {}  # by number of the sample
+        self._videos: dict[int, NDArray[np.uint8]] = {}  # (T, 8 H, 8 W, 3); none where training reads features instead
         self._no_text = torch.empty(0)  # (B, L, text_dim), of the empty prompt
         self._loader = self._open(text_drop_ratio=0.0) if world.embeds else None
         if options.eval_data is None and world.is_first:
@@ -121,10 +122,10 @@ class Validation:
             self._read(self._loader)
             self._loader = None
         losses = self._losses()
-        for batch in self._batches[: self._video_calls]:
+        for call, batch in enumerate(self._batches[: self._video_calls]):
             latents = self._sample(batch)
             if batch is not None and latents is not None and self._speaks:
-                self._show(step, batch, latents)
+                self._show(step, self._numbers(call), batch, latents)
         names = (f"validation_loss/sigma_{sigma}" for sigma in SIGMAS)
         return {"validation_loss": sum(losses) / len(losses), **dict(zip(names, losses, strict=True))}
 
@@ -134,7 +135,7 @@ class Validation:
         return self._world.embeds and self._world.peers.rank() == 0
 
     def _open(self, text_drop_ratio: float) -> StatefulLoader:
-        """Open the data in its own order; there may be fewer samples than places: the order has no end."""
+        """Open the data in its own order; there may be fewer samples than ranks: the order has no end."""
         world, options = self._world, self._config.options
         param = self._data.dataset_param.model_copy(update={"text_drop_ratio": text_drop_ratio})
         order = self._data.dataloader_param.model_copy(update={"shuffle": False})
@@ -143,74 +144,68 @@ class Validation:
             seed=options.seed,
             batch_size=options.micro_batch_size,
             rank=world.data_rank,
-            num_replicas=world.layout.data,
+            num_replicas=world.dims.data,
             device=world.device,
-            made_by=self._made_by,
+            made_by=self._provenance,
             num_required=1,
         )
 
     def _read(self, loader: StatefulLoader) -> None:
         assert self._encode is not None
-        options, world = self._config.options, self._world
         try:
             for call, batch in zip(range(len(self._batches)), loader):
-                first = call * options.micro_batch_size
-                numbers = [(first + i) * world.layout.data + world.data_rank for i in range(options.micro_batch_size)]
-                self._batches[call] = self._take(numbers, batch)
+                self._batches[call] = self._take(self._numbers(call), batch)
         finally:
             loader.close()
+        options = self._config.options
         if options.eval_videos and self._guidance_scale > 1:
             loader = self._open(text_drop_ratio=1.0)
             try:
-                self._no_text = self._encode(next(iter(loader))).context.to(self._world.device)
+                self._no_text = self._encode(next(iter(loader)))["text"].to(self._world.device)
             finally:
                 loader.close()
 
-    def _take(self, numbers: Sequence[int], batch: Batch) -> _MicroBatch:
-        assert self._encode is not None
-        keys = [*zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)]
-        low, high = self._config.model.predictor.low_freq_energy_ratio
-        features = self._encode(batch)
-        shown = numbers[0] < self._config.options.eval_videos and "video" in batch
-        return _MicroBatch(
-            numbers,
-            Features(features.latents.cpu(), features.condition.cpu(), features.context.cpu()),
-            noise=torch.stack(
-                [torch.randn(self._config.latent_shape, generator=g) for g in self._generators("noise", keys)]
-            ),
-            ratio=torch.cat([low + (high - low) * torch.rand(1, generator=g) for g in self._generators("ratio", keys)]),
-            captions=batch["caption"],
-            videos=np.stack([_as_frames(video) for video in batch["video"]]) if shown else None,
-        )
+    def _numbers(self, call: int) -> list[int]:
+        """Return the numbers of the samples of a micro batch."""
+        world, size = self._world, self._config.options.micro_batch_size
+        return [i * world.dims.data + world.data_rank for i in range(call * size, (call + 1) * size)]
 
-    def _generators(self, purpose: str, keys: Sequence[tuple[int, int]]) -> list[torch.Generator]:
+    def _take(self, numbers: Sequence[int], loaded: LoadedBatch) -> Batch:
+        assert self._encode is not None
+        for i, number in enumerate(numbers):
+            if number < self._config.options.eval_videos:
+                self._captions[number] = loaded["caption"][i]
+                if "video" in loaded:
+                    self._videos[number] = _as_frames(loaded["video"][i])
+        keys = [*zip(loaded["epoch"].tolist(), loaded["index"].tolist(), strict=True)]
         seed = self._config.options.seed
-        return [generator(seed, f"validation {purpose}", epoch, index) for epoch, index in keys]
+        draws = self._recipe.draw(
+            self._config, lambda purpose: [generator(seed, f"validation {purpose}", *key) for key in keys]
+        )
+        return to(self._encode(loaded), "cpu") | draws
 
     def _losses(self) -> list[float]:
-        """Return the mean squared error at every sigma, over all samples."""
+        """Return the mean loss at every sigma, over all samples."""
         device = self._world.device
-        # One place for every sample, rather than sums: the mean does not depend on who computed which.
-        errors = torch.zeros(len(SIGMAS), self._num_samples, device=device)
-        for batch in self._batches[: self._loss_calls]:
-            if batch is not None:
-                latents, noise = batch.features.latents.to(device), batch.noise.to(device)
+        # One number for every sample, rather than sums: the mean does not depend on who computed which.
+        losses = torch.zeros(len(SIGMAS), self._num_samples, device=device)
+        for call, kept in enumerate(self._batches[: self._loss_calls]):
+            batch = None if kept is None else to(kept, device)
             for row, sigma in enumerate(SIGMAS):
-                inputs = None
-                if batch is not None:
-                    noisy = interpolate(latents, noise, torch.full((len(latents),), sigma))
-                    inputs = batch.inputs(device, noisy, torch.tensor(NUM_TIMESTEPS * sigma), batch.ratio)
-                velocity = self._velocity(inputs)
-                if batch is None or not self._speaks:
+                if batch is None:
+                    self._velocity(None)
                     continue
-                every = F.mse_loss(velocity.float(), target(latents, noise), reduction="none").mean(dim=(1, 2, 3, 4))
-                for number, error in zip(batch.numbers, every, strict=True):
-                    if number < self._num_samples:
-                        errors[row, number] = error
-        means: list[float] = self._world.sum(errors).cpu().double().mean(dim=1).tolist()
+                batch["sigma"] = torch.full_like(batch["sigma"], sigma)
+                velocity = self._velocity(self._recipe.inputs(batch))
+                if self._speaks:
+                    every = self._recipe.loss(velocity, self._recipe.target(batch))
+                    for number, loss in zip(self._numbers(call), every, strict=True):
+                        if number < self._num_samples:
+                            losses[row, number] = loss
+        means: list[float] = self._world.sum(losses).cpu().double().mean(dim=1).tolist()
         return means
 
-    def _sample(self, batch: _MicroBatch | None) -> Tensor | None:
+    def _sample(self, batch: Batch | None) -> Tensor | None:
         """Integrate from noise to the latents of a micro batch, (B, C, F, H, W).
 
         Where there is no batch, this process computes its part of the velocities, and its own state means nothing.
@@ -218,41 +213,44 @@ class Validation:
         options, device = self._config.options, self._world.device
         scheduler = euler_scheduler(self._config.model.diffusion.shift)
         set_timesteps(scheduler, options.eval_steps, device)
-        shape = (options.micro_batch_size, *self._config.latent_shape)
-        noise = torch.zeros(shape) if batch is None else batch.noise
-        latents = integrate(scheduler, partial(self._guided, batch), noise.to(device))
+        inputs = None
+        noise = torch.zeros(options.micro_batch_size, *self._config.latent_shape)
+        if batch is not None:
+            inputs, noise = self._recipe.inputs(to(batch, device)), batch["noise"]
+            inputs["low_freq_energy_ratio"] = torch.full((len(noise),), _SAMPLING_RATIO, device=device)
+        latents = integrate(scheduler, partial(self._guided, inputs), noise.to(device))
         return None if batch is None else latents
 
-    def _guided(self, batch: _MicroBatch | None, y: Tensor, timestep: Tensor) -> Tensor:
+    def _guided(self, inputs: Batch | None, y: Tensor, timestep: Tensor) -> Tensor:
         """Return the velocity, away from that of the empty prompt: (B, C, F, H, W) in fp32."""
-        ratio = torch.full((len(y),), _SAMPLING_RATIO)
-        inputs = None if batch is None else batch.inputs(self._world.device, y, timestep, ratio)
+        negative = None
+        if inputs is not None:
+            inputs = inputs | {"hidden_states": y, "timestep": timestep.to(y.device).expand(len(y))}
+            negative = inputs | {"encoder_hidden_states": self._no_text}
         velocity = self._velocity(inputs).float()
         if self._guidance_scale <= 1:
             return velocity
-        negative = None if inputs is None else replace(inputs, text=self._no_text)
         return guided(velocity, self._velocity(negative).float(), self._guidance_scale)
 
-    def _show(self, step: int, batch: _MicroBatch, latents: Tensor) -> None:
+    def _show(self, step: int, numbers: Sequence[int], batch: Batch, latents: Tensor) -> None:
         """Write videos and film strips; neither a full disk nor a broken model ends the run."""
         assert self._decode is not None
         options = self._config.options
         directory = options.save / "validation" / f"step_{step:07d}"
         fps = self._data.dataset_param.train_fps or _DEFAULT_FPS
-        for i, number in enumerate(batch.numbers):
+        for i, number in enumerate(numbers):
             if number >= options.eval_videos:
                 continue
             if not latents[i].isfinite().all():
                 logger.warning("step %d: sampling video %d ended in NaN or infinity: not written", step, number)
                 continue
             frames = _as_frames(self._decode(latents[i : i + 1])[0])
-            if batch.videos is None:
-                truth = _as_frames(self._decode(batch.features.latents[i : i + 1].to(latents.device))[0])
-            else:
-                truth = batch.videos[i]
+            truth = self._videos.get(number)
+            if truth is None:
+                truth = _as_frames(self._decode(batch["latents"][i : i + 1].to(latents.device))[0])
             try:
-                write_video(directory / f"video_{number}.mp4", frames, fps, {"comment": batch.captions[i]})
-                strip = film_strip(truth[0], frames, truth, caption=batch.captions[i])
+                write_video(directory / f"video_{number}.mp4", frames, fps, {"comment": self._captions[number]})
+                strip = film_strip(truth[0], frames, truth, caption=self._captions[number])
                 with atomic_file(directory / f"strip_{number}.png") as path:
                     strip.save(path)
             except OSError as error:

@@ -138,15 +138,15 @@ class Watchdog:
                 continue
             if now - self._answered > self.timeout_seconds / 2:
                 self._end_alone(f"{self._name(0)} has not answered for {now - self._answered:.0f} s")
-            places = [json.loads(value)[1:] for value in self._others]
-            ages = [age + now - changed for (_, _, age), changed in zip(places, self._changed)]
+            positions = [json.loads(value)[1:] for value in self._others]
+            ages = [age + now - changed for (_, _, age), changed in zip(positions, self._changed)]
             if min(ages) <= self.timeout_seconds:
                 continue
             silent = [rank for rank, changed in enumerate(self._changed) if now - changed > self.timeout_seconds / 2]
             # Within one phase: who has been there longest, where the others came later and wait.
-            progress = [(step, _ORDER.index(phase), -age) for (step, phase, _), age in zip(places, ages)]
+            progress = [(step, _ORDER.index(phase), -age) for (step, phase, _), age in zip(positions, ages)]
             behind = silent[0] if silent else progress.index(min(progress))
-            step, phase, _ = places[behind]
+            step, phase, _ = positions[behind]
             if silent:
                 words = (
                     f"{', '.join(map(self._name, silent))} has stopped: last seen {ages[behind]:.0f} s ago in "
@@ -154,7 +154,7 @@ class Watchdog:
                 )
             else:
                 words = f"{self._name(behind)} has been in {phase!r} of step {step} for {ages[behind]:.0f} s"
-                if all(place[:2] == [step, phase] for place in places) and self.size > 1:
+                if all(position[:2] == [step, phase] for position in positions) and self.size > 1:
                     words += ", as have all others"
                 elif self.size > 1:
                     words += " while all others wait for it"

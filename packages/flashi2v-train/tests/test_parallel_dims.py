@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashi2v_data.errors import InputError
-from flashi2v_train.layout import even_split, plan_layout
-from flashi2v_train.options import LayoutOptions
+from flashi2v_train.options import ParallelOptions
+from flashi2v_train.parallel_dims import even_split, plan_parallel_dims
 
 
 def plan(world_size=1, split=None, **options):
-    return plan_layout(LayoutOptions(**options), world_size, num_layers=30, num_heads=12, split=split)
+    return plan_parallel_dims(ParallelOptions(**options), world_size, num_layers=30, num_heads=12, split=split)
 
 
 def test_data_parallelism_takes_what_the_others_leave():
@@ -62,7 +62,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
         (4, None, {"num_distributed_optimizer_instances": 2, "use_distributed_optimizer": False}, "has no effect"),
         (1, None, {"virtual_pipeline_model_parallel_size": 2}, "without --pipeline-model-parallel-size"),
         (1, None, {"pipeline_schedule": "gpipe"}, "without --pipeline-model-parallel-size"),
-        (2, [10, 10, 10], PP2, "has 3 numbers, the layout 2 stages"),
+        (2, [10, 10, 10], PP2, "has 3 numbers, there are 2 stages"),
         (2, [10, 10], PP2, "sums to 20, num_layers is 30"),
         (2, [[10, 5], [15]], PP2, "one number for each of the 2 processes"),
         (2, [[10, 5], [8, 7]], PP2 | {"virtual_pipeline_model_parallel_size": 3}, "make them equal"),

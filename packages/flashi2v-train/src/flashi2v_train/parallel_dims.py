@@ -1,14 +1,14 @@
-"""How one model and one batch are spread over processes: degrees, places and splits, as plain numbers."""
+"""How one model and one batch are spread over processes: degrees and splits, as plain numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashi2v_data.errors import InputError
-from flashi2v_train.options import LayoutOptions
+from flashi2v_train.options import ParallelOptions
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelDims:
     """Degrees of parallelism.
 
     Attributes:
@@ -65,9 +65,9 @@ class Layout:
 Split = Sequence[int] | Sequence[Sequence[int]]
 
 
-def plan_layout(
-    options: LayoutOptions, world_size: int, *, num_layers: int, num_heads: int, split: Split | None
-) -> Layout:
+def plan_parallel_dims(
+    options: ParallelOptions, world_size: int, *, num_layers: int, num_heads: int, split: Split | None
+) -> ParallelDims:
     """Work out the layout of a run.
 
     Args:
@@ -106,10 +106,10 @@ def plan_layout(
     if instances > 1 and not options.use_distributed_optimizer:
         raise InputError("--num-distributed-optimizer-instances has no effect with --no-use-distributed-optimizer")
     replicas = instances if options.use_distributed_optimizer else data
-    return Layout(tensor, context, pipeline, data, replicas, _layers(options, num_layers, split))
+    return ParallelDims(tensor, context, pipeline, data, replicas, _layers(options, num_layers, split))
 
 
-def _layers(options: LayoutOptions, num_layers: int, split: Split | None) -> tuple[int, ...]:
+def _layers(options: ParallelOptions, num_layers: int, split: Split | None) -> tuple[int, ...]:
     """Return the number of layers of every stage, in the order in which data passes through them."""
     pipeline, virtual = options.pipeline_model_parallel_size, options.virtual_pipeline_model_parallel_size
     schedule = options.pipeline_schedule
@@ -138,7 +138,7 @@ def _layers(options: LayoutOptions, num_layers: int, split: Split | None) -> tup
         layers = tuple(number for number in split if isinstance(number, int))
         if len(layers) != pipeline * (virtual or 1):
             raise InputError(
-                f"predictor.pipeline_num_layers {list(layers)} has {len(layers)} numbers, the layout "
+                f"predictor.pipeline_num_layers {list(layers)} has {len(layers)} numbers, there are "
                 f"{pipeline * (virtual or 1)} stages (--pipeline-model-parallel-size {pipeline}"
                 + (f" x --virtual-pipeline-model-parallel-size {virtual})" if virtual else ")")
             )

@@ -1,25 +1,19 @@
-"""Processes: who they are, how they are grouped, and how a transformer is spread over them, from outside."""
+"""The processes of a run: which one this is, and how they are grouped."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not declared so
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from flashi2v_model import FlashI2VTransformer3DModel
-from flashi2v_model.parallel import parallelise_context, parallelise_tensors
 from flashi2v_npu_ops.device import claim_device, collective_backend
 from flashi2v_npu_ops.registry import check_environment
-from flashi2v_train.layout import Layout
-from flashi2v_train.options import LayoutOptions
+from flashi2v_train.parallel_dims import ParallelDims
 
 # What torchrun tells every process, and what holds for the only one.
 _TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1}
@@ -38,7 +32,7 @@ class World:
     Attributes:
         rank: of this process, from 0.
         device: its own.
-        layout: degrees of parallelism.
+        dims: degrees of parallelism.
         weights_mesh: dimensions pipeline, replica, weights (processes that share shards of the weights: data and
             context parallel ones) and tensor.
         tokens_mesh: the same processes as pipeline, data, context, tensor.
@@ -48,7 +42,7 @@ class World:
 
     rank: int
     device: torch.device
-    layout: Layout
+    dims: ParallelDims
     weights_mesh: DeviceMesh
     tokens_mesh: DeviceMesh
     peers: dist.ProcessGroup
@@ -57,7 +51,7 @@ class World:
     @property
     def size(self) -> int:
         """Number of processes."""
-        return self.layout.world_size
+        return self.dims.world_size
 
     @property
     def is_first(self) -> bool:
@@ -82,7 +76,7 @@ class World:
     @property
     def projects(self) -> bool:
         """Whether the last pipeline stage is here."""
-        return self.pipeline_rank == self.layout.pipeline - 1
+        return self.pipeline_rank == self.dims.pipeline - 1
 
     @property
     def pipeline_group(self) -> dist.ProcessGroup:
@@ -102,85 +96,41 @@ class World:
 
 
 @contextmanager
-def join_world(device_name: str, layout: Layout, timeout: timedelta | None = None) -> Iterator[World]:
+def join_world(device_name: str, dims: ParallelDims, timeout: timedelta | None = None) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one.
 
     Args:
         device_name: as of `claim_device`.
-        layout: of as many processes as there are.
+        dims: of as many processes as there are.
         timeout: of the collectives, the default being that of PyTorch.
     """
     rank, size = rank_and_size()
-    assert size == layout.world_size, (size, layout)
+    assert size == dims.world_size, (size, dims)
     device = claim_device(device_name)
     check_environment(device.type)
     # Sharding wants a process group even where it has nothing to share.
     store = None if size > 1 else HashStore()
     dist.init_process_group(collective_backend(device), store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield _group(rank, device, layout)
+        yield _group(rank, device, dims)
     finally:
         dist.destroy_process_group()
 
 
-def _group(rank: int, device: torch.device, layout: Layout) -> World:
+def _group(rank: int, device: torch.device, dims: ParallelDims) -> World:
     """Order the processes: those that exchange most (tensor, then context) are neighbours."""
 
     def mesh(**sizes: int) -> DeviceMesh:
         return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
-    pipeline, data, context, tensor = layout.pipeline, layout.data, layout.context, layout.tensor
-    shards = data // layout.replicas * context
+    pipeline, data, context, tensor = dims.pipeline, dims.data, dims.context, dims.tensor
+    shards = data // dims.replicas * context
     return World(
         rank,
         device,
-        layout,
-        mesh(pipeline=pipeline, replica=layout.replicas, weights=shards, tensor=tensor),
+        dims,
+        mesh(pipeline=pipeline, replica=dims.replicas, weights=shards, tensor=tensor),
         mesh(pipeline=pipeline, data=data, context=context, tensor=tensor),
         mesh(pipeline=pipeline, data=data, peers=context * tensor).get_group("peers"),
         dist.new_group(backend="gloo"),
     )
-
-
-def parallelise(transformer: FlashI2VTransformer3DModel, world: World) -> None:
-    """Share the matrices of a transformer (or of a stage's part of it), and the tokens that it works on."""
-    if world.layout.tensor > 1:
-        parallelise_tensors(transformer, world.weights_mesh["tensor"])
-    if world.layout.context > 1:
-        parallelise_context(transformer, world.tokens_mesh.get_group("context"))
-
-
-def shard(
-    module: nn.Module, transformer: FlashI2VTransformer3DModel, world: World, options: LayoutOptions, *, bf16: bool
-) -> None:
-    """Shard parameters, gradients and optimizer state over the processes that share them (FSDP2), block by block.
-
-    In bf16, parameters are gathered in bf16 and gradients reduced in fp32; the sharded master weights stay fp32.
-    Where there is nothing to share, nothing to offload and no second dtype, the module is left as it is.
-
-    Args:
-        module: the whole computation of this process.
-        transformer: what it holds of the transformer.
-        world: this process among all.
-        options: of the command line.
-        bf16: compute in bf16.
-    """
-    mesh = world.weights_mesh["replica", "weights"]
-    if mesh.size() == 1 and not bf16 and not options.fsdp_cpu_offload:
-        module.to(world.device)
-        return
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None,
-        reduce_dtype=torch.float32,
-        # The model casts where it must: timesteps, noise and the loss stay in fp32.
-        cast_forward_inputs=False,
-    )
-    pins = torch.accelerator.is_available()
-    offload = CPUOffloadPolicy(pin_memory=pins) if options.fsdp_cpu_offload else OffloadPolicy()
-    apply = partial(fully_shard, mesh=mesh, reshard_after_forward=options.reshards, offload_policy=offload)
-    if bf16 and world.device.type == "cpu" and hasattr(transformer, "learnable_proj"):
-        # oneDNN's bf16 gradient of a 3x3x3 convolution over two frames is wrong, often not finite (torch 2.13).
-        apply(transformer.learnable_proj, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    for block in transformer.blocks.children():
-        apply(block, mp_policy=policy)
-    apply(module, mp_policy=policy)
