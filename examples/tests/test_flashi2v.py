@@ -84,8 +84,8 @@ def test_the_training_script_passes_options_that_fit_each_other_and_its_files(
         options, load_config(options.mm_model, TrainModelConfig), load_config(options.mm_data, DataConfig)
     )
     if options.pipeline_model_parallel_size == 4:
-        assert config.layout(world_size).layers == (7, 8, 8, 7)
-    config.micro_batches(config.layout(world_size))
+        assert config.parallel_dims(world_size).layers == (7, 8, 8, 7)
+    config.micro_batches(config.parallel_dims(world_size))
 
 
 def test_the_training_script_logs_to_wandb_when_asked(tmp_path):

@@ -215,7 +215,7 @@ def _work(rank: int, ports: list[int], directory: Path, cases: list[Case]) -> No
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["flashi2v_train.checkpoint", "flashi2v_train.pipeline"])
+FORKS.set_forkserver_preload(["flashi2v_train.checkpoint", "flashi2v_train.parallelise"])
 
 
 def _start(function: Callable, *arguments: object) -> multiprocessing.Process:
