@@ -274,9 +274,14 @@ class _Output(io.FileIO):
 
 def _make_output_patient() -> None:
     """Let standard output take any character and outlive its reader; cyclopts would exit 1 without a word."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        output = io.BufferedWriter(_Output(sys.stdout.fileno(), "w", closefd=False))
-        sys.stdout = io.TextIOWrapper(output, encoding=sys.stdout.encoding, errors="backslashreplace")
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # a test's, in memory
+        return
+    output = io.BufferedWriter(_Output(descriptor, "w", closefd=False))
+    sys.stdout = io.TextIOWrapper(output, encoding=sys.stdout.encoding, errors="backslashreplace")
 
 
 def _drop_output() -> None:
