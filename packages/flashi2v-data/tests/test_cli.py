@@ -141,7 +141,7 @@ def test_inspect_counts_and_names_records_that_are_no_clips(tmp_path):
     assert result.returncode == 0
     lines = result.stdout.splitlines()
     at = lines.index("at fault   5 clips")
-    fault = "           a.lmdb: record {} is no clip that can be trained on: "
+    fault = "           a.lmdb: record {} is not a clip that can be trained on: "
     assert [line[: len(fault) - 1] for line in lines[at + 1 : at + 4]] == [fault.format(number) for number in (0, 1, 3)]
     assert "got `null` - at `$.cap`" in lines[at + 1]
     assert lines[at + 4 :] == ["           ...; --open-videos lists all", "missing    1 clip", "           /a.mp4"]

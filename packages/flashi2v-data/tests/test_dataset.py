@@ -300,7 +300,7 @@ def test_another_clip_stands_in_for_a_record_that_is_no_clip(store_path, data_co
         assert all(message.startswith("record at fault, ") for message in sample["skipped"])
         with pytest.raises(DecodeError, match=r"^record at fault, "):
             data.clip_key(index)
-    assert "a.lmdb: record 0 is no clip that can be trained on" in data[0]["skipped"][0]
+    assert "a.lmdb: record 0 is not a clip that can be trained on" in data[0]["skipped"][0]
     assert "frames at fps 1e-06 are no clip" in data[1]["skipped"][0]
     assert data.captions(7) == [good["cap"]]
     assert not data.quarantine.path.exists()

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashi2v_data.curation.config import FilterConfig
-from flashi2v_data.curation.judge import Judge
+from flashi2v_data.curation.judge import Judge, read_entry, record_of
 from flashi2v_data.curation.meta import BrokenMetaError, read_entries
 from flashi2v_data.curation.probing import Prober
 from flashi2v_data.curation.report import FilterReport
-from flashi2v_data.curation.rules import Drop, Length, Limits, Miss, num_frames_available
+from flashi2v_data.curation.rules import Length, Limits, NearMiss, Rejection, num_frames_available
 from flashi2v_data.curation.stream import FileFilter, filter_records
 from flashi2v_data.records import Annotation
 from flashi2v_data.store.codec import ValueCodec
@@ -33,7 +33,10 @@ GOOD = {
 
 
 def judge(entry, info=None, config=CONFIG):
-    return Judge(config)(entry, info)
+    """Return the record of a clip that is kept, why it is rejected, or "incomplete"."""
+    clip = read_entry(entry)
+    verdict = clip if isinstance(clip, Rejection) else Judge(config)(clip, info)
+    return record_of(clip, entry) if verdict == "kept" else verdict
 
 
 def _filter_files(annotations, config, jobs):
@@ -45,7 +48,7 @@ def _filter_files(annotations, config, jobs):
 def test_every_entry_is_kept_or_dropped_as_by_the_reference(entry):
     outcome = judge(dict(entry), INFO if "fps" not in entry else None)
     expected = CASES["why"][Path(entry["path"]).stem]
-    assert (outcome.reason if isinstance(outcome, Drop) else "keep") == expected
+    assert (outcome.reason if isinstance(outcome, Rejection) else "keep") == expected
 
 
 def test_a_kept_record_is_complete_and_keeps_further_keys():
@@ -97,7 +100,7 @@ def test_a_kept_record_is_complete_and_keeps_further_keys():
 )
 def test_unusable_values_are_counted_reasons_however_they_are_read(tmp_path, change, reason):
     entry = {**GOOD, **change}
-    assert judge(dict(entry)) == Drop(reason)
+    assert judge(dict(entry)) == Rejection(reason)
     (tmp_path / "meta.json").write_text(json.dumps([entry]))
     (outcome,) = _filter_files([Annotation("/videos", str(tmp_path / "meta.json"))], CONFIG, jobs=1)
     assert {name: count for name, count in outcome.report.dropped.items() if count} == {reason: 1}
@@ -110,16 +113,15 @@ def test_a_crop_is_kept_as_whole_numbers():
 
 def test_a_crop_that_exceeds_the_video_is_dropped_where_the_entry_leaves_out_the_resolution():
     entry = {name: value for name, value in GOOD.items() if name != "resolution"}
-    assert judge({**entry, "crop": [0, 1921, 0, 1080]}, INFO) == Drop("invalid_crop")
-    assert not isinstance(judge({**entry, "crop": [0, 1920, 0, 1080]}, INFO), Drop)
-    assert (
-        Judge(CONFIG).explain({**entry, "crop": [0, 1921, 0, 1080]}, INFO, None)[-1].startswith("FAILS   invalid_crop")
-    )
+    assert judge({**entry, "crop": [0, 1921, 0, 1080]}, INFO) == Rejection("invalid_crop")
+    assert not isinstance(judge({**entry, "crop": [0, 1920, 0, 1080]}, INFO), Rejection)
+    *_, last = Judge(CONFIG).explain({**entry, "crop": [0, 1921, 0, 1080]}, lambda path: INFO)
+    assert last.startswith("FAILS   invalid_crop")
 
 
 @pytest.mark.parametrize("entry", [None, 5, "a.mp4", [], {}, {"cap": "no path"}])
 def test_an_entry_that_is_no_record_is_counted(entry):
-    assert judge(entry) == Drop("invalid_entry")
+    assert judge(entry) == Rejection("invalid_entry")
 
 
 @pytest.mark.parametrize("change", [{"id": 1 << 70}, {"cap": "\ud800"}, {"cap": ["a", "\udcff"]}, {"\ud800": 1}])
@@ -169,6 +171,13 @@ def test_an_entry_that_can_be_read_but_not_sent_on_says_so(tmp_path, monkeypatch
         _filter_files([Annotation("/videos", str(tmp_path / "meta.json"))], CONFIG, jobs=1)
 
 
+def test_a_root_that_is_not_utf8_is_part_of_every_path(tmp_path):
+    for entries in ([GOOD], [{**GOOD, "id": 1}]):
+        (tmp_path / "meta.json").write_text(json.dumps(entries))
+        (outcome,) = _filter_files([Annotation("/caf\udce9", str(tmp_path / "meta.json"))], CONFIG, jobs=1)
+        assert [ValueCodec().unpack(value)["path"] for value in outcome.kept] == ["/caf\udce9/good.mp4"]
+
+
 CAPTIONS = ["a cap", "@handle", ["", "a dog"], ["...", "https://a.com/x"], "一只猫", "   "]
 
 
@@ -201,7 +210,7 @@ def test_captions_that_are_or_become_empty_are_counted_and_dropped_if_asked_for(
     assert f"{num_empty} of {report.captions.total} captions are empty, or become so" in report.describe(config)
     assert "the first is of /v/" in report.describe(config)
     assert FilterReport.from_json(json.loads(json.dumps(report.to_json()))) == report
-    lines = Judge(config).explain(dict(GOOD, cap=["..."]), None, None)
+    lines = [*Judge(config).explain(dict(GOOD, cap=["..."]), lambda path: INFO)]
     assert (sum("empty_cap" in line for line in lines), lines[-1].startswith("FAILS")) == (
         (1, True) if "drop_empty_captions" in changes else (0, False)
     )
@@ -210,7 +219,7 @@ def test_captions_that_are_or_become_empty_are_counted_and_dropped_if_asked_for(
 @pytest.mark.parametrize("key", ["resolution", "fps", "num_frames"])
 def test_what_an_entry_leaves_out_is_read_from_the_video(key):
     entry = {name: value for name, value in GOOD.items() if name != key}
-    assert judge(dict(entry)) is None
+    assert judge(dict(entry)) == "incomplete"
     assert judge(entry, INFO) == {**GOOD, "start_frame_idx": 0}
 
 
@@ -221,7 +230,7 @@ def test_without_num_frames_the_clip_is_its_cut_within_the_video(cut, num_frames
     entry = {name: value for name, value in GOOD.items() if name != "num_frames"}
     outcome = judge({**entry, "cut": cut}, INFO)
     if num_frames is None:
-        assert outcome == Drop("invalid_cut")
+        assert outcome == Rejection("invalid_cut")
     else:
         assert (outcome["start_frame_idx"], outcome["num_frames"]) == (cut[0], num_frames)
 
@@ -230,12 +239,12 @@ def test_without_num_frames_the_clip_is_its_cut_within_the_video(cut, num_frames
 def test_sample_stride_replaces_the_frame_rate(num_frames, outcome):
     config = CONFIG.model_copy(update={"train_fps": None, "sample_stride": 2})
     result = judge({**GOOD, "fps": 5, "num_frames": num_frames}, None, config)
-    assert (result.reason if isinstance(result, Drop) else "keep") == outcome
+    assert (result.reason if isinstance(result, Rejection) else "keep") == outcome
 
 
 def test_a_picture_of_exactly_the_sample_size_has_exactly_its_pixels():
     config = CONFIG.model_copy(update={"min_hxw": 480 * 832})
-    assert not isinstance(judge({**GOOD, "resolution": {"height": 480, "width": 832}}, None, config), Drop)
+    assert not isinstance(judge({**GOOD, "resolution": {"height": 480, "width": 832}}, None, config), Rejection)
     assert judge({**GOOD, "resolution": {"height": 479, "width": 832}}, None, config).reason == "res_too_small"
 
 
@@ -254,28 +263,28 @@ def test_the_number_of_frames_is_that_of_the_frames_that_training_reads(start, n
 @pytest.mark.parametrize(
     ("change", "miss"),
     [
-        ({"resolution": {"height": 720, "width": 1280}}, Miss("min_hxw", 898560, "1280x720")),
+        ({"resolution": {"height": 720, "width": 1280}}, NearMiss("min_hxw", 898560, "1280x720")),
         ({"resolution": {"height": 1201, "width": 1000}}, None),  # too small besides
-        ({"resolution": {"height": 2402, "width": 2000}}, Miss("max_h_div_w_ratio", 1.201, "2000x2402")),
-        ({"resolution": {"height": 1000, "width": 3000}}, Miss("min_h_div_w_ratio", 0.3333, "3000x1000")),
-        ({"num_frames": 370}, Miss("too_long_factor", 5.1, "")),
-        ({"num_frames": 70}, Miss("sample_num_frames", 45, "")),
-        ({"num_frames": 1}, Miss("sample_num_frames", 1, "")),
-        ({"fps": 12, "num_frames": 60}, Miss("train_fps", 12, "")),
+        ({"resolution": {"height": 2402, "width": 2000}}, NearMiss("max_h_div_w_ratio", 1.201, "2000x2402")),
+        ({"resolution": {"height": 1000, "width": 3000}}, NearMiss("min_h_div_w_ratio", 0.3333, "3000x1000")),
+        ({"num_frames": 370}, NearMiss("too_long_factor", 5.1, "")),
+        ({"num_frames": 70}, NearMiss("sample_num_frames", 45, "")),
+        ({"num_frames": 1}, NearMiss("sample_num_frames", 1, "")),
+        ({"fps": 12, "num_frames": 60}, NearMiss("train_fps", 12, "")),
         ({"fps": 12, "num_frames": 40}, None),  # too short even at 12 fps
-        ({"motion": -0.1}, Miss("min_motion_value", -0.1, "")),
-        ({"motion": 1.01}, Miss("max_motion_value", 1.01, "")),
+        ({"motion": -0.1}, NearMiss("min_motion_value", -0.1, "")),
+        ({"motion": 1.01}, NearMiss("max_motion_value", 1.01, "")),
         ({"motion": 1.01, "num_frames": 70}, None),
         ({"fps": None}, None),
     ],
 )
 def test_a_near_miss_names_the_one_setting_that_would_keep_the_clip(change, miss):
     drop = judge({**GOOD, **change})
-    assert drop.miss == miss
+    assert drop.near_miss == miss
     if miss is not None:
         value = int(miss.value) if isinstance(getattr(CONFIG, miss.setting), int) else miss.value
         mended = CONFIG.model_copy(update={miss.setting: value})
-        assert not isinstance(judge({**GOOD, **change}, None, mended), Drop)
+        assert not isinstance(judge({**GOOD, **change}, None, mended), Rejection)
 
 
 def test_the_report_counts_every_entry_once():

@@ -2,7 +2,7 @@ import json
 
 from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.curation.report import MAX_GROUPS, FilterReport, write_report
-from flashi2v_data.curation.rules import Drop, Miss
+from flashi2v_data.curation.rules import NearMiss, Rejection
 
 CONFIG = FilterConfig(
     ann_txt_path="videos.txt",
@@ -15,12 +15,12 @@ CONFIG = FilterConfig(
     max_h_div_w_ratio=1.2,
     min_h_div_w_ratio=0.4,
 )
-HD = Drop("res_too_small", Miss("min_hxw", 898560, "1280x720"))
+HD = Rejection("res_too_small", NearMiss("min_hxw", 898560, "1280x720"))
 
 
 def test_near_misses_are_told_in_sentences():
     report = FilterReport()
-    report.count(10, [HD] * 3120 + [Drop("too_fast", Miss("min_motion_value", -0.1, ""))] * 2)
+    report.count(10, [HD] * 3120 + [Rejection("too_fast", NearMiss("min_motion_value", -0.1, ""))] * 2)
     text = report.describe(CONFIG)
     assert "3120 clips of 1280x720 miss min_hxw by 2.5 % after cropping to 480:832; 898560 would keep them" in text
     assert "2 clips miss min_motion_value by 0.1; -0.1 would keep them" in text
@@ -28,7 +28,7 @@ def test_near_misses_are_told_in_sentences():
 
 def test_one_clip_has_its_own_grammar():
     report = FilterReport()
-    report.count(0, [Drop("too_short", Miss("sample_num_frames", 41 - 4 * number, "")) for number in range(6)])
+    report.count(0, [Rejection("too_short", NearMiss("sample_num_frames", 41 - 4 * number, "")) for number in range(6)])
     lines = report.describe(CONFIG).splitlines()
     assert "1 clip misses sample_num_frames by 16 %; 41 would keep it" in lines
     assert lines[-1] == "1 further clip misses sample_num_frames alone, see report.json"
@@ -37,7 +37,7 @@ def test_one_clip_has_its_own_grammar():
 def test_of_many_groups_the_most_numerous_are_told_nearest_first_and_the_others_counted():
     report = FilterReport()
     for number in range(8):
-        report.count(0, [Drop("too_short", Miss("sample_num_frames", 17 + 4 * number, ""))] * (10 + number))
+        report.count(0, [Rejection("too_short", NearMiss("sample_num_frames", 17 + 4 * number, ""))] * (10 + number))
     lines = report.describe(CONFIG).splitlines()[-6:]
     assert [line.split(";")[1].split()[0] for line in lines[:5]] == ["45", "41", "37", "33", "29"]
     assert lines[5] == "33 further clips miss sample_num_frames alone, see report.json"
@@ -45,7 +45,7 @@ def test_of_many_groups_the_most_numerous_are_told_nearest_first_and_the_others_
 
 def test_a_report_survives_json():
     report = FilterReport()
-    report.count(3, [HD, HD, Drop("no_cap")])
+    report.count(3, [HD, HD, Rejection("no_cap")])
     assert FilterReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
@@ -53,11 +53,11 @@ def test_groups_are_bounded_and_the_nearest_remain():
     total = FilterReport()
     for number in range(4 * MAX_GROUPS):
         part = FilterReport()
-        part.count(0, [Drop("res_too_small", Miss("min_hxw", 900_000 - number, str(number)))])
+        part.count(0, [Rejection("res_too_small", NearMiss("min_hxw", 900_000 - number, str(number)))])
         total.add(part, CONFIG)
     assert total.total == total.dropped["res_too_small"] == 4 * MAX_GROUPS
-    assert len(total.misses) <= 2 * MAX_GROUPS
-    assert total.misses[Miss("min_hxw", 900_000, "0")] == 1
+    assert len(total.near_misses) <= 2 * MAX_GROUPS
+    assert total.near_misses[NearMiss("min_hxw", 900_000, "0")] == 1
 
 
 def test_the_report_is_written_as_text_json_and_picture(tmp_path):
@@ -77,6 +77,6 @@ def test_a_picture_without_near_misses_says_so(tmp_path, monkeypatch):
         lambda figure, path, **_: (texts.extend(text.get_text() for text in figure.axes[1].texts), path.touch()),
     )
     report = FilterReport()
-    report.count(3, [Drop("no_cap")])
+    report.count(3, [Rejection("no_cap")])
     write_report(report, CONFIG, tmp_path, plots=True)
     assert texts == ["no clip that a single changed setting would keep"]

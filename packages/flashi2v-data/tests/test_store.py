@@ -301,8 +301,8 @@ def test_a_file_is_refused_before_it_is_mapped(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"fps": None}, "`float`, got `null`"),
-        ({"fps": 0}, ">= 1e-06"),
+        ({"fps": None}, "got `null`"),
+        ({"fps": 0}, ">= 1"),
         ({"fps": True}, "got `bool`"),
         ({"fps": float("nan")}, ">= 1e-06"),
         ({"num_frames": "16"}, "got `str`"),
@@ -315,7 +315,7 @@ def test_a_file_is_refused_before_it_is_mapped(tmp_path):
         ({"path": ""}, "length >= 1"),
         ({"resolution": [64, 96]}, "got `array`"),
         ({"resolution": {"height": 64}}, "missing required field `width`"),
-        ({"resolution": {"height": 0, "width": 1}}, ">= 1e-06"),
+        ({"resolution": {"height": 0, "width": 1}}, ">= 1"),
         ({"crop": [0, 1, 0]}, "length >= 4"),
         ({"crop": "all"}, "got `str`"),
     ],
@@ -324,7 +324,7 @@ def test_a_record_that_is_no_clip_is_named(tmp_path, change, reason):
     store = open_store(write_store(tmp_path / "a.lmdb", [_records(1)[0], _records(1)[0] | change], {}))
     assert store[0] == _records(1)[0]
     with pytest.raises(
-        RecordError, match=rf"a\.lmdb: record 1 is no clip that can be trained on: .*{re.escape(reason)}"
+        RecordError, match=rf"a\.lmdb: record 1 is not a clip that can be trained on: .*{re.escape(reason)}"
     ):
         store[1]
 
@@ -343,7 +343,7 @@ def test_a_record_that_is_no_clip_is_named(tmp_path, change, reason):
     ],
 )
 def test_what_lacks_something_is_no_clip(tmp_path, record):
-    with pytest.raises(RecordError, match=r"record 0 is no clip"):
+    with pytest.raises(RecordError, match=r"record 0 is not a clip"):
         open_store(write_store(tmp_path / "a.lmdb", [record], {}))[0]
 
 

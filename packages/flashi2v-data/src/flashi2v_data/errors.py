@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 class RecordError(InputError):
-    """A record of a store is damaged, or is no clip.
+    """A record of a store is damaged, or is not a clip.
 
     Attributes:
         path: of the store.

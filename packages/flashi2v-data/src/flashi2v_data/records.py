@@ -5,6 +5,7 @@ import re
 from typing import Annotated, Any, NamedTuple, TypedDict, cast
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.textfile import read_text
@@ -28,28 +29,57 @@ class Record(TypedDict):
     start_frame_idx: int
 
 
-# No honest number is larger, and products and quotients of these are finite; see `limits.is_number`.
-Index = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
-Positive = Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)]
+# No honest number is larger, and products and quotients of these are finite.
+_LARGEST = 10**12
+Index = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST)]
+_Number = Annotated[int, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)] | Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
+_Positive = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST)] | Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)]
+_Path = Annotated[str, msgspec.Meta(min_length=1)]
+_Captions = str | Annotated[list[str], msgspec.Meta(min_length=1)]
 
 
 class Size(msgspec.Struct):
     """`resolution` of a clip, in pixels."""
 
-    height: Positive
-    width: Positive
+    height: _Positive
+    width: _Positive
 
     def __str__(self) -> str:
         """Return it as 720x1280."""
         return f"{self.height:g}x{self.width:g}"
 
 
+class Entry(msgspec.Struct, kw_only=True):
+    """What a meta JSON says of a clip. What it leaves out of size, rate and length is read from the video."""
+
+    path: _Path
+    cap: _Captions
+    resolution: Size | UnsetType = UNSET
+    fps: _Positive | UnsetType = UNSET
+    num_frames: _Count | UnsetType = UNSET
+    motion: _Number | UnsetType = UNSET
+    cut: Annotated[list[Index], msgspec.Meta(min_length=1)] | UnsetType = UNSET
+    crop: Annotated[list[Index], msgspec.Meta(min_length=4, max_length=4)] | UnsetType = UNSET
+
+
+class _PlainSize(Size, forbid_unknown_fields=True):
+    """A size, and nothing besides."""
+
+
+class PlainEntry(Entry, kw_only=True, forbid_unknown_fields=True):
+    """An entry of these keys alone, which is stored as it is: it is read fastest."""
+
+    resolution: _PlainSize | UnsetType = UNSET
+    start_frame_idx: int = 0
+
+
 class Clip(msgspec.Struct):
     """What training needs of a record: the schema of every record that is read, whoever wrote it."""
 
-    path: Annotated[str, msgspec.Meta(min_length=1)]
-    cap: str | Annotated[list[str], msgspec.Meta(min_length=1)]
-    fps: Positive
+    path: _Path
+    cap: _Captions
+    fps: _Positive
     num_frames: Index
     start_frame_idx: Index
     resolution: Size | None = None  # stores of the public code may not say it
@@ -60,28 +90,28 @@ def check_record(value: Any) -> Record:
     """Return a record as the schema has it: whole numbers that were written as 12.0 become 12.
 
     Raises:
-        ValueError: it is no clip; the message goes on behind "record 7".
+        ValueError: it is not a clip; the message goes on behind "record 7".
     """
     try:
         msgspec.convert(value, Clip)
     except msgspec.ValidationError as error:
-        whole = _whole_numbers(value) if isinstance(value, dict) else {}
-        if not whole:
-            raise ValueError(f"is no clip that can be trained on: {error}") from None
-        return check_record({**value, **whole})
+        fixed = with_whole_numbers(value)
+        if fixed is value:
+            raise ValueError(f"is not a clip that can be trained on: {error}") from None
+        return check_record(fixed)
     return cast(Record, value)
 
 
-def _whole_numbers(record: dict[Any, Any]) -> dict[str, Any]:
-    """Return what is to be changed."""
+def with_whole_numbers(record: Any) -> Any:
+    """Return a record with 12.0 as 12 wherever whole numbers belong, or the same object where nothing changes."""
     changed: dict[str, Any] = {}
-    for key in ("num_frames", "start_frame_idx", "crop"):
-        given = record.get(key)
+    for key in ("num_frames", "start_frame_idx", "cut", "crop"):
+        given = record.get(key) if isinstance(record, dict) else None
         numbers = given if isinstance(given, list) else [given]
         if any(isinstance(number, float) and number.is_integer() for number in numbers):
             whole = [int(number) if isinstance(number, float) and number.is_integer() else number for number in numbers]
             changed[key] = whole if isinstance(given, list) else whole[0]
-    return changed
+    return {**record, **changed} if changed else record
 
 
 class Annotation(NamedTuple):

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from flashi2v_data.captions.cleaning import CaptionCount, TextLoss, becomes_empty, clean_caption, plain_start
 from flashi2v_data.curation.config import FilterConfig
-from flashi2v_data.curation.meta import PlainEntry
 from flashi2v_data.records import printable
 
 if TYPE_CHECKING:
@@ -48,15 +47,6 @@ class CaptionAudit:
                 count.add(TextLoss(is_empty=True), printable(path))
             else:
                 count.total += 1
-
-    def count_plain(self, count: CaptionCount, entries: list[PlainEntry]) -> None:
-        """Count the captions of many clips."""
-        others = entries
-        if self._config.text_tokenizer_path is None:
-            others = [entry for entry in entries if type(entry.cap) is not str or plain_start(entry.cap) is None]
-            count.total += len(entries) - len(others)
-        for entry in others:
-            self.count(count, entry.cap, entry.path)
 
     def _loss(self, caption: str) -> TextLoss:
         # Imported here, and loaded in the process that needs it: it takes seconds, and most filters do without.

@@ -12,15 +12,16 @@ from tqdm import tqdm
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.captions.cleaning import CaptionCount
 from flashi2v_data.curation.config import FilterConfig
-from flashi2v_data.curation.judge import Judge, is_complete
+from flashi2v_data.curation.judge import Judge
 from flashi2v_data.curation.meta import PIECE_BYTES, BrokenMetaError, read_entries
 from flashi2v_data.curation.probing import Prober
 from flashi2v_data.curation.report import FilterReport, check_plots, write_report
 from flashi2v_data.curation.stream import FileFilter, Outcome
-from flashi2v_data.errors import DecodeError, InputError
+from flashi2v_data.errors import InputError
 from flashi2v_data.records import Annotation, printable, read_annotations
 from flashi2v_data.store.environments import storage
 from flashi2v_data.store.writer import StoreWriter
+from flashi2v_data.video.probe import VideoInfo
 
 
 def filter_files(
@@ -99,18 +100,16 @@ def explain_path(config: FilterConfig, path: str, *, probe_timeout: float) -> It
         InputError: no entry has this path.
     """
     judge, num_found = Judge(config), 0
+
+    def probe(path: str) -> VideoInfo:
+        return prober.result(prober.submit(path))
+
     with closing(Prober(1, probe_timeout, _cache(config), readonly=True)) as prober:
         for annotation in read_annotations(config.ann_txt_path):
             for entry in read_entries(annotation):
                 if isinstance(entry, dict) and _is_at(entry.get("path"), path, annotation.root):
                     num_found += 1
-                    info, fault = None, None
-                    if not is_complete(entry):
-                        try:
-                            info = prober.result(prober.submit(entry["path"]))
-                        except DecodeError as error:
-                            fault = error.reason
-                    yield [f"{printable(entry['path'])}, in {annotation.meta}", *judge.explain(entry, info, fault)]
+                    yield [f"{printable(entry['path'])}, in {annotation.meta}", *judge.explain(entry, probe)]
     if not num_found:
         raise InputError(f"--explain: no entry has the path {printable(path)}; give it as the meta JSON does")
 

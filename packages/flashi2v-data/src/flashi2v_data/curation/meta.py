@@ -12,13 +12,13 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 import zstandard
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.records import Annotation, Index
+from flashi2v_data.records import Annotation, PlainEntry
 from flashi2v_data.textfile import open_regular
 
 # What is parsed of one piece should stay in the processor's cache, and be worth sending to another process.
@@ -237,39 +237,25 @@ def _check_entry(annotation: Annotation, num_bytes: int) -> None:
         )
 
 
-class PlainResolution(msgspec.Struct, forbid_unknown_fields=True):
-    """`resolution` of a plain entry."""
-
-    height: int | float
-    width: int | float
-
-
-class PlainEntry(msgspec.Struct, forbid_unknown_fields=True):
-    """A complete entry of the documented keys alone, all of the right type: it is read and judged fastest."""
-
-    path: Annotated[str, msgspec.Meta(min_length=1)]
-    cap: str | Annotated[list[str], msgspec.Meta(min_length=1)]
-    resolution: PlainResolution
-    fps: int | float
-    num_frames: int
-    cut: Annotated[list[Index], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
-    motion: int | float | msgspec.UnsetType = msgspec.UNSET
-    start_frame_idx: int = 0
-
-
 _decoder = msgspec.json.Decoder()
 _plain_decoder = msgspec.json.Decoder(PlainEntry)
 _plain_array_decoder = msgspec.json.Decoder(list[PlainEntry])
 
 
 def parse_plain(piece: Piece) -> list[PlainEntry] | None:
-    """Return the entries of a piece if it was cut well and all are plain, else None; paths are not yet joined."""
+    """Return the entries of a piece if it was cut well and all are plain, else None."""
     try:
         if piece.is_lines:
-            return _plain_decoder.decode_lines(piece.text)
-        return _plain_array_decoder.decode(piece.bracketed())
+            entries = _plain_decoder.decode_lines(piece.text)
+        else:
+            entries = _plain_array_decoder.decode(piece.bracketed())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    prefix = os.path.join(piece.annotation.root, "")
+    for entry in entries:
+        if not entry.path.startswith("/"):
+            entry.path = prefix + entry.path
+    return entries
 
 
 def parse_whole(piece: Piece) -> list[Any] | None:

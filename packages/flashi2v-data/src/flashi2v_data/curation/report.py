@@ -11,7 +11,7 @@ from typing import Any
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.captions.cleaning import CaptionCount
 from flashi2v_data.curation.config import FilterConfig
-from flashi2v_data.curation.rules import REASONS, Drop, Miss, Reason
+from flashi2v_data.curation.rules import REASONS, NearMiss, Rejection
 from flashi2v_data.errors import InputError
 
 # Groups of near misses (of one size, say) that are told apart; beyond twice as many the farthest are forgotten.
@@ -22,30 +22,30 @@ NUM_SHOWN = 5
 
 @dataclass
 class FilterReport:
-    """How many clips came in, were kept, and were dropped for which reason.
+    """How many clips came in, were kept, and were rejected for which reason.
 
     Attributes:
         irregular: kept clips of videos whose frames come in uneven steps, where those were looked at.
-        misses: clips that a single changed setting would keep; of too many groups the nearest (see MAX_GROUPS).
+        near_misses: clips that a single changed setting would keep; of too many groups the nearest (see MAX_GROUPS).
         captions: of the clips that are kept; of too many unknown words the most frequent.
     """
 
     total: int = 0
     kept: int = 0
-    dropped: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
-    misses: Counter[Miss] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    near_misses: Counter[NearMiss] = field(default_factory=Counter)
     captions: CaptionCount = field(default_factory=lambda: CaptionCount(0))
     irregular: int = 0
 
-    def count(self, num_kept: int, drops: Iterable[Drop] = ()) -> None:
-        """Count clips that are kept, and others that are dropped."""
+    def count(self, num_kept: int, rejections: Iterable[Rejection] = ()) -> None:
+        """Count clips that are kept, and others that are rejected."""
         self.kept += num_kept
         self.total += num_kept
-        for (reason, miss), number in Counter(drops).items():
+        for (reason, miss), number in Counter(rejections).items():
             self.total += number
             self.dropped[reason] += number
             if miss is not None:
-                self.misses[miss] += number
+                self.near_misses[miss] += number
 
     def add(self, other: "FilterReport", config: FilterConfig) -> None:
         """Count what another report counted; the config tells near from far when there are too many groups."""
@@ -57,10 +57,10 @@ class FilterReport:
         self.captions.merge(other.captions)
         if len(self.captions.words) > 2 * MAX_GROUPS:
             self.captions.words = Counter(dict(self.captions.words.most_common(MAX_GROUPS)))
-        self.misses.update(other.misses)
-        if len(self.misses) > 2 * MAX_GROUPS:
-            ranked = sorted(self.misses.items(), key=lambda item: (_shortfall(item[0], config), item[0]))
-            self.misses = Counter(dict(ranked[:MAX_GROUPS]))
+        self.near_misses.update(other.near_misses)
+        if len(self.near_misses) > 2 * MAX_GROUPS:
+            ranked = sorted(self.near_misses.items(), key=lambda item: (_shortfall(item[0], config), item[0]))
+            self.near_misses = Counter(dict(ranked[:MAX_GROUPS]))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, from which `from_json` makes the same report again."""
@@ -70,13 +70,15 @@ class FilterReport:
             "irregular": self.irregular,
             "dropped": dict(self.dropped),
             "captions": {**vars(self.captions), "words": dict(self.captions.words), "first": dict(self.captions.first)},
-            "near_misses": [{**miss._asdict(), "count": count} for miss, count in sorted(self.misses.items())],
+            "near_misses": [{**miss._asdict(), "count": count} for miss, count in sorted(self.near_misses.items())],
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "FilterReport":
         """Return the report that `to_json` was called on."""
-        misses = {Miss(miss["setting"], miss["value"], miss["clips"]): miss["count"] for miss in values["near_misses"]}
+        misses = {
+            NearMiss(miss["setting"], miss["value"], miss["clips"]): miss["count"] for miss in values["near_misses"]
+        }
         captions = CaptionCount(**{**values["captions"], "words": Counter(values["captions"]["words"])})
         return cls(
             values["total"], values["kept"], dict(values["dropped"]), Counter(misses), captions, values["irregular"]
@@ -89,16 +91,16 @@ class FilterReport:
             rows.append(("irregular", self.irregular, "of these: the frame rate varies, frames are chosen by time"))
         rows += [(reason, self.dropped[reason], text) for reason, text in REASONS.items()]
         lines = [f"{name:16}{count:>12,}  {text}".rstrip() for name, count, text in rows]
-        return "\n".join([*lines, *_sentences(self.misses, config), *self.captions.lines().values()])
+        return "\n".join([*lines, *_sentences(self.near_misses, config), *self.captions.lines().values()])
 
 
-def _shortfall(miss: Miss, config: FilterConfig) -> float:
+def _shortfall(miss: NearMiss, config: FilterConfig) -> float:
     limit = float(getattr(config, miss.setting))
     difference = abs(miss.value - limit)
     return difference / abs(limit) if limit else difference
 
 
-def _sentences(misses: Counter[Miss], config: FilterConfig) -> Iterator[str]:
+def _sentences(misses: Counter[NearMiss], config: FilterConfig) -> Iterator[str]:
     for setting in dict.fromkeys(miss.setting for miss in sorted(misses)):
         of_setting = [(miss, count) for miss, count in misses.most_common() if miss.setting == setting]
         # Of many groups the most numerous, nearest first.
@@ -157,9 +159,11 @@ def _plot(report: FilterReport, config: FilterConfig, path: Path) -> None:
     counts.barh([name for name, _ in bars[::-1]], [count for _, count in bars[::-1]])
     counts.set(xlabel="clips", title=f"{report.total:,} clips")
     counts.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for setting in dict.fromkeys(miss.setting for miss in sorted(report.misses)):
+    for setting in dict.fromkeys(miss.setting for miss in sorted(report.near_misses)):
         steps = sorted(
-            (100 * _shortfall(miss, config), count) for miss, count in report.misses.items() if miss.setting == setting
+            (100 * _shortfall(miss, config), count)
+            for miss, count in report.near_misses.items()
+            if miss.setting == setting
         )
         won, total = [0], 0
         for _, count in steps:
@@ -168,7 +172,7 @@ def _plot(report: FilterReport, config: FilterConfig, path: Path) -> None:
         near.step([0, *(short for short, _ in steps)], won, where="post", label=setting)
     near.set(xlabel="setting changed by, %", ylabel="clips kept in addition", title="near misses")
     near.yaxis.set_major_locator(MaxNLocator(integer=True))
-    if report.misses:
+    if report.near_misses:
         near.legend()
     else:
         near.set_axis_off()

@@ -2,46 +2,25 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, TypeGuard, TypeVar, get_args
+from typing import Generic, NamedTuple, TypeVar
 
-from msgspec import UNSET, UnsetType
-
+from flashi2v_data.records import Size
 from flashi2v_data.video.frames import frame_interval
 
-# In the order in which the rules apply: a clip is counted under the first that drops it. Limits are in the order of
-# the reference.
-Reason = Literal[
-    "invalid_entry",
-    "no_cap",
-    "invalid_cut",
-    "invalid_crop",
-    "empty_cap",
-    "unreadable",
-    "hdr",
-    "no_resolution",
-    "no_fps",
-    "no_num_frames",
-    "invalid_motion",
-    "aspect_mismatch",
-    "res_too_small",
-    "too_long",
-    "fps_too_low",
-    "too_fast",
-    "too_slow",
-    "too_short",
-]
-REASONS: dict[Reason, str] = {
-    "invalid_entry": "is no JSON object with a path, or holds values that cannot be stored",
+# In the order in which the rules apply: a clip is counted under the first that rejects it. The limits are in the order
+# of the reference.
+REASONS = {
+    "invalid_entry": "is not a JSON object with a path, or holds values that cannot be stored",
     "no_cap": "has no caption",
+    "no_resolution": "height or width is not a positive number",
+    "no_fps": "fps is not a positive number",
+    "no_num_frames": "num_frames is not a positive whole number",
+    "invalid_motion": "motion is not a number",
     "invalid_cut": "cut is not [first frame, end], or leaves nothing of the video",
     "invalid_crop": "crop is not [left, right, top, bottom] in pixels of the picture",
     "empty_cap": "caption is empty, or becomes so when cleaned (drop_empty_captions)",
     "unreadable": "leaves out resolution, fps or num_frames, and the video cannot be read",
     "hdr": "is HDR (PQ or HLG), whose colours look pale without tone_map",
-    "no_resolution": "height or width is not a positive number",
-    "no_fps": "fps is not a positive number",
-    "no_num_frames": "num_frames is not a positive whole number",
-    "invalid_motion": "motion is not a number",
     "aspect_mismatch": "height / width is outside min_h_div_w_ratio ... max_h_div_w_ratio",
     "res_too_small": "fewer than min_hxw pixels at the sample's aspect ratio",
     "too_long": "longer than too_long_factor samples",
@@ -50,8 +29,6 @@ REASONS: dict[Reason, str] = {
     "too_slow": "motion above max_motion_value",
     "too_short": "fewer than sample_num_frames frames at the training rate",
 }
-assert tuple(REASONS) == get_args(Reason)
-
 ORDER = {reason: number for number, reason in enumerate(REASONS)}
 
 
@@ -71,7 +48,7 @@ class Limits(NamedTuple):
     min_motion_value: float
 
 
-class Miss(NamedTuple):
+class NearMiss(NamedTuple):
     """A clip that one changed setting would keep."""
 
     setting: str
@@ -79,18 +56,11 @@ class Miss(NamedTuple):
     clips: str  # which clips these are: "1280x720", or ""
 
 
-class Drop(NamedTuple):
-    """Why a clip is dropped; `miss` where a single setting is the only cause."""
+class Rejection(NamedTuple):
+    """Why a clip is not kept; `near_miss` where a single setting is the only cause."""
 
-    reason: Reason
-    miss: Miss | None = None
-
-
-class Size(NamedTuple):
-    """Of the picture, in pixels."""
-
-    height: float
-    width: float
+    reason: str  # one of REASONS
+    near_miss: NearMiss | None = None
 
 
 class Length(NamedTuple):
@@ -101,9 +71,9 @@ class Length(NamedTuple):
 
 
 class Motion(NamedTuple):
-    """A score that falls as the motion grows; UNSET where an entry has none, which is then not judged by it."""
+    """A score that falls as the motion grows."""
 
-    score: float | UnsetType
+    score: float
 
 
 # Height and width, fps and number of frames, motion: no rule looks at two of these, so each can be judged by itself.
@@ -113,7 +83,7 @@ Part = TypeVar("Part", Size, Length, Motion)
 class Rule(NamedTuple, Generic[Part]):
     """A limit, named by its setting."""
 
-    reason: Reason
+    reason: str
     setting: str
     passes: Callable[[Part, Limits], bool]
     measure: Callable[[Part, Limits], float]  # in units of the setting
@@ -126,7 +96,7 @@ class Rule(NamedTuple, Generic[Part]):
 
 def area_at_ratio(size: Size, limits: Limits) -> float:
     """Return the pixels of the largest part of the picture that has the sample's aspect ratio."""
-    height, width = size
+    height, width = size.height, size.width
     sample_height, sample_width = limits.sample_height, limits.sample_width
     # Products before the division keep whole numbers exact.
     if height * sample_width > width * sample_height:
@@ -175,7 +145,7 @@ def _fps(length: Length, limits: Limits) -> float:
 
 
 def _score(motion: Motion, limits: Limits) -> float:
-    return motion.score  # type: ignore[return-value]  # the rules are not asked about UNSET
+    return motion.score
 
 
 SIZE_RULES: tuple[Rule[Size], ...] = (
@@ -237,60 +207,34 @@ MOTION_RULES: tuple[Rule[Motion], ...] = (
 )
 
 
-def judge_size(limits: Limits, height: Any, width: Any) -> Drop | None:
-    """Return why a picture of this size is dropped, or None."""
-    if not is_positive(height) or not is_positive(width):
-        return Drop("no_resolution")
+def judge_size(limits: Limits, height: float, width: float) -> Rejection | None:
+    """Return why a picture of this size is rejected, or None."""
     return _apply(SIZE_RULES, Size(height, width), limits, f"{width:g}x{height:g}")
 
 
-def judge_length(limits: Limits, fps: Any, num_frames: Any) -> Drop | None:
-    """Return why a clip of this length is dropped, or None."""
-    if not is_positive(fps):
-        return Drop("no_fps")
-    if not is_positive(num_frames) or num_frames != int(num_frames):
-        return Drop("no_num_frames")
+def judge_length(limits: Limits, fps: float, num_frames: int) -> Rejection | None:
+    """Return why a clip of this length is rejected, or None."""
     return _apply(LENGTH_RULES, Length(fps, num_frames), limits, "")
 
 
-def judge_motion(limits: Limits, score: Any) -> Drop | None:
-    """Return why a clip of this motion is dropped, or None."""
-    if score is UNSET:
-        return None
-    return _apply(MOTION_RULES, Motion(score), limits, "") if is_number(score) else Drop("invalid_motion")
+def judge_motion(limits: Limits, score: float) -> Rejection | None:
+    """Return why a clip of this motion is rejected, or None."""
+    return _apply(MOTION_RULES, Motion(score), limits, "")
 
 
-def _apply(rules: tuple[Rule[Part], ...], part: Part, limits: Limits, clips: str) -> Drop | None:
+def _apply(rules: tuple[Rule[Part], ...], part: Part, limits: Limits, clips: str) -> Rejection | None:
     for rule in rules:
         if not rule.passes(part, limits):
             value = rule.settable(rule.measure(part, limits))
             changed = limits._replace(**{rule.setting: value})  # type: ignore[arg-type]  # of its setting's type
             if (value > 0 or rules is MOTION_RULES) and all(other.passes(part, changed) for other in rules):
-                return Drop(rule.reason, Miss(rule.setting, value, clips))
-            return Drop(rule.reason)
+                return Rejection(rule.reason, NearMiss(rule.setting, value, clips))
+            return Rejection(rule.reason)
     return None
 
 
-def first_drop(size: Drop | None, length: Drop | None, motion: Drop | None) -> Drop:
-    """Return the drop, of those present, of the first rule; where there is another, no single setting is the cause."""
-    if length is None and motion is None and size is not None:
-        return size
-    if size is None and motion is None and length is not None:
-        return length
-    reasons = [drop.reason for drop in (size, length, motion) if drop is not None]
-    if len(reasons) > 1:
-        return _WITHOUT_MISS[min(reasons, key=ORDER.__getitem__)]
-    assert motion is not None
-    return motion
-
-
-_WITHOUT_MISS = {reason: Drop(reason) for reason in REASONS}
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    # Within bounds that no honest value reaches and within which products and quotients are finite.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 <= value <= 1e12
-
-
-def is_positive(value: Any) -> TypeGuard[float]:
-    return is_number(value) and value >= 1e-6
+def first_rejection(rejections: list[Rejection]) -> Rejection:
+    """Return the one of the first rule; where there is another, no single setting is the cause."""
+    if len(rejections) == 1:
+        return rejections[0]
+    return Rejection(min((rejection.reason for rejection in rejections), key=ORDER.__getitem__))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashi2v_data.curation.config import FilterConfig
-from flashi2v_data.curation.judge import Judge
+from flashi2v_data.curation.judge import Judge, read_entry, record_of
 from flashi2v_data.curation.meta import (
     BrokenMetaError,
     MetaParser,
@@ -23,9 +23,9 @@ from flashi2v_data.curation.meta import (
 )
 from flashi2v_data.curation.probing import Prober, Probing
 from flashi2v_data.curation.report import FilterReport
-from flashi2v_data.curation.rules import Drop
+from flashi2v_data.curation.rules import Rejection
 from flashi2v_data.errors import DecodeError, StorageError
-from flashi2v_data.records import Annotation, Record
+from flashi2v_data.records import Annotation, Entry, Record
 from flashi2v_data.store.codec import ValueCodec
 from flashi2v_data.workers import Task, WorkerLost, WorkerPool, quick_start
 
@@ -43,16 +43,17 @@ class Outcome:
     """What became of consecutive entries.
 
     Attributes:
-        kept: what is passed on of the clips that fit, in order; None holds the place of a bare entry.
-        bare: entries that leave out what must be read from their videos, with their positions in `kept`.
-        report: counts all but the bare ones.
+        kept: what is passed on of the clips that fit, in order; None holds the place of an incomplete one.
+        incomplete: clips whose entries leave out what must be read from their videos: the position in `kept`, the clip,
+            and its entry, if that has further keys.
+        report: counts all but the incomplete ones.
         num_parsed: entries, or lines of JSON Lines, that were read.
         place: pieces done with this one, counted over all files.
         num_bytes: how far the files have been read.
     """
 
     kept: list[Any] = field(default_factory=list)
-    bare: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    incomplete: list[tuple[int, Entry, dict[str, Any] | None]] = field(default_factory=list)
     report: FilterReport = field(default_factory=FilterReport)
     num_parsed: int = 0
     place: int = 0
@@ -66,7 +67,7 @@ def filter_records(
 
     Args:
         entries: of meta JSON, as `meta.read_entries` yields them, or rows of a table: NumPy's numbers, arrays and texts
-            become Python's, tuples lists, and paths text. They are completed in place.
+            become Python's, tuples lists, and paths text.
         config: the limits.
         report: counts every entry as it passes.
         jobs: processes that read what entries leave out from the videos.
@@ -80,7 +81,9 @@ def filter_records(
     entries = map(_plain_entry, entries)
     batches = iter(lambda: list(itertools.islice(entries, _BATCH)), [])
     try:
-        for outcome in _complete((_judge_all(batch, judge, storable) for batch in batches), judge, storable, prober):
+        for outcome in _complete(
+            (_judge_entries(batch, judge, storable) for batch in batches), judge, storable, prober
+        ):
             report.add(outcome.report, config)
             yield from outcome.kept
     finally:
@@ -88,11 +91,10 @@ def filter_records(
 
 
 def _plain_entry(entry: Any) -> Any:
-    if isinstance(entry, dict):
-        with contextlib.suppress(OverflowError, RecursionError):  # left as it is, it cannot be stored, and is counted
-            for key, value in entry.items():
-                entry[key] = _plain(value)
-    return entry
+    try:
+        return _plain(entry)
+    except RecursionError:  # left as it is, it cannot be stored, and is counted
+        return entry
 
 
 def _plain(value: Any) -> Any:
@@ -104,7 +106,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [*map(_plain, value)]
     if isinstance(value, numbers.Real):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
+        with contextlib.suppress(OverflowError):
+            return int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, (str, os.PathLike)):
         return str(value)
     as_list = getattr(value, "tolist", None)  # NumPy's arrays and truth values
@@ -157,7 +160,7 @@ class FileFilter:
                 if outcome is not None and parser.is_between_entries:
                     parser.passed(outcome.num_parsed)
                 else:
-                    outcome = _judge_all(parser.parse(piece), self._judge, self._pack)
+                    outcome = _judge_entries(parser.parse(piece), self._judge, self._pack)
                 outcome.place = place
                 outcome.num_bytes = bytes_before + piece.end
                 yield outcome
@@ -190,51 +193,50 @@ class _JudgePiece:
         gc.disable()  # entries hold no cycles; looking for some takes a third of the time
         plain = parse_plain(piece)
         if plain is not None:
-            kept, drops = self._judge.plain(plain, piece.annotation.root)
-            report = FilterReport(captions=self._judge.audit.new_count())
-            outcome = Outcome([self._pack(entry) for entry in kept], report=report)
-            outcome.report.count(len(kept), drops)
-            self._judge.audit.count_plain(outcome.report.captions, kept)
+            outcome = _judge_all(((clip, None) for clip in plain), self._judge, self._pack)
         else:
             entries = parse_whole(piece)
             if entries is None:
                 return None
-            outcome = _judge_all(entries, self._judge, self._pack)
-        outcome.num_parsed = count_lines(piece) if piece.is_lines else outcome.report.total + len(outcome.bare)
+            outcome = _judge_entries(entries, self._judge, self._pack)
+        outcome.num_parsed = count_lines(piece) if piece.is_lines else outcome.report.total + len(outcome.incomplete)
         return outcome
 
 
-def _judge_all(entries: list[Any], judge: Judge, pack: Pack) -> Outcome:
+def _judge_entries(entries: list[Any], judge: Judge, pack: Pack) -> Outcome:
+    return _judge_all(((read_entry(entry), entry) for entry in entries), judge, pack)
+
+
+def _judge_all(read: Iterable[tuple[Entry | Rejection, Any]], judge: Judge, pack: Pack) -> Outcome:
+    """Judge clips, or count why entries hold none."""
     outcome = Outcome(report=FilterReport(captions=judge.audit.new_count()))
-    for entry in entries:
-        judged = judge(entry)
-        if judged is None:
-            outcome.bare.append((len(outcome.kept), entry))
+    rejections: list[Rejection] = []
+    for clip, entry in read:
+        verdict = clip if isinstance(clip, Rejection) else judge(clip)
+        if isinstance(verdict, Rejection):
+            rejections.append(verdict)
+            continue
+        assert isinstance(clip, Entry)
+        if verdict == "incomplete":
+            outcome.incomplete.append((len(outcome.kept), clip, entry))
             outcome.kept.append(None)
-        elif (value := _settle(judged, judge, pack, outcome.report)) is not None:
+        elif (value := pack(record_of(clip, entry))) is None:
+            rejections.append(_UNSTORABLE)
+        else:
             outcome.kept.append(value)
+            judge.audit.count(outcome.report.captions, clip.cap, clip.path)
+    outcome.report.count(len(outcome.kept) - len(outcome.incomplete), rejections)
     return outcome
 
 
-def _settle(judged: Record | Drop, judge: Judge, pack: Pack, report: FilterReport) -> Any:
-    """Count a clip; return what is passed on of it, or None."""
-    if isinstance(judged, Drop):
-        report.count(0, [judged])
-        return None
-    value = pack(judged)
-    if value is None:
-        report.count(0, [Drop("invalid_entry")])
-    else:
-        report.count(1, [])
-        judge.audit.count(report.captions, judged["cap"], judged["path"])
-    return value
+_UNSTORABLE = Rejection("invalid_entry")
 
 
 def _complete(outcomes: Iterable[Outcome], judge: Judge, pack: Pack, prober: Prober) -> Iterator[Outcome]:
-    """Judge the bare entries too, in the order of all, while the videos of later ones are being read."""
+    """Judge the incomplete clips too, in the order of all, while the videos of later ones are being read."""
     pending: deque[tuple[Outcome, list[Probing]]] = deque()
     for outcome in outcomes:
-        pending.append((outcome, [prober.submit(entry["path"]) for _, entry in outcome.bare]))
+        pending.append((outcome, [prober.submit(clip.path) for _, clip, _ in outcome.incomplete]))
         while pending and (len(pending) > _AHEAD or not pending[0][1]):
             yield _settled(*pending.popleft(), judge, pack, prober)
     while pending:
@@ -242,18 +244,24 @@ def _complete(outcomes: Iterable[Outcome], judge: Judge, pack: Pack, prober: Pro
 
 
 def _settled(outcome: Outcome, probings: list[Probing], judge: Judge, pack: Pack, prober: Prober) -> Outcome:
-    for (position, entry), probing in zip(outcome.bare, probings):
-        judged: Record | Drop | None
+    rejections: list[Rejection] = []
+    for (position, clip, entry), probing in zip(outcome.incomplete, probings):
         try:
             info = prober.result(probing)
         except DecodeError:
-            judged, is_irregular = Drop("unreadable"), False
+            rejections.append(Rejection("unreadable"))
+            continue
+        verdict = judge(clip, info)
+        if isinstance(verdict, Rejection):
+            rejections.append(verdict)
+        elif (value := pack(record_of(clip, entry))) is None:
+            rejections.append(_UNSTORABLE)
         else:
-            judged, is_irregular = judge(entry, info), info.is_irregular
-        assert judged is not None  # nothing is left out any more
-        outcome.kept[position] = value = _settle(judged, judge, pack, outcome.report)
-        outcome.report.irregular += is_irregular and value is not None
+            outcome.kept[position] = value
+            outcome.report.irregular += info.is_irregular
+            judge.audit.count(outcome.report.captions, clip.cap, clip.path)
+    outcome.report.count(len(probings) - len(rejections), rejections)
     if probings:
         outcome.kept = [value for value in outcome.kept if value is not None]
-        outcome.bare = []
+        outcome.incomplete = []
     return outcome

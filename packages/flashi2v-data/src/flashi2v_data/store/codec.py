@@ -29,7 +29,7 @@ class ValueCodec:
         """Travel to another process without the compressor."""
         return ValueCodec, (self._compression,)
 
-    def pack(self, record: Record) -> bytes | None:
+    def pack(self, record: Record | msgspec.Struct) -> bytes | None:
         """Return the value, or None where the record is too large or holds what msgpack cannot: huge numbers, say."""
         try:
             value = self._encode(record)
@@ -41,12 +41,12 @@ class ValueCodec:
             return None
         return self._compressor.compress(value) if self._compressor else value
 
-    def _pack_bytes_path(self, record: Record) -> bytes | None:
-        path: Any = record["path"]
-        if isinstance(path, bytes):
+    def _pack_bytes_path(self, record: Record | msgspec.Struct) -> bytes | None:
+        plain: Any = record if isinstance(record, dict) else msgspec.to_builtins(record)
+        if isinstance(plain["path"], bytes):
             return None
         try:
-            return self.pack(cast(Record, {**record, "path": os.fsencode(path)}))
+            return self.pack(cast(Record, {**plain, "path": os.fsencode(plain["path"])}))
         except UnicodeEncodeError:
             return None
 

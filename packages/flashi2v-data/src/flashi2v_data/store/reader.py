@@ -235,7 +235,7 @@ def _legacy_record(value: bytes) -> Any:
     """Read a record of the public code, which leaves out what it takes for granted."""
     record = load_value(value)
     if not isinstance(record, dict) or not isinstance(record.get("path"), str) or "num_frames" not in record:
-        raise ValueError("is no clip with path, cap and num_frames")
+        raise ValueError("is not a clip with path, cap and num_frames")
     record.setdefault("fps", 24.0)  # as the public filter assumes
     record.setdefault("start_frame_idx", 0)
     return record
