@@ -87,7 +87,7 @@ def inspect_store(store: LmdbStore, *, limit: int | None = None, prober: Prober 
         if len(found.examples) < NUM_SHOWN:
             found.examples.append(clip)
         found.resolutions["not said" if clip.resolution is None else str(clip.resolution)] += 1
-        found.fps[clip.fps] += 1
+        found.fps[float(clip.fps)] += 1
         found.num_frames[int(clip.num_frames)] += 1
         captions = clip.cap if isinstance(clip.cap, list) else [clip.cap]
         found.caption_words.update(len(caption.split()) for caption in captions)
