@@ -1,1 +1,5 @@
-"""From a store to batches."""
+"""From a store to batches. `loader` tells how."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

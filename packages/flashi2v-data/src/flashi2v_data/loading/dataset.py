@@ -1,6 +1,5 @@
 """Samples for training: decoded, cropped in time and space, with a cleaned and tokenised caption."""
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
@@ -13,10 +12,11 @@ from torch.utils.data import Dataset
 
 from flashi2v_data.captions.cleaning import TextLoss, becomes_empty, clean_caption
 from flashi2v_data.captions.tokenizer import Tokenizer, find_loss, load_tokenizer
-from flashi2v_data.errors import DecodeError, InputError, RecordError
+from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.loading.config import DatasetParam
 from flashi2v_data.loading.quarantine import Quarantine
 from flashi2v_data.loading.sampler import SampleKey
+from flashi2v_data.loading.substitution import StandIns, read_record, record_fault
 from flashi2v_data.loading.transforms import build_transform
 from flashi2v_data.randomness import generator
 from flashi2v_data.records import Record
@@ -25,10 +25,6 @@ from flashi2v_data.store.reader import LmdbStore
 from flashi2v_data.video.decode import read_frames, resolve_backend
 from flashi2v_data.video.frames import Moments, frame_indices, frame_interval
 
-logger = logging.getLogger(__name__)
-
-# So many unreadable videos in a row mean a wrong root or an unmounted disk, not bad luck.
-MAX_SKIPPED_IN_A_ROW = 100
 # A clip of more frames, at the training rate, is none: a day and a half at 60 frames a second.
 _MAX_FRAMES = 10_000_000
 
@@ -95,9 +91,7 @@ class FlashI2VDataset(Dataset[Sample]):
         self.features = None if config.features_path is None else FeatureStore(config.features_path, made_by)
         default = f"{config.metafile_or_dir_path.rstrip('/')}.quarantine.jsonl"
         self.quarantine = Quarantine(config.quarantine_path or default)
-        # Reasons by record, as others of the same file may be right; not on disk, as records are mended without a trace
-        # on the file, and settings change.
-        self._bad_records: dict[int, str] = {}
+        self.stand_ins = StandIns(store, self.quarantine, seed)
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -128,77 +122,15 @@ class FlashI2VDataset(Dataset[Sample]):
     def read_some(self, key: SampleKey, pictures: NDArray[np.uint8]) -> Sample:
         """Read the sample's own record, or the first readable one that may stand in; see `read`."""
         skipped: list[str] = []
-        while True:
-            index = self.choose(key, skipped)
+        for index in self.stand_ins.candidates(key, skipped):
             try:
                 sample = self.read(key, index, pictures)
             except DecodeError as error:
-                self.skip(index, error, skipped)
+                skipped.append(self.stand_ins.note(index, error))
             else:
                 sample["skipped"] = skipped
                 return sample
-
-    def choose(self, key: SampleKey, skipped: list[str]) -> int:
-        """Return the record to read for a sample: its own, or, after `len(skipped)` others, one that stands in.
-
-        Records in quarantine, or known to be at fault, are passed over and their messages added to `skipped`.
-
-        Raises:
-            DecodeError: more than 100 in a row are unreadable.
-            IndexError: there is no such record.
-        """
-        num_records = len(self)
-        if not 0 <= key.index < num_records:
-            raise IndexError(f"sample {key.index} of {num_records}")
-        # A walk through all records whose stride is drawn: neighbours often lie in one broken directory.
-        random = generator(self.seed, "substitute", key.epoch, key.index)
-        stride = 1 + int(torch.randint(num_records, (), generator=random))
-        while math.gcd(stride, num_records) != 1:
-            stride += 1
-        while len(skipped) < min(num_records, MAX_SKIPPED_IN_A_ROW + 1):
-            index = (key.index + len(skipped) * stride) % num_records
-            fault = self._known_fault(index)
-            if fault is None:
-                return index
-            skipped.append(str(fault))
-        fault = self._known_fault(key.index)
-        is_of_record = fault is not None and fault.is_of_record
-        raise DecodeError(
-            fault.path if fault is not None else self._record(key.index)["path"],
-            f"{'like' if is_of_record else 'nor'} {len(skipped) - 1} others; see `flashi2v-data inspect "
-            f"{self.store.paths[0]} --open-videos`, and remove {self.quarantine.path} when they can be read",
-            is_of_record=is_of_record,
-        )
-
-    def _known_fault(self, index: int) -> DecodeError | None:
-        """Return why a record need not be tried, if that is known."""
-        try:
-            record = self._record(index)
-        except DecodeError as error:
-            return error
-        if (reason := self._bad_records.get(index)) is not None:
-            return _record_fault(record, reason)
-        reason = self.quarantine.reason(record["path"], record["start_frame_idx"])
-        return None if reason is None else DecodeError(record["path"], reason)
-
-    def _record(self, index: int) -> Record:
-        """Read a record.
-
-        Raises:
-            DecodeError: it is damaged, or no clip.
-        """
-        try:
-            return self.store[index]
-        except RecordError as error:
-            raise DecodeError(error.path, error.reason, is_of_record=True) from None
-
-    def skip(self, index: int, error: DecodeError, skipped: list[str], *, whole_file: bool = False) -> None:
-        """Note that a record, or all records of its file, cannot be read."""
-        if error.is_of_record:
-            self._bad_records[index] = error.reason
-        else:
-            self.quarantine.add(error, None if whole_file else self.store[index]["start_frame_idx"])
-        skipped.append(str(error))
+        raise AssertionError("candidates end by an error")
 
     def read(self, key: SampleKey, index: int, pictures: NDArray[np.uint8]) -> Sample:
         """Read one record for a sample, without its `video`: that is left in `pictures`, not normalised yet.
@@ -212,7 +144,7 @@ class FlashI2VDataset(Dataset[Sample]):
             DecodeError: the video is unreadable, not what its record says, or was so when it was encoded.
             InputError: features of the caption are missing.
         """
-        record = self._record(index)
+        record = read_record(self.store, index)
         frames, moments, flip, clip = self._clip(index, key.epoch)
         caption = self._caption(record, key)
         tokens = self.tokenizer(caption)
@@ -244,7 +176,7 @@ class FlashI2VDataset(Dataset[Sample]):
             features = self._stored(clip)
             if features is None:  # as encoding met it
                 reason = f"{self.config.features_path} holds no features of frames {frames[0]} to {frames[-1]}"
-                raise _record_fault(record, reason)
+                raise record_fault(record, reason)
             sample["video_features"] = features
         else:
             convert = self._converter(record, flip)
@@ -270,7 +202,7 @@ class FlashI2VDataset(Dataset[Sample]):
 
     def _clip(self, index: int, epoch: int) -> tuple[list[int], Moments | None, bool, bytes]:
         """Return the frames of a record in an epoch, their times, whether they are mirrored, the features' key."""
-        record = self._record(index)
+        record = read_record(self.store, index)
         # Features are encoded once for each record, so crop in time and mirroring are the same in every epoch, and for
         # whichever sample the record stands in.
         draw = SampleKey(0 if self.config.load_video_features else epoch, index)
@@ -282,13 +214,13 @@ class FlashI2VDataset(Dataset[Sample]):
         config = self.config
         interval = frame_interval(record["fps"], config.train_fps, config.sample_stride)
         if record["num_frames"] / interval > _MAX_FRAMES:
-            raise _record_fault(record, f"{record['num_frames']} frames at fps {record['fps']:g} are no clip")
+            raise record_fault(record, f"{record['num_frames']} frames at fps {record['fps']:g} are no clip")
         indices = frame_indices(record["start_frame_idx"], record["num_frames"], interval)
         begin, end = temporal_crop(
             len(indices), config.sample_num_frames, generator(self.seed, "crop", key.epoch, key.index)
         )
         if end - begin < config.sample_num_frames:
-            raise _record_fault(record, f"has {end} frames at the training rate, {config.sample_num_frames} are needed")
+            raise record_fault(record, f"has {end} frames at the training rate, {config.sample_num_frames} are needed")
         moments = None
         if config.train_fps is not None:
             seconds = (np.arange(begin, end) * interval / record["fps"]).tolist()
@@ -306,11 +238,11 @@ class FlashI2VDataset(Dataset[Sample]):
             if any(
                 side < min(recorded, needed) for side, recorded, needed in zip(frame.shape, sides, self.transform.size)
             ):
-                raise _record_fault(record, f"is {height}x{width}, smaller than the sample and than its record says")
+                raise record_fault(record, f"is {height}x{width}, smaller than the sample and than its record says")
             if crop is not None:
                 left, right, top, bottom = crop
                 if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-                    raise _record_fault(record, f"is {height}x{width}, its crop [left, right, top, bottom] is {crop}")
+                    raise record_fault(record, f"is {height}x{width}, its crop [left, right, top, bottom] is {crop}")
                 frame = frame[top:bottom, left:right]
             self.transform.put_picture(frame, place, flip=flip)
 
@@ -324,7 +256,7 @@ class FlashI2VDataset(Dataset[Sample]):
         """
         return [
             clean_caption(caption, self.config.clean_captions)
-            for caption in _captions(self._record(index), self.config)
+            for caption in _captions(read_record(self.store, index), self.config)
         ]
 
     def _caption(self, record: Record, key: SampleKey) -> str:
@@ -354,7 +286,7 @@ def _crop(record: Record) -> list[int] | None:
     if crop is None or crop == [None] * 4:
         return None
     if not isinstance(crop, list) or len(crop) != 4 or not all(type(side) is int for side in crop):
-        raise _record_fault(record, f"its crop is not [left, right, top, bottom] in pixels: {crop}")
+        raise record_fault(record, f"its crop is not [left, right, top, bottom] in pixels: {crop}")
     return crop
 
 
@@ -365,7 +297,7 @@ def _captions(record: Record, config: DatasetParam) -> list[str]:
         return given
     captions = [caption for caption in given if not becomes_empty(caption, config.clean_captions)]
     if not captions:
-        raise _record_fault(record, "its caption is empty, or becomes so when cleaned (drop_empty_captions)")
+        raise record_fault(record, "its caption is empty, or becomes so when cleaned (drop_empty_captions)")
     return captions
 
 
@@ -378,18 +310,14 @@ def _columns(record: Record, config: DatasetParam) -> dict[str, Tensor]:
         if not all(type(number) in (int, float) for number in numbers) or len(numbers) != math.prod(shape):
             wanted = f"a list of {shape[0]} numbers" if shape else "a number"
             found = "is not there" if name not in record else f"is {value!r:.60}"
-            raise _record_fault(record, f"its {name} must be {wanted} (dataset_param.columns), and {found}")
+            raise record_fault(record, f"its {name} must be {wanted} (dataset_param.columns), and {found}")
         column = torch.tensor(numbers, dtype=torch.float64).float()
         if any(number != exact and type(number) is int for number, exact in zip(numbers, column.tolist())):
-            raise _record_fault(record, f"its {name} is {value!r:.60}: whole numbers are exact up to {2**24} only")
+            raise record_fault(record, f"its {name} is {value!r:.60}: whole numbers are exact up to {2**24} only")
         if not column.isfinite().all():
-            raise _record_fault(record, f"its {name} is {value!r:.60}, which is not finite in float32")
+            raise record_fault(record, f"its {name} is {value!r:.60}, which is not finite in float32")
         columns[name] = column.view(shape)
     return columns
-
-
-def _record_fault(record: Record, reason: str) -> DecodeError:
-    return DecodeError(record["path"], reason, is_of_record=True)
 
 
 def _check_fit(store: LmdbStore, config: DatasetParam) -> None:

@@ -222,13 +222,15 @@ class StatefulLoader:
             )
         pool.forget()  # of an iteration that was left: its places are used again
         free = [*range(len(pictures))]
-        pending: deque[tuple[_Read, list[str], _Reading]] = deque()
+        pending: deque[tuple[_Read, Iterator[int], list[str], _Reading]] = deque()
+        stand_ins = self.dataset.stand_ins
         while True:
             while free:
                 key, skipped = next(keys), list[str]()
-                read = _Read(key, self.dataset.choose(key, skipped), free.pop())
-                pending.append((read, skipped, pool.submit(read)))
-            read, skipped, reading = pending.popleft()
+                candidates = stand_ins.candidates(key, skipped)
+                read = _Read(key, next(candidates), free.pop())
+                pending.append((read, candidates, skipped, pool.submit(read)))
+            read, candidates, skipped, reading = pending.popleft()
             while True:
                 try:
                     outcome, whole_file = pool.result(reading), False
@@ -236,8 +238,8 @@ class StatefulLoader:
                     outcome, whole_file = DecodeError(self.dataset.store[read.record]["path"], str(lost)), True
                 if not isinstance(outcome, DecodeError):
                     break
-                self.dataset.skip(read.record, outcome, skipped, whole_file=whole_file)
-                read = read._replace(record=self.dataset.choose(read.key, skipped))
+                skipped.append(stand_ins.note(read.record, outcome, whole_file=whole_file))
+                read = read._replace(record=next(candidates))
                 reading = pool.submit(read)
             outcome["skipped"] = skipped
             yield outcome, pictures[read.place]
