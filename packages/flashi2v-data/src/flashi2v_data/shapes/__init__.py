@@ -1,1 +1,5 @@
 """Videos of moving shapes, made here, and what is to be seen in them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

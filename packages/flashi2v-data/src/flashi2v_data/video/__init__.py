@@ -1,1 +1,5 @@
 """Video files: what they say, their frames, and how they are written."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
