@@ -237,32 +237,32 @@ def test_a_file_that_is_not_what_its_record_says_is_skipped(dataset, store_path,
 
 
 def _faulty_records(directory, store_path):
-    """Records that are at fault though their files are not; the same, mended."""
+    """Records that are at fault though their files are not; the same, fixed."""
     good = open_store(store_path)[0]
     large = _video_of(directory, "large.mp4", 96, 160)
     crops = {**good, "path": large, "resolution": {"height": 96, "width": 160}}
     small = {**good, "path": _video_of(directory, "small.mp4", 16, 24)}
     faulty = [{**good, "num_frames": 4}, {**crops, "crop": [0, 161, 0, 96]}, {**crops, "crop": "all"}, small]
-    mended = [good, {**crops, "crop": [0, 160, 0, 96]}, crops, {**small, "resolution": {"height": 16, "width": 24}}]
-    return faulty, mended
+    fixed = [good, {**crops, "crop": [0, 160, 0, 96]}, crops, {**small, "resolution": {"height": 16, "width": 24}}]
+    return faulty, fixed
 
 
-def test_a_mended_record_is_read_again_with_the_same_quarantine(dataset, store_path, tmp_path):
-    faulty, mended = _faulty_records(tmp_path, store_path)
+def test_a_fixed_record_is_read_again_with_the_same_quarantine(dataset, store_path, tmp_path):
+    faulty, fixed = _faulty_records(tmp_path, store_path)
     other = open_store(store_path)[1]
     data = dataset([*faulty, other])
     assert all(data[index]["skipped"] for index in range(4))
     assert len(data.quarantine) == 0
     assert not data.quarantine.path.exists()
-    data = dataset([*mended, other])
+    data = dataset([*fixed, other])
     assert not any(data[index]["skipped"] for index in range(4))
 
 
 def test_a_record_at_fault_is_not_read_twice_and_stands_for_no_other_record_of_its_file(
     dataset, store_path, tmp_path, monkeypatch
 ):
-    faulty, mended = _faulty_records(tmp_path, store_path)
-    data = dataset([*faulty[1:2], *mended[1:2]])  # one file and first frame, two crops
+    faulty, fixed = _faulty_records(tmp_path, store_path)
+    data = dataset([*faulty[1:2], *fixed[1:2]])  # one file and first frame, two crops
     first = data[0]
     opened = []
     monkeypatch.setattr(

@@ -326,7 +326,7 @@ def test_where_a_decoder_differs_pyav_stands_in_and_says_why_once(kinds, caplog,
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, backend):
     os.mkfifo(tmp_path / "pipe.mp4")  # opening it would wait for ever
     (tmp_path / "folder.mp4").mkdir()
-    for name, reason in (("pipe.mp4", "is no regular file"), ("folder.mp4", "is a directory")):
+    for name, reason in (("pipe.mp4", "is not a regular file"), ("folder.mp4", "is a directory")):
         with pytest.raises(DecodeError, match=reason):
             read_frames(tmp_path / name, [0], backend)
     with pytest.raises(DecodeError, match="null"):

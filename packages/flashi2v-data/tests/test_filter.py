@@ -283,8 +283,8 @@ def test_a_near_miss_names_the_one_setting_that_would_keep_the_clip(change, miss
     assert drop.near_miss == miss
     if miss is not None:
         value = int(miss.value) if isinstance(getattr(CONFIG, miss.setting), int) else miss.value
-        mended = CONFIG.model_copy(update={miss.setting: value})
-        assert not isinstance(judge({**GOOD, **change}, None, mended), Rejection)
+        fixed = CONFIG.model_copy(update={miss.setting: value})
+        assert not isinstance(judge({**GOOD, **change}, None, fixed), Rejection)
 
 
 def test_the_report_counts_every_entry_once():

@@ -210,7 +210,7 @@ def test_what_leads_to_other_files_is_no_video(tmp_path, name, text):
     write_video(tmp_path / "plain.mp4", SCENE, 16)
     (tmp_path / name).write_text(text)
     for read in (probe, lambda path: read_frames(path, [0])):
-        with pytest.raises(DecodeError, match=r"is no container of videos|Invalid data found"):
+        with pytest.raises(DecodeError, match=r"is not a container of videos|Invalid data found"):
             read(tmp_path / name)
 
 
@@ -218,5 +218,5 @@ def test_a_picture_is_no_video(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    with pytest.raises(DecodeError, match=r"is no container of videos|Invalid data found"):
+    with pytest.raises(DecodeError, match=r"is not a container of videos|Invalid data found"):
         probe(tmp_path / "a.png")

@@ -290,7 +290,7 @@ def _spoil(directory: Path, good: str) -> dict[int, tuple[str, str]]:
         "empty.mp4": "Invalid data found",
         "text.mp4": "Invalid data found",
         "folder.mp4": "is a directory",
-        "pipe.mp4": "is no regular file",
+        "pipe.mp4": "is not a regular file",
         "sound.mp4": "has no video stream",
     }
     return {2 * number: (str(directory / name), reason) for number, (name, reason) in enumerate(reasons.items())}

@@ -114,7 +114,7 @@ def test_a_name_that_is_not_utf8_is_opened(tmp_path, video):
 
 def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
-    with pytest.raises(DecodeError, match="is no regular file"):
+    with pytest.raises(DecodeError, match="is not a regular file"):
         probe(tmp_path / "pipe.mp4")
 
 
@@ -202,7 +202,7 @@ def test_a_cache_is_only_read_where_nothing_may_be_written(tmp_path, video):
 def test_what_is_no_cache_says_so(tmp_path):
     (tmp_path / "data.mdb").write_bytes(b"x" * 10_000)
     prober = Prober(1, cache=tmp_path)
-    with pytest.raises(InputError, match="is no probe cache, or damaged: remove it"):
+    with pytest.raises(InputError, match="is not a probe cache, or damaged: remove it"):
         prober.submit("a.mp4")
 
 
@@ -211,7 +211,7 @@ def test_a_cache_that_was_cut_short_says_so_and_is_not_mapped(tmp_path, video):
     data = tmp_path / "cache/data.mdb"
     for size in (data.stat().st_size - 1, 8192):
         os.truncate(data, size)
-        with pytest.raises(InputError, match="is no probe cache, or damaged: remove it"):
+        with pytest.raises(InputError, match="is not a probe cache, or damaged: remove it"):
             _probe_all([video], tmp_path / "cache")
     for size in (4096, 100, 0):  # a run was killed as it made the cache, of which nothing is lost
         os.truncate(data, size)

@@ -85,11 +85,11 @@ def test_a_line_that_is_being_written_is_left_to_its_writer(tmp_path):
 @pytest.mark.parametrize("text", ["no json\n", '{"path": "a.mp4"}\n', "[]\n", "[" * 100_000 + "\n"])
 def test_another_file_of_that_name_is_refused(tmp_path, text):
     (tmp_path / "list.jsonl").write_text(text)
-    with pytest.raises(InputError, match="is no list of unreadable clips, remove it"):
+    with pytest.raises(InputError, match="is not a list of unreadable clips, remove it"):
         Quarantine(tmp_path / "list.jsonl")
 
 
 def test_a_pipe_of_that_name_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "list.jsonl")
-    with pytest.raises(InputError, match=r"is no list of unreadable clips, remove it: .*no regular file"):
+    with pytest.raises(InputError, match=r"is not a list of unreadable clips, remove it: .*not a regular file"):
         Quarantine(tmp_path / "list.jsonl")

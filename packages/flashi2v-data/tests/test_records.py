@@ -37,7 +37,7 @@ def test_names_of_any_kind_can_be_quoted(tmp_path, name):
         ("/data,a,b\n", "line 1: expected"),
         ("/data,missing.json\n", "line 1: no such meta JSON: missing.json"),
         ('"/data","missing.json\n', "a name that holds a comma or ` #` stands in double quotes"),
-        ("/data,/dev/null\n", "line 1: is no regular file: /dev/null"),
+        ("/data,/dev/null\n", "line 1: is not a regular file: /dev/null"),
         ("/data,\0.json\n", "line 1: no such meta JSON"),
     ],
 )
@@ -57,7 +57,7 @@ def test_a_missing_annotation_file_is_an_input_error(tmp_path):
 def test_what_is_no_file_is_refused_at_once(tmp_path):
     path = tmp_path / "videos.txt"
     os.mkfifo(path)
-    with pytest.raises(InputError, match=r"videos\.txt: is no regular file"):
+    with pytest.raises(InputError, match=r"videos\.txt: is not a regular file"):
         read_annotations(path)
     with pytest.raises(InputError, match="is a directory"):
         read_annotations(tmp_path)

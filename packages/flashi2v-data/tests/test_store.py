@@ -269,7 +269,7 @@ def test_a_header_of_another_kind_is_refused(tmp_path, change):
     header = {"schema": 1, "count": 0, "compression": None, "config": {}} | change
     with lmdb.open(str(tmp_path / "a.lmdb")) as environment, environment.begin(write=True) as transaction:
         transaction.put(b"header", msgspec.msgpack.encode(header))
-    with pytest.raises(InputError, match="is no store of clips"):
+    with pytest.raises(InputError, match="is not a store of clips"):
         open_store(tmp_path / "a.lmdb")
 
 
@@ -442,7 +442,7 @@ def test_an_lmdb_of_another_kind_is_no_unfinished_part(tmp_path):
 
 def test_a_store_of_features_is_no_store_of_clips(tmp_path):
     FeatureWriter(tmp_path / "features.lmdb", {"vae": 1}).close()
-    with pytest.raises(InputError, match="is no store of clips"):
+    with pytest.raises(InputError, match="is not a store of clips"):
         open_store(tmp_path / "features.lmdb")
 
 

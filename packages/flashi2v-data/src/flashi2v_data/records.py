@@ -147,7 +147,7 @@ def read_annotations(path: str | os.PathLike[str]) -> list[Annotation]:
             )
         annotation = Annotation(*(_unquoted(match[group]) for group in (1, 2)))
         if not os.path.isfile(annotation.meta):
-            what = "is no regular file" if os.path.exists(annotation.meta) else "no such meta JSON"
+            what = "is not a regular file" if os.path.exists(annotation.meta) else "no such meta JSON"
             raise InputError(f"{path}, line {number}: {what}: {annotation.meta}")
         annotations.append(annotation)
     if not annotations:

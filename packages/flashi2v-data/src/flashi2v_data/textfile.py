@@ -14,7 +14,7 @@ _FAULTS = {
     errno.EPERM: "may not be read",
     errno.ELOOP: "is a link that leads nowhere",
     errno.ENAMETOOLONG: "no such file, the name is too long",
-    errno.ENXIO: "is no regular file",
+    errno.ENXIO: "is not a regular file",
 }
 
 
@@ -22,7 +22,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     """Open a regular file for reading and return its descriptor; a pipe, which might never be written to, is refused.
 
     Raises:
-        InputError: there is no such file, or it is none (a directory, a pipe, a device).
+        InputError: there is no such file, or it is something else (a directory, a pipe, a device).
     """
     try:
         # Without O_NONBLOCK a pipe would be waited for.

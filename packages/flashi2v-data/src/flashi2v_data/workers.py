@@ -38,7 +38,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
-# A process killed by someone else (out of memory, say) is no fault of its task; two of them over one task are.
+# A process killed by someone else (out of memory, say) is not the fault of its task; two of them over one task are.
 _ATTEMPTS = 2
 # So many in a row that end before they are ready will never be.
 _STILLBORN = 3
@@ -172,7 +172,7 @@ def _has_script() -> bool:
 
 @contextlib.contextmanager
 def _only_importable_main() -> Iterator[None]:
-    """Keep new processes from importing a script that is no file: it came from standard input, or was removed.
+    """Keep new processes from importing a script that is not a file: it came from standard input, or was removed.
 
     They need it only for what it defines, and would end without it. In a notebook Python does the same.
     """

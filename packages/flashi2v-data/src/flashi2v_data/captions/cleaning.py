@@ -38,7 +38,7 @@ _LONG_REFERENCE = r"&#\d{20,};?"
 # Applied in this order, before the text's encoding is repaired.
 _DEBRIS = [
     (r"https?:/{1,3}", ""),
-    (rf"\b(?:{_SITE}(?!@)|([a-z0-9.\-]+))", r"\1"),  # what is no site is kept, but not searched again
+    (rf"\b(?:{_SITE}(?!@)|([a-z0-9.\-]+))", r"\1"),  # what is not a site is kept, but not searched again
     (r"@\w+\b", ""),
     # Strokes, kana extensions, compatibility forms, hexagrams and ideographs; only the reference's cleaning meets any.
     (r"[\u31c0-\u9fff]+", ""),

@@ -45,7 +45,7 @@ def load_model(path: str, key: str) -> Any:
         raise InputError("the tokenizer needs transformers: pip install 'flashi2v-data[tokenizer]'") from None
     for entry in os.scandir(path):
         if not entry.is_file() and not entry.is_dir():  # a pipe would be waited for
-            raise InputError(f"{key}: {path} holds no tokenizer: {entry.name} is no regular file")
+            raise InputError(f"{key}: {path} holds no tokenizer: {entry.name} is not a regular file")
     try:
         # False, not the default, which asks on the terminal whether to run a directory's code.
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)

@@ -60,7 +60,7 @@ def filter_files(
             for outcome in _outcomes(config, annotations, report, jobs, probe_timeout, begun["place"]):
                 writer.append(outcome.kept, functools.partial(_state, outcome.place, report))
         except BrokenMetaError:
-            writer.discard()  # once the file is mended, this part fits no more
+            writer.discard()  # once the file is fixed, this part fits no more
             raise
         except KeyboardInterrupt:
             raise KeyboardInterrupt("continue by --resume") from None

@@ -233,7 +233,7 @@ def _last_cut(text: bytes, num_searched: int, is_lines: bool) -> int:
 def _check_entry(annotation: Annotation, num_bytes: int) -> None:
     if num_bytes > MAX_ENTRY_BYTES:
         raise BrokenMetaError(
-            f"{annotation.meta}: holds an entry of more than {MAX_ENTRY_BYTES >> 20} MiB, or is no meta JSON"
+            f"{annotation.meta}: holds an entry of more than {MAX_ENTRY_BYTES >> 20} MiB, or is not meta JSON"
         )
 
 
@@ -371,7 +371,7 @@ def _reason(error: json.JSONDecodeError | RecursionError) -> str:
 
 
 def _is_cut_off(error: json.JSONDecodeError | RecursionError, text: str) -> bool:
-    """Tell whether more text could mend a fault: it lies at the end, or a string's end is missing."""
+    """Tell whether more text could fix a fault: it lies at the end, or a string's end is missing."""
     return isinstance(error, json.JSONDecodeError) and (
         error.pos >= len(text.rstrip()) - len("-Infinity") or error.msg.startswith("Unterminated string")
     )

@@ -40,7 +40,7 @@ class ProbeCache:
         try:
             check_file(path)
         except InputError as error:
-            raise InputError(f"{path}: is no probe cache, or damaged: remove it: {error}") from None
+            raise InputError(f"{path}: is not a probe cache, or damaged: remove it: {error}") from None
         with storage(path, _ADVICE):
             self._environment = lmdb.open(str(path), map_size=FIRST_MAP_SIZE, readonly=readonly, sync=False)
             self._environment.reader_check()  # forget readers that were killed

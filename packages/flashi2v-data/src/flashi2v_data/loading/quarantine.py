@@ -22,7 +22,7 @@ class Quarantine:
     `reason`, `is_partial`, and the file's `size` and `mtime_ns`. A file that has changed since, or has come to exist,
     is tried again; so is one whose line is removed, and always one of which other frames may be readable
     (`is_partial`): whether it can be read then depends on the crop in time alone, not on what a run has met before.
-    Faults of records (`is_of_record`) do not belong here: a mended record would still name the same unchanged file.
+    Faults of records (`is_of_record`) do not belong here: a fixed record would still name the same unchanged file.
     Several processes may append to one list.
 
     Args:
@@ -41,7 +41,7 @@ class Quarantine:
             for line in text.split("\n")[:-1]:  # what another process is just writing has no end yet
                 self._take(json.loads(line))
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise InputError(f"{self.path}: is no list of unreadable clips, remove it: {error}") from None
+            raise InputError(f"{self.path}: is not a list of unreadable clips, remove it: {error}") from None
 
     def __len__(self) -> int:
         """Return the number of clips and files listed."""

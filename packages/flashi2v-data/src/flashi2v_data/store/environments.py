@@ -52,7 +52,7 @@ def open_shared(path: str | os.PathLike[str]) -> lmdb.Environment:
     """Open an LMDB for reading, or return the one that this process has open.
 
     Raises:
-        InputError: it is none, or was not copied to its end.
+        InputError: it is not an LMDB, or was not copied to its end.
     """
     name = os.path.realpath(path)
     environment = _environments.get(name)
@@ -82,7 +82,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
     """Refuse an LMDB that must not be mapped, before it is; one that is not there, or still empty, passes.
 
     Raises:
-        InputError: it is no regular file, no LMDB, or shorter than it says of itself.
+        InputError: it is not a regular file, no LMDB, or shorter than it says of itself.
     """
     file = os.path.join(path, "data.mdb") if os.path.isdir(path) else os.fspath(path)
     if not os.path.lexists(file):
@@ -96,7 +96,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 
 def is_begun(directory: Path) -> bool:
-    """Return whether a directory holds an LMDB: without its first two pages, cut short in the making, it is none."""
+    """Return whether a directory holds an LMDB: without its first two pages, cut short in the making, it counts for nothing."""
     file = directory / "data.mdb"
     return file.is_file() and file.stat().st_size >= 2 * min(mmap.PAGESIZE, _MAX_PAGE_SIZE)
 

@@ -37,7 +37,7 @@ def load_value(value: bytes) -> Any:
     """Return what a value of a public store holds: a pickle, compressed by zstd or not.
 
     Raises:
-        PickleRefused: it is no pickle of plain values.
+        PickleRefused: it is not a pickle of plain values.
     """
     if value.startswith(zstandard.FRAME_HEADER):
         try:
@@ -51,7 +51,7 @@ def load_plain_pickle(data: bytes) -> Any:
     """Return the value of a pickle (protocol 2 to 5) of dict, list, tuple, set, str, bytes, numbers, bool and None.
 
     Raises:
-        PickleRefused: it is none.
+        PickleRefused: it is something else.
     """
     if len(data) > MAX_VALUE_BYTES:
         raise PickleRefused(f"is larger than {MAX_VALUE_BYTES >> 20} MiB")

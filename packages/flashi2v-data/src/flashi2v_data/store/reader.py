@@ -191,7 +191,9 @@ def _read_header(path: Path, transaction: lmdb.Transaction) -> tuple[dict[str, A
         raise InputError(f"{path}: is damaged ({error}): {DAMAGED}") from None
     header, is_sealed = unseal_header(path, HEADER, value)
     if header.get("schema") == SCHEMA and not _is_ours(header):
-        raise InputError(f"{path}: is no store of clips; `flashi2v-data filter` writes them")  # features, for example
+        raise InputError(
+            f"{path}: is not a store of clips; `flashi2v-data filter` writes them"
+        )  # features, for example
     if header.get("schema") != SCHEMA:
         given = f"{header.get('schema')!r:.60}"
         raise InputError(f"{path}: has schema {given}, this version reads {SCHEMA}: update flashi2v-data")

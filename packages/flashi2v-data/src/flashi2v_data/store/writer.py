@@ -64,7 +64,7 @@ class StoreWriter:
         self.state: Any = None
         self.count = 0
         part.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:  # an interrupt, too, must let go of the part
+        with ExitStack() as stack:  # an interrupt, too, must release the part
             stack.enter_context(hold(part.with_name(f".{part.name}.lock"), str(part)))
             if part.exists() and not resume:
                 raise InputError(f"{part} is what an unfinished run left: continue it by --resume, or remove it")
@@ -160,7 +160,7 @@ class StoreWriter:
         self._num_appended = 0
 
     def close(self) -> None:
-        """Let go of the part, which stays; harmless when repeated."""
+        """Release the part, which stays; harmless when repeated."""
         self._held.close()
 
     def discard(self) -> None:

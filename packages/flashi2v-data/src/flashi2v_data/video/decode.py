@@ -184,12 +184,12 @@ def _difference(video: Video, decoder: Literal["decord", "torchcodec"]) -> str |
     except UnicodeEncodeError:
         return "a path that is not UTF-8"
     frame, codec = video.first_frame(), video.stream.codec_context
-    if not all(packet.is_shown for packet in video.timed):
+    if not all(packet.is_shown for packet in video.index.timed):
         return "frames that an edit list leaves out"
     # Without frames that are stored before those shown earlier there is little to get wrong.
-    has_order_of_storage = all(packet.shown_at == packet.decoded_at for packet in video.timed)
-    if not video.format.startswith(_FORMATS) and not (has_order_of_storage and video.format == "avi"):
-        return f"the container {video.format}"
+    has_order_of_storage = all(packet.shown_at == packet.decoded_at for packet in video.index.timed)
+    if not video.index.format.startswith(_FORMATS) and not (has_order_of_storage and video.index.format == "avi"):
+        return f"the container {video.index.format}"
     if video.geometry(frame) not in BY_ANGLE:
         return "mirrored pictures, or pixels that are no squares"
     if is_hdr(frame):
@@ -201,7 +201,7 @@ def _difference(video: Video, decoder: Literal["decord", "torchcodec"]) -> str |
         return "an odd width or height with halved colour planes"
     if decoder == "decord" and "av1" in codec.name:
         return "AV1"
-    times = [packet.shown_at for packet in video.timed if packet.shown_at is not None]
+    times = [packet.shown_at for packet in video.index.timed if packet.shown_at is not None]
     if not video.is_ordered or (codec.has_b_frames and times == sorted(times)):
         return "times that are not those of display"
     return "open groups of pictures" if _has_open_groups(video) else None
@@ -214,7 +214,7 @@ _FORMATS = ("mov", "matroska", "flv", "nut")
 def _has_open_groups(video: Video) -> bool:
     """Tell whether frames shown before a key frame are stored after it (others miscount after a jump to it)."""
     key_time = None
-    for packet in video.timed:
+    for packet in video.index.timed:
         if packet.is_key:
             key_time = packet.shown_at
         elif key_time is not None and packet.shown_at is not None and packet.shown_at < key_time:

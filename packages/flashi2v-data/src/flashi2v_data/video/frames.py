@@ -29,7 +29,7 @@ class Moments(NamedTuple):
 
 
 def is_irregular(times: NDArray[np.float64]) -> bool:
-    """Tell whether frames, shown at these times, come in uneven steps, so that an index is no measure of time."""
+    """Tell whether frames, shown at these times, come in uneven steps, so that an index does not measure time."""
     if len(times) < 3:
         return False
     even = np.linspace(times[0], times[-1], len(times))

@@ -46,7 +46,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """
     with Video(os.fspath(path)) as video:
         frame = video.first_frame()
-        if video.is_cut_short:
+        if video.index.is_cut_short:
             raise DecodeError(video.path, "is cut short")
         size = video.geometry(frame).size(frame.height, frame.width)
         reference = geometry_of(frame, None, "reference").size(frame.height, frame.width)
