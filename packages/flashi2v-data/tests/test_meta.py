@@ -163,7 +163,7 @@ def test_a_file_that_changes_while_it_is_read_says_so(tmp_path, monkeypatch, cha
     entries = read_entries(Annotation("", str(path)))
     next(entries)
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(InputError, match=r"was changed while it was read|not valid JSON after entry"):
+    with pytest.raises(InputError, match="was changed while it was read"):
         list(entries)
 
 

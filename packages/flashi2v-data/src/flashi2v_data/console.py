@@ -17,7 +17,7 @@ import cyclopts
 import pydantic
 from tqdm import tqdm
 
-from flashi2v_data.settings import fault_lines
+from flashi2v_data.schema_faults import fault_lines
 
 
 class _Handler(logging.Handler):

@@ -11,8 +11,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import msgspec
 import zstandard
@@ -48,47 +47,19 @@ class BrokenMetaError(InputError):
     """A meta JSON must be changed before it can be read: what an unfinished run made of it is worth nothing."""
 
 
-@dataclass
-class Piece:
-    """Consecutive bytes of a meta JSON, behind the opening bracket of an array.
-
-    A piece of a plain file is a place in it: whoever parses it reads it, which costs less than handing it over.
-    """
+class Piece(NamedTuple):
+    """Consecutive entries of a meta JSON as they are written, behind the opening bracket of an array."""
 
     annotation: Annotation
     is_lines: bool  # JSON Lines, else part of an array
     is_last: bool
     end: int  # how far the file has been read, in bytes as they lie on the disk
-    place: tuple[int, int] | None = None  # offset and length; None in a compressed file
-    data: bytes = b""  # of a compressed file, decompressed
+    text: bytes
 
-    @property
-    def text(self) -> bytes:
-        return self.data if self.place is None else bytes(memoryview(self.bracketed())[1:-1]) + self._comma
-
-    @property
-    def _comma(self) -> bytes:
-        return b"" if self.is_lines or self.is_last else b","
-
-    def bracketed(self) -> bytearray:
-        """Return the text between brackets, which is JSON where the piece was cut well out of an array.
-
-        Raises:
-            BrokenMetaError: the file is not what it was when it was cut.
-        """
-        if self.place is None:
-            text = bytearray(b"[" + self.data + b"]")
-        else:
-            offset, length = self.place
-            text = bytearray(length + 2)
-            with open(open_regular(self.annotation.meta), "rb", buffering=0) as file:
-                num_bytes = os.preadv(file.fileno(), [memoryview(text)[1:-1]], offset)
-            text[0], text[-1] = b"[]"
-            if num_bytes != length or (self._comma and text[-2:] != b",]"):
-                raise BrokenMetaError(f"{self.annotation.meta}: was changed while it was read: begin anew")
-        if self._comma:
-            del text[-2]
-        return text
+    def bracketed(self) -> bytes:
+        """Return the text between brackets, which is JSON where the piece was cut well out of an array."""
+        # The last one has the array's closing bracket, the others end in a comma.
+        return b"[" + self.text if self.is_last else b"[%b]" % memoryview(self.text)[:-1]
 
 
 def read_entries(annotation: Annotation) -> Iterator[Any]:
@@ -109,11 +80,16 @@ def read_pieces(annotation: Annotation) -> Iterator[Piece]:
     """Cut a meta JSON into pieces.
 
     Raises:
-        InputError: the file is empty, or its compression is damaged, or it cannot be read.
+        InputError: the file is empty, or its compression is damaged, or it cannot be read, or has changed meanwhile.
     """
     with open(open_regular(annotation.meta), "rb") as file:
+        before = os.fstat(file.fileno())
         try:
-            yield from _cut(annotation, file)
+            for piece in _cut(annotation, file):
+                now = os.fstat(file.fileno())
+                if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                    raise BrokenMetaError(f"{annotation.meta}: was changed while it was read: begin anew")
+                yield piece
         except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise BrokenMetaError(f"{annotation.meta}: cannot be decompressed, is it whole? {error}") from None
 
@@ -171,49 +147,18 @@ def _cut(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
     is_lines = not text.startswith(b"[")
     if not is_lines:
         text = text[1:]
-    if _compression(file) is None:
-        yield from _cut_file(annotation, file, file.tell() - len(text), is_lines)
-        return
     num_searched = 0
     for block in blocks:
         text += block
         end = _last_cut(text, num_searched, is_lines)
         if end:
-            yield Piece(annotation, is_lines, False, file.tell(), data=text[:end])
+            yield Piece(annotation, is_lines, False, file.tell(), text[:end])
             text = text[end:]
         else:
             _check_entry(annotation, len(text))
         num_searched = len(text)
     _check_entry(annotation, len(text))
-    yield Piece(annotation, is_lines, True, file.tell(), data=text)
-
-
-def _cut_file(annotation: Annotation, file: BinaryIO, begin: int, is_lines: bool) -> Iterator[Piece]:
-    """Cut a plain file, of which only the places where it may be cut are read."""
-    size = os.fstat(file.fileno()).st_size
-    limit, searched = begin + PIECE_BYTES, begin
-    while limit < size:
-        end = _last_cut_of_file(file, max(begin, searched - _BETWEEN_BYTES), limit, is_lines)
-        if end:
-            yield Piece(annotation, is_lines, False, end, place=(begin, end - begin))
-            begin = end
-        else:
-            _check_entry(annotation, limit - begin)
-        limit, searched = max(limit, begin) + PIECE_BYTES, limit
-    yield Piece(annotation, is_lines, True, size, place=(begin, size - begin))
-
-
-def _last_cut_of_file(file: BinaryIO, begin: int, limit: int, is_lines: bool) -> int:
-    """Return the last place in begin ... limit where a plain file may be cut, or 0."""
-    num_bytes = 4096
-    while True:
-        start = max(begin, limit - num_bytes)
-        end = _last_cut(os.pread(file.fileno(), limit - start, start), 0, is_lines)
-        if end:
-            return start + end
-        if start == begin:
-            return 0
-        num_bytes *= 8
+    yield Piece(annotation, is_lines, True, file.tell(), text)
 
 
 def _last_cut(text: bytes, num_searched: int, is_lines: bool) -> int:

@@ -91,9 +91,6 @@ class Rule(NamedTuple, Generic[Part]):
     settable: Callable[[float], float]
 
 
-# ---- limits --------------------------------------------------------------------------------------------------------
-
-
 def area_at_ratio(size: Size, limits: Limits) -> float:
     """Return the pixels of the largest part of the picture that has the sample's aspect ratio."""
     height, width = size.height, size.width

@@ -96,7 +96,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 
 def is_begun(directory: Path) -> bool:
-    """Return whether a directory holds an LMDB: without its first two pages, cut short in the making, it counts for nothing."""
+    """Return whether a directory holds an LMDB; one without its first two pages was cut short in the making."""
     file = directory / "data.mdb"
     return file.is_file() and file.stat().st_size >= 2 * min(mmap.PAGESIZE, _MAX_PAGE_SIZE)
 

@@ -84,8 +84,6 @@ class Video:
     def __exit__(self, *_: object) -> None:
         self._container.close()
 
-    # ---- pictures --------------------------------------------------------------------------------------------------
-
     def pictures(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """Yield frames, (H, W, 3) uint8, for ascending indices."""
         with decoding(self.path):
@@ -172,8 +170,6 @@ class Video:
             if found >= index:
                 return frame if found == index else None
         return None
-
-    # ---- decoding --------------------------------------------------------------------------------------------------
 
     def _walk(self, key: Key | None) -> Iterator[tuple[int, Any]]:
         """Yield (index, frame) from a key frame on, or from the start.
@@ -311,8 +307,6 @@ class Video:
         logger.debug("%s: its times are not those of its frames, which are counted", self.path)
         self.is_ordered = False
         self._frames, self._next = self._walk(None), 0
-
-    # ---- numbers ---------------------------------------------------------------------------------------------------
 
     @property
     def num_frames(self) -> int:
