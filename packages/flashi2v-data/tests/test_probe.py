@@ -10,8 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from flashi2v_data.curation.probe_cache import ProbeCache, Probed, ProbeFile
-from flashi2v_data.curation.probing import Prober
+from flashi2v_data.curation.probing import ProbeCache, Probed, ProbeFile, Prober
 from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.video.probe import VideoInfo, probe
 from flashi2v_data.video.write import write_video
@@ -263,7 +262,7 @@ def test_what_a_disk_says_of_itself_is_not_kept_of_a_video(video, monkeypatch):
     def fail(path):
         raise DecodeError(path, "Input/output error") from OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("flashi2v_data.curation.probe_cache.probe", fail)
+    monkeypatch.setattr("flashi2v_data.curation.probing.probe", fail)
     with pytest.raises(DecodeError, match="Input/output error"):
         ProbeFile(None)(str(video))
 

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import zstandard
 
-from flashi2v_data.curation.probe_cache import ProbeCache
+from flashi2v_data.curation.probing import ProbeCache
 from flashi2v_data.errors import InputError, RecordError, StorageError
 from flashi2v_data.store import environments
 from flashi2v_data.store.codec import ValueCodec
