@@ -5,4 +5,5 @@ from .scenes import (
     sample_scene as sample_scene,
     write_shapes as write_shapes,
 )
+from .stories import Story as Story, sample_story as sample_story, write_stories as write_stories
 from .tracking import Motion as Motion, look as look, track as track
