@@ -56,7 +56,7 @@ def measure(path: Path, indices: list[int]) -> dict[str, list[float]]:
         "decord, decoding alone": decord_alone,
         "ours, decoding alone": lambda: read_frames(path, indices),
         "ours, decoding, crop, resize": pictures,
-        "ours, whole, to float32": lambda: transform.finish(torch.from_numpy(pictures())),
+        "ours, whole, to float32": lambda: transform.normalise(torch.from_numpy(pictures())),
     }
     if importlib.util.find_spec("decord") is None:
         del calls["decord, decoding alone"]

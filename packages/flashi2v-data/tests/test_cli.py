@@ -163,7 +163,7 @@ def test_filter_warns_when_nothing_was_kept(place, tmp_path, arguments):
     (tmp_path / "filter.yaml").write_text(settings)
     result = _run(place, "filter", "--filter_config", str(tmp_path / "filter.yaml"), *arguments)
     assert result.returncode == 0
-    assert result.stderr == "WARNING none of 7 clips was kept: the report says which limits they fell to\n"
+    assert result.stderr == "WARNING none of 7 clips were kept: the report says which limits dropped them\n"
 
 
 def test_inspect_stops_at_its_limit_and_plots(place):

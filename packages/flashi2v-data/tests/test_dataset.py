@@ -184,7 +184,7 @@ def test_a_clip_that_is_too_short_is_skipped(dataset, store_path):
 @pytest.mark.parametrize(("num_records", "num_tried"), [(150, 101), (7, 7)])
 def test_too_many_unreadable_clips_in_a_row_stop_the_run(dataset, store_path, num_records, num_tried, tmp_path):
     record = dict(open_store(store_path)[0], path=str(tmp_path / "unmounted.mp4"))
-    with pytest.raises(DecodeError, match=rf"nor {num_tried - 1} others; see `flashi2v-data inspect"):
+    with pytest.raises(DecodeError, match=rf"nor can {num_tried - 1} others; see `flashi2v-data inspect"):
         dataset([record] * num_records)[0]
 
 
@@ -307,7 +307,7 @@ def test_another_clip_stands_in_for_a_record_that_is_no_clip(store_path, data_co
     bad = FlashI2VDataset(
         open_store(write_store(tmp_path / "b.lmdb", records[:1] * 3, {})), data.config, seed=0, tokenizer=_tokenize
     )
-    with pytest.raises(DecodeError, match=r"^record at fault, .*b\.lmdb: like 2 others; see `flashi2v-data inspect"):
+    with pytest.raises(DecodeError, match=r"^record at fault, .*b\.lmdb: as are 2 others; see `flashi2v-data inspect"):
         bad[0]
 
 

@@ -13,7 +13,7 @@ from flashi2v_data.curation.judge import Judge, read_entry, record_of
 from flashi2v_data.curation.meta import BrokenMetaError, read_entries
 from flashi2v_data.curation.probing import Prober
 from flashi2v_data.curation.report import FilterReport
-from flashi2v_data.curation.rules import Length, Limits, NearMiss, Rejection, num_frames_available
+from flashi2v_data.curation.rules import Length, NearMiss, Rejection, num_frames_available
 from flashi2v_data.curation.stream import FileFilter, filter_records
 from flashi2v_data.records import Annotation
 from flashi2v_data.store.codec import ValueCodec
@@ -255,7 +255,7 @@ def test_a_picture_of_exactly_the_sample_size_has_exactly_its_pixels():
     rate=st.sampled_from([(16.0, None), (24.0, None), (8.0, None), (None, 1), (None, 3)]),
 )
 def test_the_number_of_frames_is_that_of_the_frames_that_training_reads(start, num_frames, fps, rate):
-    limits = Limits(480, 832, 49, 1, *rate, 1.2, 0.4, 5, 1, 0)
+    limits = CONFIG.model_copy(update={"train_fps": rate[0], "sample_stride": rate[1]})
     indices = frame_indices(start, num_frames, frame_interval(fps, *rate))
     assert num_frames_available(Length(fps, num_frames), limits) == len(indices)
 
@@ -357,5 +357,5 @@ def test_files_give_the_same_in_processes_as_entry_by_entry(tmp_path, monkeypatc
     assert [codec.unpack(value) for outcome in outcomes for value in outcome.kept] == expected
     assert report == alone
     assert 0 < report.kept < report.total == 200
-    assert [outcome.place for outcome in outcomes] == list(range(1, len(outcomes) + 1))
+    assert [outcome.num_pieces for outcome in outcomes] == list(range(1, len(outcomes) + 1))
     assert len(outcomes) > 10

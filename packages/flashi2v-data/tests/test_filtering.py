@@ -103,13 +103,13 @@ def test_an_interrupted_filter_goes_on_where_it_stopped_and_opens_no_video_twice
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
     _, errors = process.communicate()
-    assert (process.returncode, errors) == (130, "flashi2v-data: interrupted: continue by --resume\n")
+    assert (process.returncode, errors) == (130, "flashi2v-data: interrupted: continue with --resume\n")
     assert sorted(path.name for path in (place / "lmdb").iterdir()) == ["probe_cache", "unfinished"]
 
     again = _filter(place)
     assert again.returncode == 2
     assert again.stderr == (
-        "flashi2v-data: lmdb/unfinished is what an unfinished run left: continue it by --resume, or remove it\n"
+        "flashi2v-data: lmdb/unfinished was left by an unfinished run: continue it with --resume, or remove it\n"
     )
     for path in (place / "videos").iterdir():
         if path.name != "hangs.mp4":
@@ -175,7 +175,7 @@ def test_a_full_disk_says_one_line_and_the_run_goes_on_when_there_is_room(place)
         full = _filter(place)
         assert full.returncode == 1
         assert full.stderr.startswith("flashi2v-data: lmdb/unfinished: cannot be written: the disk is full")
-        assert full.stderr.endswith("; free some space and continue by --resume\n")
+        assert full.stderr.endswith("; free some space and continue with --resume\n")
         assert full.stderr.count("\n") == 1
         assert [path.name for path in (place / "lmdb").iterdir()] == ["unfinished"]
         assert (place / "lmdb/unfinished/data.mdb").stat().st_size > 4_000_000
@@ -194,7 +194,7 @@ def test_a_file_size_limit_is_a_full_disk(place):
     full = _filter(place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     assert full.returncode == 1
     assert full.stderr.count("\n") == 1
-    assert "free some space and continue by --resume" in full.stderr
+    assert "free some space and continue with --resume" in full.stderr
     assert _filter(place, "--resume").returncode == 0
     assert len(_store(place)) == json.loads((place / "lmdb/report.json").read_text())["kept"] > 0
 
@@ -210,7 +210,7 @@ def test_a_probe_cache_that_cannot_grow_says_one_line_and_goes_on_when_it_can(pl
     assert full.returncode == 1
     assert full.stderr.count("\n") == 1
     assert "lmdb/probe_cache: cannot be written: " in full.stderr
-    assert "free some space and continue by --resume" in full.stderr
+    assert "free some space and continue with --resume" in full.stderr
     assert _filter(place, "--resume").returncode == 0
     assert len(_store(place)) == 312
 

@@ -143,9 +143,9 @@ def test_an_unreadable_video_is_reported_once_from_any_process(data_config, stor
     caplog.set_level(logging.WARNING)
     batches = list(islice(loader, 6))  # two epochs
     assert sum(len(batch["skipped"]) for batch in batches) == 2
-    (message,) = (message for message in caplog.messages if message.endswith("stands in for it"))
+    (message,) = (message for message in caplog.messages if message.endswith("takes its place"))
     assert message.startswith(f"cannot read video {records[5]['path']}: ")
-    assert message.endswith("; another clip stands in for it")
+    assert message.endswith("; another clip takes its place")
     assert loader.skipped == {batches[0]["skipped"][0] if batches[0]["skipped"] else message.rsplit(";", 1)[0]}
 
 
@@ -263,7 +263,7 @@ def test_a_run_without_any_readable_video_stops_with_advice(data_config, store_p
     # The pattern spans one line: the error comes without a worker's traceback around it.
     with pytest.raises(
         DecodeError,
-        match=r"^cannot read video .* nor 11 others; see .*, and remove .* when they can be read$",
+        match=r"^cannot read video .* nor can 11 others; see .*, and remove .* when they can be read$",
     ):
         next(iter(loader))
 

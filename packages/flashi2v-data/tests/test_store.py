@@ -390,7 +390,7 @@ def test_an_unfinished_part_is_continued_for_the_same_purpose_alone(tmp_path):
         writer.append(values[:1], lambda: "lost")
         with pytest.raises(InputError, match="is in use by this process already"):
             StoreWriter(tmp_path / "part", {"limit": 1}, resume=True)
-    with pytest.raises(InputError, match="continue it by --resume, or remove it"):
+    with pytest.raises(InputError, match="continue it with --resume, or remove it"):
         StoreWriter(tmp_path / "part", {"limit": 1})
     with pytest.raises(InputError, match="was begun with another limit"):
         StoreWriter(tmp_path / "part", {"limit": 2}, resume=True)

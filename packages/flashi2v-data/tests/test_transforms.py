@@ -144,7 +144,7 @@ def test_the_result_may_go_to_memory_that_is_there():
     for picture in pictures:
         transform.put_picture(_frame(54, 96)[0], picture)
     out = torch.full((3, 3, 16, 32), float("nan"))
-    assert transform.finish(torch.from_numpy(pictures), out) is out
+    assert transform.normalise(torch.from_numpy(pictures), out) is out
     assert torch.equal(out, transform(_frame(54, 96).repeat(3, 0)))
 
 

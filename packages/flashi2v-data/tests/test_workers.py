@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from flashi2v_data.loading.shared_memory import SharedArray
-from flashi2v_data.workers import Limits, WorkerError, WorkerLost, WorkerPool, quick_start
+from flashi2v_data.start_methods import quick_start
+from flashi2v_data.workers import Limits, WorkerError, WorkerLost, WorkerPool
 
 GENEROUS = Limits(timeout_seconds=1000, memory_bytes=8 << 30)
 LARGE = bytes(5_000_000)  # more than any connection holds
@@ -231,7 +232,7 @@ def test_an_interrupt_does_not_reach_workers(pool):
 )
 def test_a_process_is_forked_only_while_no_other_thread_could_hold_a_lock(beside, method):
     """Threads that `threading` knows nothing of count, too."""
-    imports = "from time import sleep\nfrom flashi2v_data.workers import quick_start"
+    imports = "from time import sleep\nfrom flashi2v_data.start_methods import quick_start"
     code = f"{imports}\n{beside}\nsleep(0.2)\nprint(quick_start())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == method
@@ -255,7 +256,8 @@ def test_workers_that_cannot_start_are_an_error():
 
 SCRIPT = """
 from functools import partial
-from flashi2v_data.workers import WorkerPool, clean_start
+from flashi2v_data.start_methods import clean_start
+from flashi2v_data.workers import WorkerPool
 def own(number):
     return number
 if {guard}:

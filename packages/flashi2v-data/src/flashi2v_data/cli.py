@@ -46,8 +46,8 @@ def filter_command(
 ) -> None:
     """Filter meta JSON into an LMDB.
 
-    Writes <save_path>/filtered_samples_<kept>.lmdb and, beside it, report.txt and report.json with a count for every
-    reason why clips were dropped, and how near they were.
+    Writes <save_path>/filtered_samples_<kept>.lmdb and, beside it, report.txt and report.json: how many clips each rule
+    dropped, and which single setting would keep some of them.
 
     Example: flashi2v-data filter --filter_config filter_config.yaml --jobs 8
 
@@ -56,17 +56,17 @@ def filter_command(
     filter_config
         YAML with ann_txt_path, save_path and the limits.
     jobs
-        Processes that judge entries, and read what they leave out from the videos; by default one for every processor.
+        Processes that judge entries, and that open the videos of incomplete ones; by default one per processor.
     probe_timeout
-        Seconds after which a video that does not answer is given up.
+        Seconds to wait for a video before it is skipped.
     resume
-        Continue what a run left that was ended.
+        Continue a run that was interrupted.
     dry_run
-        Write nothing but the report, to the terminal.
+        Print the report, and write nothing.
     explain
-        Tell the fate of the video of this path, rule by rule, and write nothing.
+        Show, rule by rule, what happens to the video at this path, and write nothing.
     plots
-        Draw the report as report.png too.
+        Also draw the report as report.png.
     """
     from flashi2v_data.curation.filter import count_files, explain_path, filter_files
 
@@ -99,7 +99,7 @@ def _refuse(reason: str, options: Mapping[str, bool]) -> None:
 
 def _warn_of_none(report: FilterReport) -> None:
     if report.kept == 0:
-        logger.warning("none of %s clips was kept: the report says which limits they fell to", f"{report.total:,}")
+        logger.warning("none of %s clips were kept: the report says which limits dropped them", f"{report.total:,}")
 
 
 @app.command(name="inspect")
@@ -122,15 +122,15 @@ def inspect_command(
     path
         An LMDB written by `flashi2v-data filter` or by the public code, or a folder of them.
     limit
-        Look at so many records only.
+        Look at this many records only.
     plots
         Write histograms into this directory.
     open_videos
-        Open every video and list all that are missing, cannot be read, or are not what their records say.
+        Open every video, and list all that are missing, unreadable, or not what their records say.
     jobs
-        Processes that open videos; by default one for every processor.
+        Processes that open videos; by default one per processor.
     probe_timeout
-        Seconds after which a video that does not answer is given up; by default 60.
+        Seconds to wait for a video before it is skipped; by default 60.
     """
     from flashi2v_data.curation.inspection import describe_store, inspect_store, plot_store
     from flashi2v_data.curation.probing import Prober

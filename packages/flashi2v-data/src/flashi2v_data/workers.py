@@ -21,7 +21,6 @@ import selectors
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -29,15 +28,15 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from flashi2v_data.start_methods import StartMethod, only_importable_main, startup_advice, without_interrupts
 
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 R = TypeVar("R")
 
-StartMethod = Literal["fork", "spawn", "forkserver"]
 # A process killed by someone else (out of memory, say) is not the fault of its task; two of them over one task are.
 _ATTEMPTS = 2
 # So many in a row that end before they are ready will never be.
@@ -96,6 +95,10 @@ class Task(Generic[A, R]):
     result: R | None = None
     error: Exception | None = None
 
+    def lose(self, lost: WorkerLost) -> None:
+        """End without a result."""
+        self.error, self.done = lost, True
+
 
 class _Worker:
     """The parent's side of one process."""
@@ -104,7 +107,7 @@ class _Worker:
         self.connection, theirs = socket.socketpair()
         self.connection.setblocking(False)
         self.process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)
-        with theirs, _only_importable_main(), _without_interrupts(context):
+        with theirs, only_importable_main(), without_interrupts(context):
             self.process.start()
         self.is_ready = False
         self.tasks: deque[Task[Any, Any]] = deque()  # at the first of these it works
@@ -163,63 +166,6 @@ class _Worker:
         self.connection.close()
         code = self.process.exitcode
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-
-
-def _has_script() -> bool:
-    """Tell whether new processes import a script, as the function that they are given may be defined there."""
-    return os.path.isfile(getattr(sys.modules["__main__"], "__file__", ""))
-
-
-@contextlib.contextmanager
-def _only_importable_main() -> Iterator[None]:
-    """Keep new processes from importing a script that is not a file: it came from standard input, or was removed.
-
-    They need it only for what it defines, and would end without it. In a notebook Python does the same.
-    """
-    main = sys.modules["__main__"]
-    if not hasattr(main, "__file__") or _has_script():
-        yield
-        return
-    name = main.__file__
-    del main.__file__
-    try:
-        yield
-    finally:
-        main.__file__ = name
-
-
-@contextlib.contextmanager
-def _without_interrupts(context: Any) -> Iterator[None]:
-    """Start processes that no interrupt reaches, even while they import what they need to ignore it."""
-    if context.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # which would end the block, once
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def quick_start() -> StartMethod:
-    """Return the quickest start method for work without threads of its own that is safe in this process, as it is now.
-
-    Forking a process of one thread is safe, and 100 times faster than starting afresh; the child of one with more may
-    wait forever for a lock that another thread held. Threads that never run Python, such as BLAS's, see to theirs.
-    """
-    return "fork" if sys.platform == "linux" and len(sys._current_frames()) == 1 else clean_start()
-
-
-def clean_start(preload: str | None = None) -> StartMethod:
-    """Return how to start from a clean process: forked from one that has decoded or computed, workers may deadlock.
-
-    Args:
-        preload: a module that is then imported once, not by every worker.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return "spawn"
-    if preload is not None:
-        multiprocessing.set_forkserver_preload([preload])
-    return "forkserver"
 
 
 class WorkerPool(Generic[A, R]):
@@ -357,22 +303,18 @@ class WorkerPool(Generic[A, R]):
             self._num_stillborn += 1
         elif is_late:
             seconds = f"{self._limits.timeout_seconds:g} seconds"
-            self._fail(worker.tasks.popleft(), WorkerLost(f"no answer within {seconds}", is_late=True))
+            worker.tasks.popleft().lose(WorkerLost(f"no answer within {seconds}", is_late=True))
         else:
             logger.warning("a worker has ended (%s) and is replaced", how)
             if worker.tasks:
                 worker.tasks[0].num_deaths += 1
                 if worker.tasks[0].num_deaths == _ATTEMPTS:
                     reason = f"ended the process that read it {_ATTEMPTS} times ({how})"
-                    self._fail(worker.tasks.popleft(), WorkerLost(reason))
+                    worker.tasks.popleft().lose(WorkerLost(reason))
         if self._num_stillborn == _STILLBORN:
             self.close()
-            raise RuntimeError(f"{_STILLBORN} workers in a row ended while starting ({how}): {_startup_advice()}")
+            raise RuntimeError(f"{_STILLBORN} workers in a row ended while starting ({how}): {startup_advice()}")
         self._replace(worker)
-
-    def _fail(self, task: Task[A, R], lost: WorkerLost) -> None:
-        task.error = lost
-        task.done = True
 
     def _replace(self, worker: _Worker) -> None:
         """Put another in the place of a worker that has ended; its tasks wait again."""
@@ -383,7 +325,7 @@ class WorkerPool(Generic[A, R]):
         try:
             return _Worker(self._context, self._function, self._limits)
         except BrokenPipeError:  # it ended before it had taken in the function
-            raise RuntimeError(f"a worker has ended while starting: {_startup_advice()}") from None
+            raise RuntimeError(f"a worker has ended while starting: {startup_advice()}") from None
 
 
 def _wait(workers: list[_Worker], seconds: float | None) -> dict[_Worker, int]:
@@ -393,13 +335,6 @@ def _wait(workers: list[_Worker], seconds: float | None) -> dict[_Worker, int]:
             selector.register(worker.connection, worker.awaits, worker)
         ready = {key.data: event for key, event in selector.select(seconds)}
     return {worker: ready.get(worker, 0) for worker in workers}
-
-
-def _startup_advice() -> str:
-    """Return what usually keeps new processes from starting."""
-    if _has_script():
-        return "scripts need `if __name__ == '__main__':` around their calls"
-    return "they could import no script (this one came from stdin, say): what they are given must come from a module"
 
 
 def _close(workers: list[_Worker]) -> None:

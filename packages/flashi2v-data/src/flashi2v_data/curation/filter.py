@@ -58,21 +58,21 @@ def filter_files(
         report = FilterReport.from_json(begun["report"])
         try:
             for outcome in _outcomes(config, annotations, report, jobs, probe_timeout, begun["place"]):
-                writer.append(outcome.kept, functools.partial(_state, outcome.place, report))
+                writer.append(outcome.kept, functools.partial(_state, outcome.num_pieces, report))
         except BrokenMetaError:
             writer.discard()  # once the file is fixed, this part fits no more
             raise
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("continue by --resume") from None
+            raise KeyboardInterrupt("continue with --resume") from None
         path = directory / f"filtered_samples_{writer.count}.lmdb"
-        with storage(directory, "free some space and continue by --resume"):
+        with storage(directory, "free some space and continue with --resume"):
             write_report(report, config, directory, plots)  # first: a store that is there is whole, report and all
         writer.finish(path, config.compression, config.model_dump(), report=report.to_json())
     return path, report
 
 
-def _state(place: int, report: FilterReport) -> dict[str, Any]:
-    return {"place": place, "report": report.to_json()}
+def _state(num_pieces: int, report: FilterReport) -> dict[str, Any]:
+    return {"place": num_pieces, "report": report.to_json()}
 
 
 def count_files(config: FilterConfig, *, jobs: int, probe_timeout: float) -> FilterReport:
@@ -83,7 +83,7 @@ def count_files(config: FilterConfig, *, jobs: int, probe_timeout: float) -> Fil
     """
     report = FilterReport(captions=CaptionCount(config.tokenizer_max_length or 0))
     annotations = read_annotations(config.ann_txt_path)
-    for _ in _outcomes(config, annotations, report, jobs, probe_timeout, place=0, readonly=True):
+    for _ in _outcomes(config, annotations, report, jobs, probe_timeout, num_done=0, readonly=True):
         pass
     return report
 
@@ -140,7 +140,7 @@ def _outcomes(
     report: FilterReport,
     jobs: int,
     probe_timeout: float,
-    place: int,
+    num_done: int,
     readonly: bool = False,
 ) -> Iterator[Outcome]:
     """Filter, count and show progress: by bytes, as the entries are not counted ahead."""
@@ -150,7 +150,7 @@ def _outcomes(
         closing(FileFilter(annotations, config, prober, jobs)) as files,
         tqdm(total=num_bytes, desc="filter", disable=None, bar_format=_BAR) as bar,
     ):
-        for outcome in files.outcomes(place):
+        for outcome in files.outcomes(num_done):
             report.add(outcome.report, config)
             bar.update(outcome.num_bytes - bar.n)
             if not bar.disable:

@@ -15,7 +15,6 @@ from flashi2v_data.curation.rules import (
     REASONS,
     SIZE_RULES,
     Length,
-    Limits,
     Motion,
     Part,
     Rejection,
@@ -119,11 +118,10 @@ class Judge:
         self._config = config
         self._drops_empty = config.drop_empty_captions
         self.audit = CaptionAudit(config)
-        self.limits = Limits(*(getattr(config, name) for name in Limits._fields))
         remember = functools.lru_cache(_REMEMBERED)
-        self._size = remember(functools.partial(judge_size, self.limits))
-        self._length = remember(functools.partial(judge_length, self.limits))
-        self._motion = remember(functools.partial(judge_motion, self.limits))
+        self._size = remember(functools.partial(judge_size, self._config))
+        self._length = remember(functools.partial(judge_length, self._config))
+        self._motion = remember(functools.partial(judge_motion, self._config))
 
     def __reduce__(self) -> tuple[type["Judge"], tuple[FilterConfig]]:
         """Travel to another process without what is remembered."""
@@ -181,14 +179,14 @@ class Judge:
         assert clip.resolution is not UNSET
         assert clip.fps is not UNSET
         assert clip.num_frames is not UNSET
-        length = Length(clip.fps, clip.num_frames)
-        yield from (_measured(rule, clip.resolution, self.limits) for rule in SIZE_RULES)
-        yield from (_measured(rule, length, self.limits) for rule in LENGTH_RULES if getattr(self.limits, rule.setting))
+        limits, length = self._config, Length(clip.fps, clip.num_frames)
+        yield from (_measured(rule, clip.resolution, limits) for rule in SIZE_RULES)
+        yield from (_measured(rule, length, limits) for rule in LENGTH_RULES if getattr(limits, rule.setting))
         if clip.motion is not UNSET:
-            yield from (_measured(rule, Motion(clip.motion), self.limits) for rule in MOTION_RULES)
+            yield from (_measured(rule, Motion(clip.motion), limits) for rule in MOTION_RULES)
 
 
-def _measured(rule: Rule[Part], part: Part, limits: Limits) -> str:
+def _measured(rule: Rule[Part], part: Part, limits: FilterConfig) -> str:
     limit = f"{rule.setting} {getattr(limits, rule.setting):.10g}"
     return _line(rule.passes(part, limits), rule.reason, f"{limit}, the clip has {rule.measure(part, limits):.10g}")
 

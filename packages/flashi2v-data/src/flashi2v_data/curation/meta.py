@@ -59,7 +59,7 @@ class Piece(NamedTuple):
     def bracketed(self) -> bytes:
         """Return the text between brackets, which is JSON where the piece was cut well out of an array."""
         # The last one has the array's closing bracket, the others end in a comma.
-        return b"[" + self.text if self.is_last else b"[%b]" % memoryview(self.text)[:-1]
+        return b"[" + self.text if self.is_last else b"".join((b"[", memoryview(self.text)[:-1], b"]"))
 
 
 def read_entries(annotation: Annotation) -> Iterator[Any]:

@@ -33,7 +33,7 @@ PROBE_TIMEOUT_SECONDS = 60.0
 _REMEMBERED = 10_000
 # What a disk or a network says of itself, not of a file: it is not kept, and the next filter tries again.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ENOENT)
-_ADVICE = "free some space and continue by --resume"
+_ADVICE = "free some space and continue with --resume"
 
 
 class Probed(NamedTuple):

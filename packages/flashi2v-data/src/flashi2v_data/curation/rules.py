@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
+from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.records import Size
 from flashi2v_data.video.frames import frame_interval
 
@@ -30,22 +31,6 @@ REASONS = {
     "too_short": "fewer than sample_num_frames frames at the training rate",
 }
 ORDER = {reason: number for number, reason in enumerate(REASONS)}
-
-
-class Limits(NamedTuple):
-    """The limits of FilterConfig, under their names there."""
-
-    sample_height: int
-    sample_width: int
-    sample_num_frames: int
-    min_hxw: float
-    train_fps: float | None
-    sample_stride: int | None
-    max_h_div_w_ratio: float
-    min_h_div_w_ratio: float
-    too_long_factor: float
-    max_motion_value: float
-    min_motion_value: float
 
 
 class NearMiss(NamedTuple):
@@ -85,13 +70,13 @@ class Rule(NamedTuple, Generic[Part]):
 
     reason: str
     setting: str
-    passes: Callable[[Part, Limits], bool]
-    measure: Callable[[Part, Limits], float]  # in units of the setting
+    passes: Callable[[Part, FilterConfig], bool]
+    measure: Callable[[Part, FilterConfig], float]  # in units of the setting
     # The value nearest to the measure that may be set and lets the clip pass.
     settable: Callable[[float], float]
 
 
-def area_at_ratio(size: Size, limits: Limits) -> float:
+def area_at_ratio(size: Size, limits: FilterConfig) -> float:
     """Return the pixels of the largest part of the picture that has the sample's aspect ratio."""
     height, width = size.height, size.width
     sample_height, sample_width = limits.sample_height, limits.sample_width
@@ -101,23 +86,23 @@ def area_at_ratio(size: Size, limits: Limits) -> float:
     return height * height * sample_width / sample_height
 
 
-def num_samples_long(length: Length, limits: Limits) -> float:
+def num_samples_long(length: Length, limits: FilterConfig) -> float:
     """Return the clip's length in samples, by the exact ratio of rates as in the reference."""
     return length.num_frames / _sample_span(length, limits)
 
 
-def _sample_span(length: Length, limits: Limits) -> float:
+def _sample_span(length: Length, limits: FilterConfig) -> float:
     if limits.train_fps is None:
         return float(limits.sample_num_frames * (limits.sample_stride or 1))
     return limits.sample_num_frames * length.fps / limits.train_fps
 
 
-def interval(length: Length, limits: Limits) -> float:
+def interval(length: Length, limits: FilterConfig) -> float:
     """Return how many frames of the video pass for one of the sample."""
     return frame_interval(length.fps, limits.train_fps, limits.sample_stride)
 
 
-def num_frames_available(length: Length, limits: Limits) -> int:
+def num_frames_available(length: Length, limits: FilterConfig) -> int:
     """Return how many frames there are at the training rate: the length of `frames.frame_indices`."""
     step = interval(length, limits)
     available = math.ceil(length.num_frames / step)
@@ -133,15 +118,15 @@ def _up(digits: int) -> Callable[[float], float]:
     return lambda value: math.ceil(value * 10**digits) / 10**digits
 
 
-def _ratio(size: Size, limits: Limits) -> float:
+def _ratio(size: Size, limits: FilterConfig) -> float:
     return size.height / size.width
 
 
-def _fps(length: Length, limits: Limits) -> float:
+def _fps(length: Length, limits: FilterConfig) -> float:
     return length.fps
 
 
-def _score(motion: Motion, limits: Limits) -> float:
+def _score(motion: Motion, limits: FilterConfig) -> float:
     return motion.score
 
 
@@ -204,26 +189,26 @@ MOTION_RULES: tuple[Rule[Motion], ...] = (
 )
 
 
-def judge_size(limits: Limits, height: float, width: float) -> Rejection | None:
+def judge_size(limits: FilterConfig, height: float, width: float) -> Rejection | None:
     """Return why a picture of this size is rejected, or None."""
     return _apply(SIZE_RULES, Size(height, width), limits, f"{width:g}x{height:g}")
 
 
-def judge_length(limits: Limits, fps: float, num_frames: int) -> Rejection | None:
+def judge_length(limits: FilterConfig, fps: float, num_frames: int) -> Rejection | None:
     """Return why a clip of this length is rejected, or None."""
     return _apply(LENGTH_RULES, Length(fps, num_frames), limits, "")
 
 
-def judge_motion(limits: Limits, score: float) -> Rejection | None:
+def judge_motion(limits: FilterConfig, score: float) -> Rejection | None:
     """Return why a clip of this motion is rejected, or None."""
     return _apply(MOTION_RULES, Motion(score), limits, "")
 
 
-def _apply(rules: tuple[Rule[Part], ...], part: Part, limits: Limits, clips: str) -> Rejection | None:
+def _apply(rules: tuple[Rule[Part], ...], part: Part, limits: FilterConfig, clips: str) -> Rejection | None:
     for rule in rules:
         if not rule.passes(part, limits):
             value = rule.settable(rule.measure(part, limits))
-            changed = limits._replace(**{rule.setting: value})  # type: ignore[arg-type]  # of its setting's type
+            changed = limits.model_copy(update={rule.setting: value})
             if (value > 0 or rules is MOTION_RULES) and all(other.passes(part, changed) for other in rules):
                 return Rejection(rule.reason, NearMiss(rule.setting, value, clips))
             return Rejection(rule.reason)

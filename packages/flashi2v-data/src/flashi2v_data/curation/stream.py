@@ -26,8 +26,9 @@ from flashi2v_data.curation.report import FilterReport
 from flashi2v_data.curation.rules import Rejection
 from flashi2v_data.errors import DecodeError, StorageError
 from flashi2v_data.records import Annotation, Entry, Record
+from flashi2v_data.start_methods import quick_start
 from flashi2v_data.store.codec import ValueCodec
-from flashi2v_data.workers import Task, WorkerLost, WorkerPool, quick_start
+from flashi2v_data.workers import Task, WorkerLost, WorkerPool
 
 # Entries that `filter_records` takes in at once.
 _BATCH = 64
@@ -43,12 +44,12 @@ class Outcome:
     """What became of consecutive entries.
 
     Attributes:
-        kept: what is passed on of the clips that fit, in order; None holds the place of an incomplete one.
+        kept: what is passed on of the clips that fit, in order; None holds the position of an incomplete one.
         incomplete: clips whose entries leave out what must be read from their videos: the position in `kept`, the clip,
             and its entry, if that has further keys.
         report: counts all but the incomplete ones.
         num_parsed: entries, or lines of JSON Lines, that were read.
-        place: pieces done with this one, counted over all files.
+        num_pieces: pieces done with this one, counted over all files.
         num_bytes: how far the files have been read.
     """
 
@@ -56,7 +57,7 @@ class Outcome:
     incomplete: list[tuple[int, Entry, dict[str, Any] | None]] = field(default_factory=list)
     report: FilterReport = field(default_factory=FilterReport)
     num_parsed: int = 0
-    place: int = 0
+    num_pieces: int = 0
     num_bytes: int = 0
 
 
@@ -135,33 +136,33 @@ class FileFilter:
         self._pool.start()
         self._jobs = jobs
 
-    def outcomes(self, place: int = 0) -> Iterator[Outcome]:
-        """Yield what becomes of the entries, in order, from the `place` of an earlier run's outcome on.
+    def outcomes(self, num_done: int = 0) -> Iterator[Outcome]:
+        """Yield what becomes of the entries, in order, behind the `num_pieces` of an earlier run's outcome.
 
         Raises:
             InputError: a meta JSON is broken.
         """
-        return _complete(self._judged(place), self._judge, self._pack, self._prober)
+        return _complete(self._judged(num_done), self._judge, self._pack, self._prober)
 
     def close(self) -> None:
         """End the processes."""
         self._pool.close()
 
-    def _judged(self, begin: int) -> Iterator[Outcome]:
-        place, bytes_before = 0, 0
+    def _judged(self, num_done: int) -> Iterator[Outcome]:
+        num_pieces, bytes_before = 0, 0
         for annotation in self._annotations:
             parser, pieces = MetaParser(annotation), read_pieces(annotation)
-            for piece in itertools.islice(pieces, begin - place if begin > place else 0):
+            for piece in itertools.islice(pieces, max(0, num_done - num_pieces)):
                 parser.parse(piece)
-                place += 1
+                num_pieces += 1
             for piece, task in self._submitted(pieces):
-                place += 1
+                num_pieces += 1
                 outcome = self._result(task, annotation)
                 if outcome is not None and parser.is_between_entries:
                     parser.passed(outcome.num_parsed)
                 else:
                     outcome = _judge_entries(parser.parse(piece), self._judge, self._pack)
-                outcome.place = place
+                outcome.num_pieces = num_pieces
                 outcome.num_bytes = bytes_before + piece.end
                 yield outcome
             bytes_before += piece.end

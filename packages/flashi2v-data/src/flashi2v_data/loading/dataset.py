@@ -56,7 +56,7 @@ class FlashI2VDataset(Dataset[Sample]):
     """The clips of a store as training samples.
 
     A sample depends on `seed` and its key alone, not on worker, rank or what was read before. An unreadable video, or
-    a record at fault, never stops a run: another clip stands in for it, chosen by seed and key alone too; the sample
+    a record at fault, never stops a run: another clip takes its place, chosen by seed and key alone too; the sample
     says so in `skipped`, and the quarantine lists the clip. With torch's own DataLoader, `collate` joins samples.
 
     Args:
@@ -116,7 +116,7 @@ class FlashI2VDataset(Dataset[Sample]):
         pictures = np.empty(self.pictures_shape, np.uint8)
         sample = self.read_some(key, pictures)
         if len(pictures):
-            sample["video"] = self.transform.finish(torch.from_numpy(pictures))
+            sample["video"] = self.transform.normalise(torch.from_numpy(pictures))
         return sample
 
     def read_some(self, key: SampleKey, pictures: NDArray[np.uint8]) -> Sample:
@@ -233,7 +233,7 @@ class FlashI2VDataset(Dataset[Sample]):
         resolution = record.get("resolution")
         sides = [resolution["height"], resolution["width"]] if resolution else [0, 0]
 
-        def convert(frame: NDArray[np.uint8], place: NDArray[np.uint8]) -> None:
+        def convert(frame: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
             height, width, _ = frame.shape
             if any(
                 side < min(recorded, needed) for side, recorded, needed in zip(frame.shape, sides, self.transform.size)
@@ -244,7 +244,7 @@ class FlashI2VDataset(Dataset[Sample]):
                 if not (0 <= left < right <= width and 0 <= top < bottom <= height):
                     raise record_fault(record, f"is {height}x{width}, its crop [left, right, top, bottom] is {crop}")
                 frame = frame[top:bottom, left:right]
-            self.transform.put_picture(frame, place, flip=flip)
+            self.transform.put_picture(frame, out, flip=flip)
 
         return convert
 

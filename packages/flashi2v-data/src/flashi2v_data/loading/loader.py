@@ -19,8 +19,9 @@ from flashi2v_data.loading.dataset import FlashI2VDataset, Sample
 from flashi2v_data.loading.sampler import SampleKey, SamplerState, StatefulDistributedSampler
 from flashi2v_data.loading.shared_memory import SharedArray
 from flashi2v_data.loading.transforms import empty_video
+from flashi2v_data.start_methods import clean_start
 from flashi2v_data.store.reader import open_store
-from flashi2v_data.workers import Limits, Task, WorkerLost, WorkerPool, clean_start
+from flashi2v_data.workers import Limits, Task, WorkerLost, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ class StatefulLoader:
             raise InputError(
                 "the loader's workers belong to the process that this one was forked from: build a loader here"
             )
-        pool.forget()  # of an iteration that was left: its places are used again
+        pool.forget()  # of an iteration that was left: its slots are used again
         free = [*range(len(pictures))]
         pending: deque[tuple[_Read, Iterator[int], list[str], _Reading]] = deque()
         stand_ins = self.dataset.stand_ins
@@ -242,8 +243,8 @@ class StatefulLoader:
                 read = read._replace(record=next(candidates))
                 reading = pool.submit(read)
             outcome["skipped"] = skipped
-            yield outcome, pictures[read.place]
-            free.append(read.place)
+            yield outcome, pictures[read.slot]
+            free.append(read.slot)
 
     def _start_readers(self) -> "_Readers":
         config = self._config
@@ -269,14 +270,14 @@ class StatefulLoader:
             if pictures is not None:
                 pictures[place].copy_(torch.from_numpy(memory))
             elif video is not None:
-                self.dataset.transform.finish(torch.from_numpy(memory), video[place])
+                self.dataset.transform.normalise(torch.from_numpy(memory), video[place])
         batch = collate(taken)
         if self._pins:
             _pin(batch)
         if video is not None:
             if pictures is not None:
                 for source, target in zip(pictures.to(self._device, non_blocking=True), video):
-                    self.dataset.transform.finish(source, target)
+                    self.dataset.transform.normalise(source, target)
             batch["video"] = video
         return batch
 
@@ -298,7 +299,7 @@ class StatefulLoader:
         for message in batch["skipped"]:
             if message not in self.skipped:
                 self.skipped.add(message)
-                logger.warning("%s; another clip stands in for it", message)
+                logger.warning("%s; another clip takes its place", message)
         for path, loss in zip(batch["path"], batch["text_loss"]):
             if loss is not None:
                 self.captions.add(loss, path)
@@ -349,7 +350,7 @@ class _Read(NamedTuple):
 
     key: SampleKey
     record: int
-    place: int  # of the pictures
+    slot: int  # of the shared memory, where its pictures go
 
 
 _Reading = Task[_Read, Sample | DecodeError]
@@ -366,13 +367,13 @@ class _Reader:
         # More workers, not more threads in each, make use of a machine.
         torch.set_num_threads(1)
         try:
-            return self.dataset.read(read.key, read.record, self.memory.array[read.place])
+            return self.dataset.read(read.key, read.record, self.memory.array[read.slot])
         except DecodeError as error:
             return error
 
 
 class _Readers(NamedTuple):
-    """The workers, the memory in which they leave pictures, (places, T, 3, H, W), and the process that started them."""
+    """The workers, the memory in which they leave pictures, (slots, T, 3, H, W), and the process that started them."""
 
     pool: WorkerPool[_Read, Sample | DecodeError]
     pictures: NDArray[np.uint8]

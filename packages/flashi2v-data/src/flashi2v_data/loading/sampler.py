@@ -12,7 +12,7 @@ from flashi2v_data.randomness import generator
 
 
 class SampleKey(NamedTuple):
-    """Which sample, and for the how-manieth time."""
+    """Which sample, in which epoch."""
 
     epoch: int
     index: int  # type: ignore[assignment]  # a field named like a method that tuples have and nobody needs here

@@ -64,7 +64,7 @@ class StandIns:
         is_of_record = fault is not None and fault.is_of_record
         raise DecodeError(
             fault.path if fault is not None else read_record(self._store, key.index)["path"],
-            f"{'like' if is_of_record else 'nor'} {num_tried - 1} others; see `flashi2v-data inspect "
+            f"{'as are' if is_of_record else 'nor can'} {num_tried - 1} others; see `flashi2v-data inspect "
             f"{self._store.paths[0]} --open-videos`, and remove {self._quarantine.path} when they can be read",
             is_of_record=is_of_record,
         )

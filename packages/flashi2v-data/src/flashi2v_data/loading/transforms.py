@@ -93,7 +93,7 @@ class VideoTransform:
         pictures = np.empty((len(frames), 3, *self.size), np.uint8)
         for frame, picture in zip(frames, pictures):
             self.put_picture(frame, picture, flip=flip)
-        return self.finish(torch.from_numpy(pictures))
+        return self.normalise(torch.from_numpy(pictures))
 
     def put_picture(self, frame: NDArray[np.uint8], out: NDArray[np.uint8], *, flip: bool = False) -> None:
         """Bring one frame to the sample's size: (H, W, 3) to (3, h, w), both uint8."""
@@ -101,7 +101,7 @@ class VideoTransform:
         picture = _crop_resize(frame, self.size, resize.interpolation_mode, resize.antialias, resize.align_corners)
         torch.from_numpy(out).copy_(picture.flip(-1) if flip else picture)
 
-    def finish(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
+    def normalise(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
         """Normalise: (T, 3, h, w) uint8 to (3, T, h, w) float32, on the device where the pictures are."""
         num_frames, _, height, width = pictures.shape
         if out is None:

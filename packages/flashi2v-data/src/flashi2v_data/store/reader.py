@@ -72,7 +72,7 @@ class LmdbStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.paths = _parts(Path(path))
+        self.paths = _find_lmdbs(Path(path))
         self._open = _OpenStores()
         headers, sealed = zip(*map(_read_header, self.paths, self._transactions()))
         warn_unsealed(
@@ -102,18 +102,18 @@ class LmdbStore:
         ends = self._ends
         if not 0 <= index < ends[-1]:
             raise IndexError(f"record {index} of {len(self)}")
-        part = bisect.bisect_right(ends, index)
-        number = index - ends[part - 1] if part else index
+        which = bisect.bisect_right(ends, index)
+        number = index - ends[which - 1] if which else index
         key = key_of(number)
         try:
-            value = self._transactions()[part].get(key)
+            value = self._transactions()[which].get(key)
             if value is None:
                 raise ValueError(f"is missing: {DAMAGED}")
-            return self._readers[part](key, value)
+            return self._readers[which](key, value)
         except (ValueError, lmdb.Error) as error:
             if isinstance(error, InputError):
                 raise
-            raise RecordError(str(self.paths[part]), f"record {number} {error}") from None
+            raise RecordError(str(self.paths[which]), f"record {number} {error}") from None
 
     def __iter__(self) -> Iterator[Record]:
         """Yield all records in order."""
@@ -153,15 +153,15 @@ def open_store(path: str | os.PathLike[str]) -> LmdbStore:
     return LmdbStore(path)
 
 
-def _parts(path: Path) -> list[Path]:
+def _find_lmdbs(path: Path) -> list[Path]:
     if path.is_file() or (path / "data.mdb").is_file():
         return [path]
     if not path.exists():
         raise InputError(f"{path}: no such LMDB; write one with `flashi2v-data filter`")
-    parts = sorted(path.glob("*.lmdb"))
-    if not parts:
+    found = sorted(path.glob("*.lmdb"))
+    if not found:
         raise InputError(f"{path}: neither an LMDB nor a folder that holds some (*.lmdb)")
-    return parts
+    return found
 
 
 class _Reader:

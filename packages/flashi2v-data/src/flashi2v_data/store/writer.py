@@ -1,4 +1,4 @@
-"""Writing a store: batch by batch into a part, which becomes the store when it is whole."""
+"""Writing a store: batch by batch into an unfinished one, which gets its name when it is whole."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ _STATE = b"!state"
 _BATCH = 2048
 # Where little is kept, so many calls of `append` are worth one too: what they dropped need not be judged again.
 _APPENDS = 64
-_ADVICE = "free some space and continue by --resume"
+_ADVICE = "free some space and continue with --resume"
 
 
 # The key of a record: of fixed width, as LMDB orders keys by their bytes.
@@ -40,41 +40,41 @@ key_of: Callable[[int], bytes] = b"%012d".__mod__
 
 
 class StoreWriter:
-    """Writes values into a part; a part that was left behind by a killed process can be taken up again.
+    """Writes values into an unfinished store; one that a killed process left behind can be continued.
 
     Args:
-        part: a directory that is made for it.
-        purpose: what the values are made of and by; an unfinished part is continued only for the same.
-        resume: continue the part that is there.
+        unfinished: a directory that is made for it.
+        purpose: what the values are made of and by; an unfinished store is continued only for the same.
+        resume: continue the unfinished store that is there.
 
     Attributes:
         state: what `append` was given last of what has reached the disk.
         count: records handed in.
 
     Raises:
-        InputError: there is a part and `resume` is not set, or it is for another purpose; or another process writes it.
+        InputError: there is one and `resume` is not set, or it is for another purpose; or another process writes it.
     """
 
-    def __init__(self, part: Path, purpose: Mapping[str, Any] | None = None, *, resume: bool = False) -> None:
-        self._part = part
+    def __init__(self, unfinished: Path, purpose: Mapping[str, Any] | None = None, *, resume: bool = False) -> None:
+        self._unfinished = unfinished
         self._purpose = dict(purpose or {})
         self._waiting: list[bytes] = []
         self._state_of: Callable[[], Any] = lambda: None
         self._num_appended = 0
         self.state: Any = None
         self.count = 0
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:  # an interrupt, too, must release the part
-            stack.enter_context(hold(part.with_name(f".{part.name}.lock"), str(part)))
-            if part.exists() and not resume:
-                raise InputError(f"{part} is what an unfinished run left: continue it by --resume, or remove it")
-            part.mkdir(exist_ok=True)
-            remove_unbegun(part)
-            check_file(part)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:  # an interrupt, too, must release the lock
+            stack.enter_context(hold(unfinished.with_name(f".{unfinished.name}.lock"), str(unfinished)))
+            if unfinished.exists() and not resume:
+                raise InputError(f"{unfinished} was left by an unfinished run: continue it with --resume, or remove it")
+            unfinished.mkdir(exist_ok=True)
+            remove_unbegun(unfinished)
+            check_file(unfinished)
             # Without sync after every batch: nothing may be read before the rename, and a last sync precedes it. Never
             # with a writable map, through which a full disk would kill the process.
-            with storage(part, _ADVICE):
-                self._environment = lmdb.open(str(part), map_size=FIRST_MAP_SIZE, sync=False, lock=False)
+            with storage(unfinished, _ADVICE):
+                self._environment = lmdb.open(str(unfinished), map_size=FIRST_MAP_SIZE, sync=False, lock=False)
             stack.callback(self._environment.close)
             self._continue()
             self._held = stack.pop_all()
@@ -84,17 +84,16 @@ class StoreWriter:
             value = transaction.get(_STATE)
         if value is None:
             if self._environment.stat()["entries"]:
-                raise InputError(f"{self._part} is not what an unfinished run left: remove it")
-            self._commit()  # so that even an empty part says what it is for
+                raise InputError(f"{self._unfinished} is not what an unfinished run left: remove it")
+            self._commit()  # so that even an empty store says what it is for
             return
-        saved, is_sealed = unseal_header(self._part, _STATE, value)
+        saved, is_sealed = unseal_header(self._unfinished, _STATE, value)
         if not is_sealed or not {"purpose", "state", "count"} <= saved.keys():
-            raise InputError(f"{self._part} was begun by another version: remove it")
+            raise InputError(f"{self._unfinished} was begun by another version: remove it")
         if saved["purpose"] != self._purpose:
             changed = [key for key, value in self._purpose.items() if saved["purpose"].get(key) != value]
-            raise InputError(
-                f"{self._part} was begun with another {' and '.join(changed)}: use the same, or remove it to begin anew"
-            )
+            others = " and ".join(changed)
+            raise InputError(f"{self._unfinished} was begun with another {others}: use the same, or remove it")
         self.state, self.count = saved["state"], saved["count"]
         self._state_of = lambda: saved["state"]
 
@@ -120,7 +119,7 @@ class StoreWriter:
     def finish(self, final: Path, compression: Compression | None, config: Mapping[str, Any], **more: Any) -> None:
         """Write what waits and the header, and give the store its name.
 
-        A writer that is killed before the rename leaves a part that can be resumed, with nothing left to append.
+        A writer that is killed before the rename leaves a store that can be resumed, with nothing left to append.
 
         Raises:
             InputError: something of that name is there already.
@@ -131,13 +130,13 @@ class StoreWriter:
         header = {"schema": SCHEMA, "count": self.count, "compression": compression, "config": dict(config), **more}
         header["checksum"] = CHECKSUM
         self._commit(msgspec.msgpack.encode(header))
-        with storage(self._part, _ADVICE):
+        with storage(self._unfinished, _ADVICE):
             self._environment.sync(True)
             self._environment.close()
-            # Before the rename, so that a kill leaves no lock beside a finished store. Who took the part in between
+            # Before the rename, so that a kill leaves no lock beside a finished store. Whoever took it in between
             # would find it whole, and then the store there.
             self.close()
-            os.rename(self._part, final)
+            os.rename(self._unfinished, final)
 
     def _commit(self, header: bytes | None = None) -> None:
         """Write what waits, from where to go on behind it, and the header, all or nothing."""
@@ -160,11 +159,11 @@ class StoreWriter:
         self._num_appended = 0
 
     def close(self) -> None:
-        """Release the part, which stays; harmless when repeated."""
+        """Release the unfinished store, which stays; harmless when repeated."""
         self._held.close()
 
     def discard(self) -> None:
-        """Remove the part."""
+        """Remove the unfinished store."""
         self._environment.close()
-        shutil.rmtree(self._part)
+        shutil.rmtree(self._unfinished)
         self.close()

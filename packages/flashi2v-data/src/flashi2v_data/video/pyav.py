@@ -46,7 +46,7 @@ _warned_of_hdr = threading.Event()
 def _warn_of_hdr(path: str) -> None:
     if not _warned_of_hdr.is_set():
         _warned_of_hdr.set()
-        logger.warning("%s is HDR (PQ or HLG), and looks pale: set tone_map; of others nothing more is said", path)
+        logger.warning("%s is HDR (PQ or HLG) and looks pale: set tone_map (this is said only once)", path)
 
 
 class Video:
