@@ -36,7 +36,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise InputError(f"{path}: is {'a directory' if stat.S_ISDIR(mode) else 'no regular file'}")
+        raise InputError(f"{path}: is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
     return descriptor
 
 
