@@ -61,7 +61,7 @@ def read_values(path: str | os.PathLike[str]) -> Any:
     """Read YAML 1.2, or JSON with `#` comments and trailing commas, in bounded time and memory.
 
     Raises:
-        InputError: the file is missing, no regular file, malformed, or holds more than any configuration does.
+        InputError: the file is missing, not a regular file, malformed, or holds more than any configuration does.
     """
     text = read_text(path, _MAX_BYTES)
     # JSON is often indented by tabs, which YAML forbids.
