@@ -208,6 +208,12 @@ def test_a_variant_is_converted_and_sampled_by_its_class_alone(runs, inputs, pag
     assert not torch.allclose(still, moving)
     torch.testing.assert_close(latents(torch.tensor([1.0])), moving)
     torch.testing.assert_close(latents(1.0, cfg_batch=True), moving, atol=1e-4, rtol=1e-4)
+    pipe.save_pretrained(tmp_path / "again")
+    index = json.loads((tmp_path / "again/model_index.json").read_text())
+    assert index["transformer"] == ["flashi2v_model.transformer", "FlashI2VTransformer3DModel"]
+    pipe = load(tmp_path / "again")
+    pipe.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(latents(1.0), moving)
     with pytest.raises(ValueError, match="MotionTransformer asks for motion_score, got none"):
         pipe(image=torch.zeros(3, 32, 32), prompt="a red circle", **numbers)
 
@@ -279,7 +285,7 @@ def test_a_file_that_ends_in_main_is_a_command_of_its_own(world, page, tmp_path)
     arguments = workspace.arguments(changes, train_iters=1, save=tmp_path / "run", nproc_per_node=2, eval_interval=1)
     done = subprocess.run([sys.executable, page / "huber.py", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run/config.json").read_text())["options"]["recipe"].endswith(":Huber")
+    assert json.loads((tmp_path / "run/config.json").read_text())["options"]["recipe"] == "huber:Huber"
 
 
 BAD_INPUT = {

@@ -92,7 +92,11 @@ class FlashI2VPipeline(DiffusionPipeline):
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
-        self.register_to_config(use_attention_mask=use_attention_mask)
+        # A saved pipeline names FlashI2V's own class, whatever variant this is: no file names a class to be imported.
+        network = FlashI2VTransformer3DModel
+        self.register_to_config(
+            use_attention_mask=use_attention_mask, transformer=(network.__module__, network.__name__)
+        )
         self.video_processor = VideoProcessor(vae_scale_factor=SPATIAL_STRIDE)
         self.execution = Execution()
         self.decoding = ""  # in words: in which way the VAE decoded last

@@ -81,7 +81,7 @@ def run_state(
 
 
 class Checkpoints:
-    """The checkpoints of a run, written by all processes together, while training goes on if that is wanted.
+    """The checkpoints of a run, written by all processes together, while training continues if that is wanted.
 
     All methods but `poll` are called by all processes at the same step. As a context manager it waits at its end for
     what is being written.
@@ -91,7 +91,7 @@ class Checkpoints:
         world: this process among all.
         keep: how many of the newest checkpoints to keep; None: all.
         asynchronous: write in the background, from a copy in the host's memory.
-        start: the checkpoint of this run that it goes on from; None: the newest.
+        start: the checkpoint of this run that it resumes from; None: the newest.
         on_wait: called now and then while a checkpoint that is being written is waited for.
 
     Attributes:
@@ -115,7 +115,7 @@ class Checkpoints:
     ) -> None:
         self._run, self._world, self._keep, self._asynchronous = run, world, keep, asynchronous
         self._on_wait = on_wait
-        # A group of its own: in the background other things are said than in the run at the same time.
+        # A group of its own: its messages must not mix with those of the run.
         self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[Path] | None = None
@@ -219,7 +219,7 @@ class Checkpoints:
             texts = {**texts, CHECKSUMS: describe(sums)}
             self._by_first(lambda: self._complete(partial, final, texts))
         except (OSError, CheckpointException) as error:
-            cause_of(error)  # an interrupt is none of the disk
+            cause_of(error)  # raises an interrupt, which is no fault of the disk
             last = "there is none before it" if self.latest is None else f"{self.latest} is the last whole one"
             raise StorageError(
                 f"{final} could not be written: {_reason(error)}; {last}: make room there, or fix what is wrong, and "
@@ -330,13 +330,13 @@ def _reason(error: BaseException) -> str:
 
 
 def find_checkpoint(save: Path, load: Path | None, iteration: int | None, world: World) -> Path | None:
-    """Return the checkpoint that a run goes on from, None where it begins; called by all processes.
+    """Return the checkpoint that a run resumes from, None where it begins; called by all processes.
 
     It is what the first process sees: a shared disk may show others an older one yet.
 
     Args:
         save: directory of the run.
-        load: of the run to go on from, where this one has no checkpoint of its own.
+        load: of the run to resume, where this one has no checkpoint of its own.
         iteration: number of the checkpoint, instead of the newest.
         world: this process among all.
 
@@ -432,7 +432,7 @@ def _load(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any
 
 
 def _way_out(damaged: Path) -> str:
-    """Say how a run goes on whose checkpoint is damaged."""
+    """Say how to continue a run whose checkpoint is damaged."""
     for directory in checkpoints_of(damaged.parent):
         if directory.name < damaged.name and not missing_part(directory):
             return f"--load-iteration {int(directory.name.removeprefix('iter_'))} goes on from the checkpoint before it"

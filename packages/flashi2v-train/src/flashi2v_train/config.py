@@ -1,6 +1,7 @@
 """What a training run is made of: options of the command line, model file and data file; checked together."""
 
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,7 +165,10 @@ class RunConfig:
         """Return all of it as plain JSON values."""
         options = self.options.model_dump(mode="json", exclude=self.options.unanswered())
         if self.recipe_class is not None:
-            options["recipe"] = f"{self.recipe_class.__module__}:{self.recipe_class.__qualname__}"
+            module = self.recipe_class.__module__
+            if module in ("__main__", "__mp_main__"):
+                module = Path(inspect.getfile(self.recipe_class)).stem
+            options["recipe"] = f"{module}:{self.recipe_class.__qualname__}"
         return {
             "options": options,
             "model": self.model.model_dump(mode="json"),

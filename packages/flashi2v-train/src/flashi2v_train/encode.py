@@ -76,7 +76,7 @@ app = App(
 
     Training then needs neither the VAE nor the text encoder: set load_video_features and load_text_features true in
     the model file and the data file, and features_path to the output. Crops in time and mirroring are those of the
-    first epoch. The command may be interrupted; started again it goes on where it was.
+    first epoch. The command may be interrupted; started again it continues where it was.
 
     Example: flashi2v-encode --mm-model pretrain_model_flashi2v.json --mm-data data.json --output features
     """,
@@ -123,7 +123,7 @@ class _Cycle(StatefulDistributedSampler):
 
 def _encode(config: RunConfig, output: Path) -> None:
     configure_logging(logging.INFO if processes.is_first() else logging.WARNING)
-    # Imported here: the encoders take seconds, and a wrong option should be told at once.
+    # Imported here: the encoders take seconds, and a wrong option should be reported at once.
     from flashi2v_model.weights.libraries import quieten
     from flashi2v_train.world import rank_and_size
 

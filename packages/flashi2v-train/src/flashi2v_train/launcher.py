@@ -81,9 +81,9 @@ def _answer(config: RunConfig, dims: ParallelDims) -> None:
 
 
 def _train(config: RunConfig) -> None:
-    # What all processes would say alike is said by the first.
+    # What all processes would log alike, the first one logs.
     configure_logging(logging.INFO if processes.is_first() else logging.WARNING)
-    # Imported here: the encoders take seconds, and a wrong option should be told at once.
+    # Imported here: the encoders take seconds, and a wrong option should be reported at once.
     from flashi2v_train.trainer import train
 
     train(config)

@@ -1,6 +1,6 @@
 """The command line of `flashi2v-train`, under Megatron's names: one class per part of the program that reads it.
 
-Nothing heavy is imported here, so that a wrong option is told at once.
+Nothing heavy is imported here, so that a wrong option is reported at once.
 """
 
 from collections.abc import Mapping
@@ -212,11 +212,11 @@ class CheckpointOptions(BaseModel):
     save: Path = Field(Path("save"), description="the run's directory: metrics, configuration, checkpoints")
     load: Path | None = Field(None, description="run to resume; default: the one in --save, if there is one")
     load_iteration: int | None = Field(
-        None, ge=1, description="go on from this checkpoint instead of the newest; later ones are written anew"
+        None, ge=1, description="resume from this checkpoint instead of the newest; later ones are overwritten"
     )
     save_interval: int = Field(1000, ge=1, description="steps between checkpoints; the last step is always saved")
     keep_checkpoints: int | None = Field(None, ge=1, description="how many of the newest to keep; default: all")
-    async_save: bool = Field(True, description="write checkpoints while training goes on")
+    async_save: bool = Field(True, description="write checkpoints while training continues")
     load_optim: bool = Field(True, description="resume the optimizer, too; no: start it anew")
     save_optim: bool = Field(True, description="save the optimizer, too; no: a run cannot be resumed exactly")
 

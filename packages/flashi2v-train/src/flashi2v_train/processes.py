@@ -1,7 +1,7 @@
 """Processes of a run: how many there are, who starts them, what they inherit, how they are stopped.
 
 Three may have started this process: torchrun (RANK is set), Slurm's srun, or the user; then `start` makes the others.
-torch is imported only to start them, so that a wrong option is told at once.
+torch is imported only to start them, so that a wrong option is reported at once.
 """
 
 import json
@@ -50,12 +50,12 @@ ASCEND_ENVIRONMENT = {
 
 
 class RunError(RuntimeError):
-    """The run cannot go on; the message is one line that says why, and names the process if it is that of one."""
+    """The run cannot continue; the message is one line that says why, and names the process if it is that of one."""
 
     exit_code = 1
 
 
-class ToldError(RuntimeError):
+class ReportedError(RuntimeError):
     """What a process ends with that is no bug, on its way to the launcher: its exit code and its line, as JSON."""
 
 
@@ -384,7 +384,7 @@ def _run(function: Callable[..., Any], *arguments: Any) -> None:
         told = told_as(error)
         if told is None:
             raise
-        raise ToldError(json.dumps(told)) from error
+        raise ReportedError(json.dumps(told)) from error
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
@@ -412,7 +412,7 @@ def _raise_failure(error: "ChildFailedError", log_dir: Path) -> NoReturn:
     }
     for speaker, word in words.items():
         kind, _, message = word["message"].partition(": ")
-        if kind == ToldError.__name__:
+        if kind == ReportedError.__name__:
             code, line = json.loads(message)
             raise (InputError if code == InputError.exit_code else RunError)(f"{line} ({_name(speaker)})") from None
     if not words:  # os._exit

@@ -153,7 +153,7 @@ class Trainer:
         """
         options, world = self.options, self.world
         with ExitStack() as stack:
-            stack.enter_context(_disk_failures_told())
+            stack.enter_context(_disk_failures_reported())
             log = stack.enter_context(open_log(self.config, self.step)) if world.is_first else None
             if self.source is not None:
                 stack.callback(self.source.close)
@@ -265,7 +265,7 @@ class Trainer:
 
 
 @contextmanager
-def _disk_failures_told() -> Iterator[None]:
+def _disk_failures_reported() -> Iterator[None]:
     """Let what else is written than checkpoints end a run in one line, too."""
     try:
         yield
