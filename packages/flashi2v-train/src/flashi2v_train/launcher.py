@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 _HELP = """Train FlashI2V.
 
-The run's directory (--save) holds metrics.jsonl, TensorBoard events, config.json and checkpoints; starting the
-same command again resumes from the newest one. SIGTERM and SIGUSR1 let the step end, save and stop.
+The run's directory (--save) holds metrics.jsonl, TensorBoard events, config.json and checkpoints; starting the same
+command again resumes from the newest one. SIGTERM and SIGUSR1 let the step end, save and stop.
 
 Example: flashi2v-train --mm-model pretrain_model_flashi2v.json --mm-data data.json --save runs/first --bf16
 """

@@ -22,7 +22,9 @@ class RecipeOptions(BaseModel):
     """What to learn."""
 
     recipe: str | None = Field(
-        None, description="module:Class of a flashi2v_train.Recipe, from here or installed; default: FlashI2V's own"
+        None,
+        description="module:Class of a flashi2v_train.Recipe, or of a network alone, in the working directory or "
+        "installed; default: FlashI2V's own",
     )
 
 
