@@ -11,7 +11,8 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 import zstandard
@@ -47,7 +48,8 @@ class BrokenMetaError(InputError):
     """A meta JSON must be changed before it can be read: what an unfinished run made of it is worth nothing."""
 
 
-class Piece(NamedTuple):
+@dataclass
+class Piece:
     """Consecutive entries of a meta JSON as they are written, behind the opening bracket of an array."""
 
     annotation: Annotation
@@ -55,11 +57,24 @@ class Piece(NamedTuple):
     is_last: bool
     end: int  # how far the file has been read, in bytes as they lie on the disk
     text: bytes
+    offset: int | None  # in a plain file; None in a compressed one
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process as a place in the file, where it can be: reading it again costs less."""
+        whole = (self.annotation, self.is_lines, self.is_last, self.end)
+        if self.offset is None:
+            return Piece, (*whole, self.text, None)
+        return _read_again, (*whole, self.offset, len(self.text))
 
     def bracketed(self) -> bytes:
         """Return the text between brackets, which is JSON where the piece was cut well out of an array."""
         # The last one has the array's closing bracket, the others end in a comma.
         return b"[" + self.text if self.is_last else b"".join((b"[", memoryview(self.text)[:-1], b"]"))
+
+
+def _read_again(annotation: Annotation, is_lines: bool, is_last: bool, end: int, offset: int, num_bytes: int) -> Piece:
+    with open(open_regular(annotation.meta), "rb", buffering=0) as file:
+        return Piece(annotation, is_lines, is_last, end, os.pread(file.fileno(), num_bytes, offset), offset)
 
 
 def read_entries(annotation: Annotation) -> Iterator[Any]:
@@ -147,18 +162,20 @@ def _cut(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
     is_lines = not text.startswith(b"[")
     if not is_lines:
         text = text[1:]
+    is_plain = _compression(file) is None
     num_searched = 0
     for block in blocks:
         text += block
         end = _last_cut(text, num_searched, is_lines)
         if end:
-            yield Piece(annotation, is_lines, False, file.tell(), text[:end])
+            offset = file.tell() - len(text) if is_plain else None
+            yield Piece(annotation, is_lines, False, file.tell(), text[:end], offset)
             text = text[end:]
         else:
             _check_entry(annotation, len(text))
         num_searched = len(text)
     _check_entry(annotation, len(text))
-    yield Piece(annotation, is_lines, True, file.tell(), text)
+    yield Piece(annotation, is_lines, True, file.tell(), text, file.tell() - len(text) if is_plain else None)
 
 
 def _last_cut(text: bytes, num_searched: int, is_lines: bool) -> int:
