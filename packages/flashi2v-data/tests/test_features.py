@@ -38,7 +38,7 @@ def test_features_come_back_as_they_were(store):
     features = FeatureStore(store, MADE_BY)
     assert _equal(features.get(text_key("a dog")), TENSORS)
     assert features.get(text_key("a cat")) is None
-    assert features.made_by == {**MADE_BY, "size": [5, 32, 48]}
+    assert features.provenance == {**MADE_BY, "size": [5, 32, 48]}
 
 
 def test_features_of_another_kind_are_refused_by_reader_and_writer(store):

@@ -72,13 +72,13 @@ def test_a_resumed_loader_continues_where_batches_were_delivered(batches, data_c
     loader = build_dataloader(data_config(num_workers), seed=3, batch_size=4)
     assert all(_equal(one, other) for one, other in zip(expected[:3], islice(loader, 3)))
     state = loader.state_dict()
-    assert state == {"consumed": 12, "seed": 3, "num_samples": 12}
+    assert state == {"consumed_samples": 12, "seed": 3, "num_samples": 12}
     resumed = build_dataloader(data_config(num_workers), seed=3, batch_size=4)
     resumed.load_state_dict(state)
     assert all(_equal(one, other) for one, other in zip(expected[3:5], islice(resumed, 2)))
     # The same workers, iterated again.
     assert all(_equal(one, other) for one, other in zip(expected[5:], islice(resumed, 2)))
-    assert resumed.state_dict()["consumed"] == 28
+    assert resumed.state_dict()["consumed_samples"] == 28
     resumed.load_state_dict(state)
     assert _equal(expected[3], next(iter(resumed)))
 
@@ -104,15 +104,15 @@ def test_a_state_is_not_moved_by_later_batches(data_config):
     next(iter(loader))
     state = loader.state_dict()
     next(iter(loader))
-    assert state["consumed"] == 4
+    assert state["consumed_samples"] == 4
     other = build_dataloader(data_config(), seed=3, batch_size=4)
     other.load_state_dict(state)
     next(iter(other))
-    assert state["consumed"] == 4
+    assert state["consumed_samples"] == 4
 
 
 def test_consumed_places_the_start(batches):
-    assert _equal(batches(1, consumed=8)[0], batches(3)[2])
+    assert _equal(batches(1, consumed_samples=8)[0], batches(3)[2])
 
 
 def test_without_shuffle_clips_come_in_order(data_config):
@@ -130,7 +130,7 @@ def test_too_few_records_for_a_batch_of_all_ranks_are_refused(data_config):
 def test_a_state_of_another_run_is_refused(data_config):
     loader = build_dataloader(data_config(), seed=0, batch_size=4)
     with pytest.raises(InputError, match="set the same seed"):
-        loader.load_state_dict({"consumed": 4, "seed": 1, "num_samples": 12})
+        loader.load_state_dict({"consumed_samples": 4, "seed": 1, "num_samples": 12})
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -210,7 +210,7 @@ def test_an_iteration_ends_where_another_takes_its_place(batches, data_config, n
     loader.close()
     with pytest.raises(InputError, match="the loader was closed"):
         next(last)
-    assert loader.state_dict()["consumed"] == 16
+    assert loader.state_dict()["consumed_samples"] == 16
 
 
 def test_loaders_may_share_a_sampler(data_config, batches):
@@ -326,7 +326,7 @@ def test_bad_files_cost_their_own_samples_alike_with_any_number_of_workers(spoil
     # A run that resumes, with the quarantine or without, agrees.
     for quarantine in (tmp_path / "2.jsonl", tmp_path / "fresh.jsonl"):
         config = data_config(1, metafile_or_dir_path=path, quarantine_path=str(quarantine))
-        resumed = build_dataloader(config, seed=3, batch_size=4, consumed=8)
+        resumed = build_dataloader(config, seed=3, batch_size=4, consumed_samples=8)
         assert all(_equal(one, other) for one, other in zip(batches[0][2:], resumed))
         resumed.close()
 
@@ -341,10 +341,10 @@ def test_records_at_fault_are_replaced_alike_with_workers_and_in_a_resumed_run(d
     quarantine = tmp_path / "quarantine.jsonl"
     expected = list(islice(build_dataloader(data_config(metafile_or_dir_path=path), seed=3, batch_size=4), 6))
     assert sum(len(batch["skipped"]) for batch in expected) >= 10
-    for consumed in (0, 8):
+    for consumed_samples in (0, 8):
         config = data_config(2, metafile_or_dir_path=path)
-        loader = build_dataloader(config, seed=3, batch_size=4, consumed=consumed)
-        assert all(_equal(one, other) for one, other in zip(expected[consumed // 4 :], loader))
+        loader = build_dataloader(config, seed=3, batch_size=4, consumed_samples=consumed_samples)
+        assert all(_equal(one, other) for one, other in zip(expected[consumed_samples // 4 :], loader))
         loader.close()
     assert not quarantine.exists()
 
@@ -382,12 +382,12 @@ def trapped(data_config, store_path):
     """A loader over the shapes whose record 5 springs a trap."""
     loaders = []
 
-    def make(num_workers, trap, marker=None, consumed=0, **settings):
+    def make(num_workers, trap, marker=None, consumed_samples=0, **settings):
         config = data_config(num_workers, settings, text_drop_ratio=0)
         store = open_store(store_path)
         tokenizer = _Trap(store[5]["cap"], trap, marker)
         dataset = FlashI2VDataset(store, config.dataset_param, seed=3, tokenizer=tokenizer)
-        sampler = StatefulDistributedSampler(12, seed=3, consumed=consumed)
+        sampler = StatefulDistributedSampler(12, seed=3, consumed_samples=consumed_samples)
         loaders.append(StatefulLoader(dataset, sampler, 4, config.dataloader_param))
         return loaders[-1]
 
@@ -421,7 +421,7 @@ def test_a_clip_that_hangs_or_kills_its_reader_costs_one_sample(
     (entry,) = map(json.loads, (tmp_path / "quarantine.jsonl").read_text().splitlines())
     assert (entry["path"], entry["start_frame_idx"]) == (path, None)
     assert all(_equal(one, other) for one, other in zip(batches, trapped(0, trap)))
-    assert all(_equal(one, other) for one, other in zip(batches[1:], trapped(0, trap, consumed=4)))
+    assert all(_equal(one, other) for one, other in zip(batches[1:], trapped(0, trap, consumed_samples=4)))
 
 
 def test_a_reader_that_is_killed_once_changes_nothing(trapped, tmp_path):
@@ -500,7 +500,7 @@ def test_features_take_the_place_of_the_video(data_config, encoded, num_workers)
     path, plain = encoded
     settings = {"features_path": path, "load_video_features": True, "load_text_features": True}
     config = data_config(num_workers, **settings)
-    loader = build_dataloader(config, seed=3, batch_size=4, made_by={"vae": "mean"})
+    loader = build_dataloader(config, seed=3, batch_size=4, provenance={"vae": "mean"})
     batches = list(islice(loader, 6))  # two epochs: the crop in time of the first is that of the second
     loader.close()
     for batch in batches:
@@ -519,7 +519,7 @@ def test_features_made_by_something_else_are_refused(data_config, encoded):
     path, _ = encoded
     config = data_config(features_path=path, load_video_features=True)
     with pytest.raises(InputError, match="made with vae 'mean', this run has 'max'"):
-        build_dataloader(config, seed=3, batch_size=4, made_by={"vae": "max"})
+        build_dataloader(config, seed=3, batch_size=4, provenance={"vae": "max"})
 
 
 def test_a_clip_without_features_is_stood_in_for_in_every_epoch_and_only_there(data_config, encoded, tmp_path):

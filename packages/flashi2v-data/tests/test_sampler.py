@@ -24,10 +24,10 @@ def test_every_epoch_holds_every_sample_once(num_samples, seed, shuffle):
 
 
 @given(SIZES, SEEDS, RANKS, st.integers(0, 200), st.integers(1, 30))
-def test_ranks_share_the_stream_of_one(num_samples, seed, num_replicas, consumed, length):
+def test_ranks_share_the_stream_of_one(num_samples, seed, num_replicas, consumed_samples, length):
     def stream(rank, replicas, count):
         sampler = StatefulDistributedSampler(
-            num_samples, rank=rank, num_replicas=replicas, seed=seed, consumed=consumed
+            num_samples, rank=rank, num_replicas=replicas, seed=seed, consumed_samples=consumed_samples
         )
         return list(islice(sampler, count))
 
@@ -41,7 +41,7 @@ def test_a_resumed_stream_continues_on_any_number_of_ranks(num_samples, seed, be
     first = StatefulDistributedSampler(num_samples, num_replicas=before, seed=seed)
     list(islice(first, steps))
     state = first.state_dict()
-    assert state == {"consumed": steps * before, "seed": seed, "num_samples": num_samples}
+    assert state == {"consumed_samples": steps * before, "seed": seed, "num_samples": num_samples}
     resumed = StatefulDistributedSampler(num_samples, rank=after - 1, num_replicas=after, seed=seed)
     resumed.load_state_dict(state)
     whole = islice(StatefulDistributedSampler(num_samples, seed=seed), 1000)
@@ -62,7 +62,7 @@ def test_no_sample_is_lost_or_repeated_however_often_ranks_change(num_samples, s
         for sampler in samplers:
             sampler.load_state_dict(state)
         seen += [key for turn in zip(*(list(islice(sampler, steps)) for sampler in samplers)) for key in turn]
-        assert len({sampler.state_dict()["consumed"] for sampler in samplers}) == 1
+        assert len({sampler.state_dict()["consumed_samples"] for sampler in samplers}) == 1
         state = samplers[0].state_dict()
     assert seen == list(islice(StatefulDistributedSampler(num_samples, seed=seed), len(seen)))
     assert len(set(seen)) == len(seen)
@@ -73,7 +73,7 @@ def test_no_sample_is_lost_or_repeated_however_often_ranks_change(num_samples, s
 
 def test_epochs_and_seeds_are_shuffled_differently():
     def order(seed, epoch):
-        keys = islice(StatefulDistributedSampler(50, seed=seed, consumed=50 * epoch), 50)
+        keys = islice(StatefulDistributedSampler(50, seed=seed, consumed_samples=50 * epoch), 50)
         return [key.index for key in keys]
 
     assert order(0, 0) != order(0, 1)
@@ -107,3 +107,9 @@ def test_generators_depend_on_each_of_their_arguments():
     assert seeds == [generator(*key).initial_seed() for key in keys]
     # A change of this number would change every run that is resumed.
     assert generator(0, "noise", 3, 5).initial_seed() == 6901436871053172442
+
+
+def test_a_state_of_an_earlier_version_is_continued():
+    sampler = StatefulDistributedSampler(50, seed=1)
+    sampler.load_state_dict({"consumed": 12, "seed": 1, "num_samples": 50})
+    assert sampler.state_dict() == {"consumed_samples": 12, "seed": 1, "num_samples": 50}

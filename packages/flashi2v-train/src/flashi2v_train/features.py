@@ -201,7 +201,7 @@ class FeatureSource:
             rank=world.data_rank + world.dims.data * world.peers.rank(),
             num_replicas=world.dims.data * num_peers,
             device=world.device,
-            made_by=provenance,
+            provenance=provenance,
             num_required=1,  # peers may be more than records; what a step takes is checked here
         )
         total, available = samples_per_step * world.dims.data, len(self._loader.dataset)
@@ -225,7 +225,7 @@ class FeatureSource:
         """Return the samples of the next step, and where they come from."""
         if not self._ready:
             self._ready.extend(self._read_round())
-        self._state["consumed"] += self._samples_per_step * self._num_replicas
+        self._state["consumed_samples"] += self._samples_per_step * self._num_replicas
         return self._ready.popleft()
 
     def _read_round(self) -> Iterator[tuple[Batch, list[Origin]]]:
@@ -271,7 +271,7 @@ class FeatureSource:
             InputError: the state belongs to other data or another seed.
         """
         self._loader.load_state_dict(state)
-        self._state = {**state}
+        self._state = self._loader.state_dict()
         self._batches = None
         self._ready.clear()
 

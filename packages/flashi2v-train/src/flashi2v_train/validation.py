@@ -146,7 +146,7 @@ class Validation:
             rank=world.data_rank,
             num_replicas=world.dims.data,
             device=world.device,
-            made_by=self._provenance,
+            provenance=self._provenance,
             num_required=1,
         )
 

@@ -1,4 +1,15 @@
-"""From meta JSON to the clips that are fit for training."""
+"""From meta JSON to the clips that are fit for training: the whole way of an entry.
+
+    meta.read_pieces          cuts a meta JSON into pieces of whole entries
+    meta.parse_plain, ...     makes entries of a piece, in a worker
+    judge.read_entry          holds an entry against the schema, `records.Entry`
+    judge.Judge               holds it against the limits of the settings, `rules`
+    probing.Prober            asks the video what the entry leaves out; then it is judged
+    judge.record_of, pack     make the record that is stored, by `store.writer`
+    report.FilterReport       counts all of them
+
+Outcomes come in the order of the entries, however many processes work, so the same files give the same store.
+"""
 
 import contextlib
 import gc

@@ -64,7 +64,7 @@ class FlashI2VDataset(Dataset[Sample]):
         config: `dataset_param` of data.json.
         seed: of everything random: crop in time, choice among captions, dropped text, mirroring.
         tokenizer: the default loads `text_tokenizer_path`.
-        made_by: what features must have been made by, where any are loaded; None takes any.
+        provenance: what features must have been made from, where any are loaded; None accepts any.
 
     Raises:
         InputError: store or features do not fit the config, or the tokenizer or decoder is missing.
@@ -77,7 +77,7 @@ class FlashI2VDataset(Dataset[Sample]):
         *,
         seed: int,
         tokenizer: Tokenizer | None = None,
-        made_by: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         if len(store) == 0:
             raise InputError(f"{store.paths[0]} holds no records: see the report beside it for why all were dropped")
@@ -88,7 +88,7 @@ class FlashI2VDataset(Dataset[Sample]):
         self.transform = build_transform(config.transform_pipeline)
         self.decoder = resolve_backend(config.decoder)
         self.tokenizer = tokenizer or load_tokenizer(config.text_tokenizer_path, config.tokenizer_max_length)
-        self.features = None if config.features_path is None else FeatureStore(config.features_path, made_by)
+        self.features = None if config.features_path is None else FeatureStore(config.features_path, provenance)
         default = f"{config.metafile_or_dir_path.rstrip('/')}.quarantine.jsonl"
         self.quarantine = Quarantine(config.quarantine_path or default)
         self.stand_ins = StandIns(store, self.quarantine, seed)

@@ -1,4 +1,12 @@
-"""Batches of samples that can be resumed where they were delivered."""
+"""From records to batches, which can be resumed where they were delivered: the whole way of a sample.
+
+sampler.StatefulDistributedSampler     says which sample is next, in which epoch
+substitution.StandIns                  says which record to read for it: its own, or one that stands in
+dataset.FlashI2VDataset.read           draws caption, crop in time and mirroring; reads the frames, in a worker
+transforms.VideoTransform              crops and resizes them, into memory that the worker shares with the loader
+StatefulLoader                         normalises them where they are wanted, and joins samples to batches
+quarantine.Quarantine                  keeps what could not be read, for this run and later ones
+"""
 
 import copy
 import logging
@@ -63,9 +71,9 @@ def build_dataloader(
     batch_size: int,
     rank: int = 0,
     num_replicas: int = 1,
-    consumed: int = 0,
+    consumed_samples: int = 0,
     device: torch.device | str | None = None,
-    made_by: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
     num_required: int | None = None,
 ) -> "StatefulLoader":
     """Make the training loader that data.json describes.
@@ -76,10 +84,10 @@ def build_dataloader(
         batch_size: samples in one batch of this rank.
         rank: of this process among those that see different samples.
         num_replicas: how many those are.
-        consumed: samples that all ranks together have had; see also `StatefulLoader.load_state_dict`.
+        consumed_samples: samples that all ranks together have had; see also `StatefulLoader.load_state_dict`.
         device: where `video` is wanted; an accelerator is sent a quarter of the bytes, and normalises there. The
             default leaves everything on the CPU.
-        made_by: what features must have been made by, where any are loaded; None takes any.
+        provenance: what features must have been made from, where any are loaded; None accepts any.
         num_required: records that the store must hold at least; the default is one batch of all ranks.
 
     Raises:
@@ -92,14 +100,14 @@ def build_dataloader(
             f"{store.paths[0]} holds {len(store)} records, fewer than the {num_required} of one batch over all ranks: "
             "lower the batch size, or relax the filter"
         )
-    dataset = FlashI2VDataset(store, config.dataset_param, seed=seed, made_by=made_by)
+    dataset = FlashI2VDataset(store, config.dataset_param, seed=seed, provenance=provenance)
     sampler = StatefulDistributedSampler(
         len(dataset),
         rank=rank,
         num_replicas=num_replicas,
         shuffle=config.dataloader_param.shuffle,
         seed=seed,
-        consumed=consumed,
+        consumed_samples=consumed_samples,
     )
     return StatefulLoader(dataset, sampler, batch_size, config.dataloader_param, device)
 
@@ -197,7 +205,7 @@ class StatefulLoader:
                 "closed, or this is another process; iterate anew, or build a loader for each use"
             )
         batch = self._collate(iteration.samples)
-        self._delivered["consumed"] += self.batch_size * self._sampler.num_replicas
+        self._delivered["consumed_samples"] += self.batch_size * self._sampler.num_replicas
         self._note(batch)
         return batch
 
@@ -319,8 +327,9 @@ class StatefulLoader:
         Raises:
             InputError: the state belongs to other data or another seed.
         """
-        copy.copy(self._sampler).load_state_dict(state)
-        self._delivered = {**state}
+        sampler = copy.copy(self._sampler)
+        sampler.load_state_dict(state)
+        self._delivered = sampler.state_dict()
         self._live = None
 
 

@@ -1,7 +1,7 @@
 """The order of samples: a pure function of seed and position, whatever the number of ranks or workers."""
 
-from collections.abc import Iterator
-from typing import NamedTuple, TypedDict
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ class SampleKey(NamedTuple):
 
 
 class SamplerState(TypedDict):
-    """Where the order stands: how many samples all ranks together have consumed, and of which order."""
+    """Where the order stands: how many samples all ranks together have had, and of which order."""
 
-    consumed: int
+    consumed_samples: int
     seed: int
     num_samples: int
 
@@ -29,12 +29,13 @@ class SamplerState(TypedDict):
 class StatefulDistributedSampler(Sampler[SampleKey]):
     """An endless stream of samples, of which this rank takes its share.
 
-    Position p of the stream is sample `permutation(seed, epoch)[p % num_samples]` of epoch `p // num_samples`; rank r
-    of R takes positions consumed + r, consumed + r + R, ... So batch number k, taken over all ranks, holds the same
-    samples however many ranks share it, and nothing is dropped or repeated where one epoch flows into the next.
+    Position p of the stream is sample `permutation(seed, epoch)[p % num_samples]` of epoch `p // num_samples`; of R
+    ranks, rank r takes positions c + r, c + r + R, ... where c samples were consumed before. So batch number k, taken
+    over all ranks, holds the same samples however many ranks share it, and nothing is dropped or repeated where one
+    epoch flows into the next.
 
     Attributes:
-        consumed: positions that all ranks together have taken from the stream.
+        consumed_samples: positions that all ranks together have taken from the stream.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class StatefulDistributedSampler(Sampler[SampleKey]):
         num_replicas: int = 1,
         shuffle: bool = True,
         seed: int = 0,
-        consumed: int = 0,
+        consumed_samples: int = 0,
     ) -> None:
         if num_samples < 1:
             raise InputError("there are no samples to draw from")
@@ -56,16 +57,16 @@ class StatefulDistributedSampler(Sampler[SampleKey]):
         self.num_replicas = num_replicas
         self.shuffle = shuffle
         self.seed = seed
-        self.consumed = consumed
+        self.consumed_samples = consumed_samples
 
     def __iter__(self) -> Iterator[SampleKey]:
         """Yield this rank's samples from where the stream stands, without end."""
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while True:
-            now, offset = divmod(self.consumed + self.rank, self.num_samples)
+            now, offset = divmod(self.consumed_samples + self.rank, self.num_samples)
             if now != epoch:
                 epoch, order = now, self._permutation(now)
-            self.consumed += self.num_replicas
+            self.consumed_samples += self.num_replicas
             yield SampleKey(epoch, int(order[offset]))
 
     def _permutation(self, epoch: int) -> Tensor:
@@ -75,7 +76,7 @@ class StatefulDistributedSampler(Sampler[SampleKey]):
 
     def state_dict(self) -> SamplerState:
         """Return where the stream stands."""
-        return {"consumed": self.consumed, "seed": self.seed, "num_samples": self.num_samples}
+        return {"consumed_samples": self.consumed_samples, "seed": self.seed, "num_samples": self.num_samples}
 
     def load_state_dict(self, state: SamplerState) -> None:
         """Continue from a state, on any number of ranks.
@@ -83,6 +84,7 @@ class StatefulDistributedSampler(Sampler[SampleKey]):
         Raises:
             InputError: it belongs to another order (other data or another seed).
         """
+        given: Mapping[str, Any] = state  # states of earlier versions say "consumed"
         if state["num_samples"] != self.num_samples:
             raise InputError(
                 f"the saved run drew from {state['num_samples']} samples, the data now holds {self.num_samples}: "
@@ -90,4 +92,4 @@ class StatefulDistributedSampler(Sampler[SampleKey]):
             )
         if state["seed"] != self.seed:
             raise InputError(f"the saved run used seed {state['seed']}, this one {self.seed}: set the same seed")
-        self.consumed = state["consumed"]
+        self.consumed_samples = given["consumed_samples"] if "consumed_samples" in given else given["consumed"]

@@ -69,19 +69,19 @@ class FeatureWriter:
 
     Args:
         path: of the store, `<name>.lmdb` where a folder holds several.
-        made_by: everything that the features depend on; values are numbers, strings, lists, dicts.
+        provenance: everything that the features depend on; values are numbers, strings, lists, dicts.
 
     Raises:
         InputError: there is a store of that name with features of another kind.
         StorageError: the disk refuses.
     """
 
-    def __init__(self, path: str | os.PathLike[str], made_by: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], provenance: Mapping[str, Any]) -> None:
         self.path = Path(path)
         check_file(self.path)
         if not _is_begun(self.path):
             with storage(self.path, _ADVICE):
-                _begin(self.path, {"schema": SCHEMA, "made_by": dict(made_by), "checksum": CHECKSUM})
+                _begin(self.path, {"schema": SCHEMA, "made_by": dict(provenance), "checksum": CHECKSUM})
         try:
             self._environment = lmdb.open(str(self.path), map_size=FIRST_MAP_SIZE)
         except lmdb.DiskError as error:
@@ -90,7 +90,7 @@ class FeatureWriter:
             raise InputError(f"{self.path}: cannot be opened as LMDB: {error}") from None
         with self._environment.begin() as transaction:
             old = transaction.get(_HEADER)
-        if not _check_header(self.path, old, made_by, exact=True)[1]:
+        if not _check_header(self.path, old, provenance, exact=True)[1]:
             raise InputError(
                 f"{self.path}: has no checksums, so nothing is added to it: remove it, or encode elsewhere"
             )
@@ -165,13 +165,13 @@ class FeatureStore:
 
     Args:
         path: of a store, or of a folder of `*.lmdb`.
-        made_by: what the features must have been made by, as far as it matters to the reader; None takes any.
+        provenance: what the features must have been made from, as far as it matters to the reader; None accepts any.
 
     Raises:
         InputError: there is no store, or it holds features of another kind.
     """
 
-    def __init__(self, path: str | os.PathLike[str], made_by: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None) -> None:
         root = Path(path)
         self.paths = feature_stores(root)
         if not self.paths:
@@ -179,9 +179,9 @@ class FeatureStore:
         self._is_sealed = dict.fromkeys(self.paths, False)
         for store in self.paths:
             header = _get(store, _HEADER)
-            found, self._is_sealed[store] = _check_header(store, header, made_by)
-            made_by = found if made_by is None else made_by  # all stores of a folder are of one kind
-        self.made_by = found
+            found, self._is_sealed[store] = _check_header(store, header, provenance)
+            provenance = found if provenance is None else provenance  # all stores of a folder are of one kind
+        self.provenance = found
         warn_unsealed(
             [path for path, is_sealed in self._is_sealed.items() if not is_sealed], "encode again to have them"
         )
@@ -218,7 +218,7 @@ def _get(path: Path, key: bytes) -> bytes | None:
 
 
 def _check_header(
-    path: Path, header: bytes | None, made_by: Mapping[str, Any] | None, *, exact: bool = False
+    path: Path, header: bytes | None, provenance: Mapping[str, Any] | None, *, exact: bool = False
 ) -> tuple[dict[str, Any], bool]:
     """Return what features were made by, and whether they have checksums."""
     if header is None:
@@ -227,9 +227,9 @@ def _check_header(
     if found.get("schema") != SCHEMA or not isinstance(found.get("made_by"), dict):
         raise InputError(f"{path}: holds no features of schema {SCHEMA}: encode again, or update flashi2v-data")
     theirs: dict[str, Any] = found["made_by"]
-    if made_by is not None:
+    if provenance is not None:
         ours = msgspec.msgpack.decode(
-            msgspec.msgpack.encode(dict(made_by))
+            msgspec.msgpack.encode(dict(provenance))
         )  # tuples become lists, as they did in the file
         for key in sorted({*ours, *theirs} if exact else ours):
             if ours.get(key) != theirs.get(key):
