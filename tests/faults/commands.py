@@ -75,7 +75,7 @@ def prepare(inputs: Path) -> list[Command]:
 
     write_shapes(inputs / "shapes", VIDEOS, 0, SIZE, SIZE, FRAMES)
     torch.manual_seed(0)
-    presets.save("tiny", inputs / "model")
+    presets.init("tiny", inputs / "model")
     return [_filter(inputs), *_train(inputs), _infer(inputs)]
 
 

@@ -519,7 +519,7 @@ class ModelDirectory(Target):
         from flashi2v_model import presets
 
         torch.manual_seed(0)
-        presets.save("tiny", inputs / "model")
+        presets.init("tiny", inputs / "model")
         (inputs / "model/code.py").write_text(f"import os\nos.mkdir({CANARY!r})\nclass X: pass\n")
         shutil.copy(inputs / "model/code.py", inputs / "model/tokenizer/code.py")
         names = sorted((inputs / "model").rglob("*.json"))
@@ -596,7 +596,7 @@ class Weights(Target):
         return {path.name: path.read_bytes() for path in sorted(inputs.iterdir())}
 
     def read(self, path: Path) -> object:
-        from flashi2v_model.weights.conversion import convert_state_dict, read_state_dict
+        from flashi2v_model.weights import convert_state_dict, read_state_dict
 
         return convert_state_dict(read_state_dict(path))
 

@@ -37,7 +37,7 @@ def main() -> None:
     device = resolve_device(arguments.device)
 
     with tempfile.TemporaryDirectory() as directory:
-        presets.save("tiny", Path(directory))
+        presets.init("tiny", Path(directory))
         pipe = FlashI2VPipeline.from_pretrained(directory).to(device)
     pipe.set_progress_bar_config(disable=True)
     image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)

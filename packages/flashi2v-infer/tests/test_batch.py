@@ -17,11 +17,11 @@ from flashi2v_data import read_frames
 from flashi2v_data.errors import StorageError
 from flashi2v_data.settings import load_config
 from flashi2v_infer import InputError, SamplingError, read_record, save_video
-from flashi2v_infer.commands.batch import read_back, read_batch, unfinished, write_together
+from flashi2v_infer.commands.batch import Batch, read_back, read_batch, unfinished, write_together
 from flashi2v_infer.commands.run import sample_batch, sample_jobs
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.load import load_from_config
+from flashi2v_infer.load import ConfiguredModel
 from flashi2v_infer.plan.measured import Meter
 from flashi2v_infer.processes import Processes
 
@@ -36,6 +36,10 @@ def config(job):
     Path("prompts.txt").write_text("a red circle\na dark object\na blue square\n")
     Path("images.txt").write_text("first.png\nsecond.jpg\nfirst.png\n")
     return lambda **changes: load_config(job(**changes), InferenceConfig)
+
+
+def read(config: InferenceConfig) -> Batch:
+    return read_batch(config, ConfiguredModel(config, AS_IT_SAYS).source())
 
 
 def contents(directory: Path = SAMPLES) -> dict[str, bytes]:
@@ -74,14 +78,14 @@ def whole(config) -> Path:
 
 @pytest.mark.usefixtures("whole")
 def test_a_batch_is_what_its_jobs_are_whatever_their_order_and_number(config, assert_whole):
-    settings = config(save_path="apart")
-    batch = read_batch(settings, seed=3)
+    model = ConfiguredModel(config(save_path="apart"), Execution(keep_text_encoder=True))
+    batch = read_batch(model.config, model.source())
     jobs = batch.jobs
-    keep, alone = Execution(keep_text_encoder=True), Processes(torch.device("cpu"))
-    pipe = load_from_config(settings, keep)
-    sample_jobs(pipe, [jobs[2], jobs[0]], keep, alone, Meter(alone.device))
+    alone = Processes(torch.device("cpu"))
+    pipe = model.load(model.settle())
+    sample_jobs(pipe, model, [jobs[2], jobs[0]], alone, Meter(alone.device))
     assert [job.request.index for job in unfinished(jobs)] == [1]
-    sample_jobs(pipe, jobs[1:2], keep, alone, Meter(alone.device))
+    sample_jobs(pipe, model, jobs[1:2], alone, Meter(alone.device))
     assert unfinished(jobs) == []
     assert write_together(batch) == []
     assert_whole(Path("apart"))
@@ -102,7 +106,7 @@ def test_a_disk_that_fills_up_is_one_line_that_says_how_to_go_on(config):
 @pytest.mark.usefixtures("whole")
 def test_resuming_a_finished_batch_samples_nothing_and_shows_all(config, assert_whole, capsys, monkeypatch):
     # Nothing to sample: the model is not even loaded.
-    monkeypatch.setattr("flashi2v_infer.commands.run.load_from_config", None)
+    monkeypatch.setattr(ConfiguredModel, "load", None)
     Path("samples/video_grid.mp4").unlink()
     sample_batch(config(), AS_IT_SAYS, resume=True, strips=Path("strips"))
     assert_whole()
@@ -264,7 +268,7 @@ def test_a_video_whose_sampling_fails_costs_itself_and_makes_the_run_a_failure(c
 
 @pytest.mark.usefixtures("whole")
 def test_a_finished_video_of_another_size_is_not_taken_for_this_one(config):
-    (job, *_) = read_batch(config(), seed=3).jobs
+    (job, *_) = read(config()).jobs
     assert read_back(job).shape == (5, 32, 48, 3)
     record = json.loads(Path("samples/video_0.json").read_text())
     save_video(job.path, np.zeros((5, 64, 48, 3), np.uint8), 8, record)
@@ -276,7 +280,7 @@ def test_images_are_relative_to_the_working_directory_not_to_their_list(config, 
     for name in ("prompts.txt", "images.txt"):
         Path(name).rename(f"lists/{name}")
     Image.fromarray(photograph).save("lists/first.png")
-    batch = read_batch(config(prompt="lists/prompts.txt", image="lists/images.txt"), seed=0)
+    batch = read(config(prompt="lists/prompts.txt", image="lists/images.txt"))
     assert len(batch.jobs) == 3
     Path("second.jpg").rename("lists/second.jpg")
-    assert list(read_batch(config(prompt="lists/prompts.txt", image="lists/images.txt"), seed=0).bad_lines) == [2]
+    assert list(read(config(prompt="lists/prompts.txt", image="lists/images.txt")).bad_lines) == [2]

@@ -14,11 +14,11 @@ import flashi2v_infer.decoding
 from flashi2v_data.errors import InputError
 from flashi2v_infer.commands.sampler import psnr
 from flashi2v_infer.decoding import Decoding, choose_decoding, decode_within_memory, decoding_as, predicted_peak
-from flashi2v_infer.execution import LOW_MEMORY_BUDGET, Execution
+from flashi2v_infer.execution import LOW_MEMORY_BUDGET, DTypes, Execution
 from flashi2v_infer.load import load_from_pretrained
 from flashi2v_infer.pipeline import prepare_image
 from flashi2v_infer.placement import encode_prompts, place, put_away_text_encoder
-from flashi2v_infer.plan.tracing import num_bytes, tracing
+from flashi2v_model.cost import num_bytes, tracing
 from flashi2v_model.encoders import decode_video, encode_video
 
 CPU = torch.device("cpu")
@@ -62,13 +62,18 @@ def test_an_execution_is_made_without_heavy_imports():
 def test_low_memory_settles_what_is_left_open_and_bows_to_what_is_said():
     execution = Execution(low_memory=True)
     assert execution.offloading == "group"
-    assert execution.settled_vae_dtype("float32") == "bf16"
-    assert Execution(low_memory=True, vae_dtype="fp32").settled_vae_dtype() == "fp32"
-    assert Execution().settled_vae_dtype("bf16") == "bf16"
-    assert Execution().settled_vae_dtype() == "fp32"
-    assert Execution().settled_dtype("cuda") == "bf16"
-    assert Execution().settled_dtype("cpu") == "fp32"
-    assert Execution(dtype="fp16").settled_dtype("cuda") == "fp16"
+    file = DTypes("fp16", "bf16", "float32")
+    assert execution.dtypes(file) == ("fp16", "bf16", "bf16")
+    assert Execution().dtypes(file) == ("fp16", "bf16", "fp32")
+    assert Execution(low_memory=True, dtype="fp32", vae_dtype="fp32").dtypes(file) == ("fp32",) * 3
+
+
+def test_dtypes_are_those_that_suit_the_device_where_nothing_names_them():
+    assert Execution().settle(torch.device("cuda")).dtypes == ("bf16", "bf16", "fp32")
+    assert Execution(dtype="fp16").settle(torch.device("cuda")).dtypes == ("fp16", "fp16", "fp32")
+    settled = Execution().settle(CPU)
+    assert settled.dtypes == ("fp32",) * 3
+    assert settled.device == CPU
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from flashi2v_data.settings import load_config
 from flashi2v_infer import InputError
 from flashi2v_infer.commands.batch import Batch, read_batch
 from flashi2v_infer.config import InferenceConfig
+from flashi2v_infer.execution import Execution
 from flashi2v_infer.files.pictures import read_image
-from flashi2v_infer.load import load_from_config
+from flashi2v_infer.load import ConfiguredModel, load_from_config
 
 
 class Run:
@@ -28,7 +29,7 @@ class Run:
 
     @cached_property
     def batch(self) -> Batch:
-        return read_batch(self.config, self.config.seed)
+        return read_batch(self.config, ConfiguredModel(self.config, Execution()).source())
 
     @cached_property
     def job(self) -> Any:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from flashi2v_data.settings import load_config
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.load import load_from_config, load_from_pretrained, settled_device
+from flashi2v_infer.load import ConfiguredModel, load_from_config, load_from_pretrained
 from flashi2v_infer.placement import home
 from flashi2v_model import InputError
 from flashi2v_model.layers import RMSNorm
@@ -154,5 +154,5 @@ def test_what_the_command_says_comes_before_the_file(config, monkeypatch):
         "flashi2v_infer.load.resolve_device", lambda name, index=None: asked.append(name) or torch.device("cpu")
     )
     for execution in (Execution(), Execution(device="cuda:1")):
-        settled_device(execution, "npu")
+        ConfiguredModel(config(device="npu"), execution).settle()
     assert asked == ["npu", "cuda:1"]

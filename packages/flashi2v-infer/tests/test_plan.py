@@ -11,15 +11,15 @@ from flashi2v_data.errors import InputError
 from flashi2v_data.settings import load_config
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.load import load_from_pretrained
+from flashi2v_infer.load import ConfiguredModel, ModelDirectory, load_from_pretrained
 from flashi2v_infer.placement import place
 from flashi2v_infer.plan.measured import Measured, Meter, comparison
 from flashi2v_infer.plan.plan import group_sizes, make_plan, target_device
-from flashi2v_infer.plan.skeleton import Parts, build_parts, parts_of_config, parts_of_model
-from flashi2v_infer.plan.tracing import FORMULAS, num_bytes, tracing
+from flashi2v_infer.plan.skeleton import Parts, build_parts, parts_of
 from flashi2v_infer.settings import SamplingSettings
-from flashi2v_model import FlashI2VTransformer3DModel, presets
+from flashi2v_model import presets
 from flashi2v_model.caching import text_kept
+from flashi2v_model.cost import FORMULAS, num_bytes
 from flashi2v_model.sampling import velocity_field
 
 SMALL = SamplingSettings(num_frames=9, height=64, width=96, num_inference_steps=3, max_sequence_length=24)
@@ -35,7 +35,7 @@ def real(model_directory):
 
 @pytest.fixture(scope="module")
 def planned(model_directory):
-    return parts_of_model(str(model_directory), Execution(), "cpu")
+    return parts_of(ModelDirectory(str(model_directory), Execution()), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -85,35 +85,9 @@ def _formulas():
     return {operator: with_shapes(FORMULAS[operator]) for operator in FORMULAS if "for_cpu" in str(operator)}
 
 
-def test_operations_of_the_released_model_follow_the_textbook():
-    width, ffn, layers, tokens, text = 1536, 8960, 30, 13 * 30 * 52, 512
-    with torch.device("meta"):
-        transformer = FlashI2VTransformer3DModel(**presets.TRANSFORMERS["1.3b"])
-    latents = torch.empty(1, 16, 13, 60, 104, device="meta")
-    context = torch.empty(1, text, 4096, device="meta")
-    velocity = velocity_field(transformer, latents[:, :, :1], context, None, 1.0, 0.1, cfg_batch=False)
-    with text_kept(transformer), tracing() as trace:
-        velocity(latents, torch.tensor(900.0, device="meta"))
-        first = trace.flops
-        velocity(latents, torch.tensor(100.0, device="meta"))
-    # Two for each weight and token.
-    projections = 2 * tokens * (6 * width**2 + 2 * width * ffn)
-    attention = 4 * tokens * width * (tokens + text)
-    ends = 2 * tokens * (64 * width + 64 * width)  # patches of the latent, and 64 numbers a patch
-    features = 2 * tokens * (64 * width + width**2)  # patches, a 1x1x1 convolution
-    time = 2 * (256 * width + width**2 + 6 * width**2)
-    shift = 2 * 13 * 60 * 104 * 27 * (16 * 64 + 64 * 16)
-    step = layers * (projections + attention) + ends + features + time + shift
-    assert trace.flops - first == step
-    # The first step's own: the text, and its keys and values.
-    keys_values = layers * 2 * text * 2 * width**2
-    assert first - (trace.flops - first) == keys_values + 2 * text * (4096 * width + width**2)
-    assert trace.peak < 3 * 2**30  # a matrix of all pairs of tokens would take 18 GiB a layer
-
-
 def test_the_largest_model_fits_a_card_of_8_gb_with_low_memory():
     execution = Execution(device="cuda", low_memory=True)
-    dtypes = (execution.settled_dtype("cuda"), execution.settled_dtype("cuda"), execution.settled_vae_dtype())
+    dtypes = execution.settle(torch.device("cuda")).dtypes
     parts = build_parts(presets.TRANSFORMERS["14b"], None, None, dtypes)
     plan = make_plan(parts, SamplingSettings(), execution, "cuda", None)
     assert plan.peak < 6 * 2**30
@@ -173,7 +147,7 @@ _GROWTH = """
 import ctypes
 
 import torch
-from flashi2v_infer.plan.tracing import num_bytes, tracing
+from flashi2v_model.cost import num_bytes, tracing
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.sampling import velocity_field
 from flashi2v_npu_ops.device import peak_memory, reset_peak_memory
@@ -197,7 +171,7 @@ def run(device):
     return trace.peak
 
 predicted = run("meta")
-ctypes.CDLL(None).malloc_trim(0)  # importing has let go of much, which would be used again
+ctypes.CDLL(None).malloc_trim(0)  # importing has released much, which would be used again
 reset_peak_memory(torch.device("cpu"))
 before = peak_memory(torch.device("cpu"))
 run("cpu")
@@ -215,20 +189,20 @@ def test_a_real_process_grows_by_what_was_predicted():
 
 def test_a_configuration_file_is_planned_from_its_parts(job, model_directory, planned):
     config = load_config(job(ae={"enable_tiling": True}), InferenceConfig)
-    parts = parts_of_config(config, Execution())
+    parts = parts_of(ConfiguredModel(config, Execution()), "cpu")
     assert parts.assumptions == ()
     assert parts.vae.use_tiling
     assert {p.device.type for module in parts.modules.values() for p in module.parameters()} == {"meta"}
     assert num_bytes(*parts.modules.values()) == num_bytes(*planned.modules.values())
     plan = make_plan(parts, config.sampling, Execution(), "cpu", None)
     assert plan.decoding == "the tiles that are set for the VAE"
-    half = parts_of_config(config, Execution(dtype="bf16", vae_dtype="bf16"))
+    half = parts_of(ConfiguredModel(config, Execution(dtype="bf16", vae_dtype="bf16")), "cpu")
     assert half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
     assert half.transformer.scale_shift_table.dtype == torch.float32
 
 
 def test_what_is_not_on_the_disk_is_assumed_and_said():
-    parts = parts_of_model("somebody/FlashI2V", Execution(), "cuda")
+    parts = parts_of(ModelDirectory("somebody/FlashI2V", Execution()), "cuda")
     plan = make_plan(parts, SMALL, Execution(), "cuda", None)
     text = str(plan)
     for part in ("transformer's sizes are taken to be FlashI2V 1.3B's", "VAE's sizes are taken to be Wan2.1's"):
@@ -243,17 +217,17 @@ def test_a_damaged_config_is_one_line(model_directory, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "vae" / "config.json").write_text("{")
     with pytest.raises(flashi2v_model.InputError, match=r"--model: .*vae/config\.json cannot be read"):
-        parts_of_model(str(tmp_path), Execution(), "cpu")
+        parts_of(ModelDirectory(str(tmp_path), Execution()), "cpu")
 
 
 def test_a_run_can_be_planned_for_a_device_that_is_elsewhere():
     if not torch.cuda.is_available():
-        assert target_device(Execution(device="cuda", low_memory=True)) == ("cuda", None)
-    device_type, free = target_device(Execution(), "cpu")
+        assert target_device("cuda") == ("cuda", None)
+    device_type, free = target_device("cpu")
     assert device_type == "cpu"
     assert free is None or free > 2**20
     with pytest.raises(InputError, match="unknown device type 'tpu'"):
-        target_device(Execution(device="tpu"))
+        target_device("tpu")
 
 
 def test_measured_figures_stand_beside_the_planned(planned):
@@ -280,7 +254,7 @@ def test_a_plan_reads_no_weights(model_directory, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text((model_directory / name / "config.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps({}))
-    parts = parts_of_model(str(tmp_path), Execution(), "cpu")
+    parts = parts_of(ModelDirectory(str(tmp_path), Execution()), "cpu")
     assert parts.assumptions == ()
     assert make_plan(parts, SMALL, Execution(), "cpu", None).peak > 0
 

@@ -24,8 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flashi2v_model import FlashI2VTransformer3DModel, InputError, cli, convert_state_dict, load_weights
 from flashi2v_model.presets import TRANSFORMERS
-from flashi2v_model.weights.conversion import read_state_dict
-from flashi2v_model.weights.layouts import NEW_LAYERS
+from flashi2v_model.weights import NEW_LAYERS, read_state_dict
 
 SCRIPT = Path(sys.executable).with_name("flashi2v-model")
 Run = Callable[..., str]

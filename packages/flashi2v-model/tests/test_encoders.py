@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def tiny(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(3)
-    presets.save("tiny", directory)
+    presets.init("tiny", directory)
     return directory
 
 

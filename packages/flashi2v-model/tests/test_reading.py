@@ -19,7 +19,7 @@ from transformers import UMT5EncoderModel
 
 from flashi2v_model import InputError, convert_state_dict
 from flashi2v_model.encoders import load_pretrained
-from flashi2v_model.weights.conversion import detect_layout
+from flashi2v_model.weights import detect_layout
 from flashi2v_model.weights.fingerprint import fingerprint
 from flashi2v_model.weights.reading import check_directory, read_json, read_state_dict
 

@@ -23,8 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoin
 
 from flashi2v_model import FlashI2VTransformer3DModel, InputError, convert_state_dict, load_weights
 from flashi2v_model.presets import TRANSFORMERS
-from flashi2v_model.weights.conversion import LAYOUTS, NEW_LAYERS, architecture, detect_layout, read_state_dict
-from flashi2v_model.weights.layouts import translate
+from flashi2v_model.weights import LAYOUTS, NEW_LAYERS, architecture, detect_layout, read_state_dict, translate
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from flashi2v_model.presets import save
+from flashi2v_model import presets
 from flashi2v_train.batch import Batch, pick
 from flashi2v_train.config import read_run_config
 from flashi2v_train.options import TrainOptions
@@ -75,7 +75,7 @@ def prepare(root: Path) -> dict[str, Path]:
     }
     (root / "filter.yaml").write_text(json.dumps(limits))
     run("flashi2v-data", "filter", "--filter_config", root / "filter.yaml")
-    save("tiny", root / "model")
+    presets.init("tiny", root / "model")
     transforms = [
         {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [SIZE, SIZE]}},
         {"trans_type": "ToTensorVideo"},

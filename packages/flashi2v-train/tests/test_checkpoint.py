@@ -24,9 +24,9 @@ from flashi2v_data.errors import InputError, StorageError
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.cli import convert
 from flashi2v_model.errors import InputError as ModelInputError
+from flashi2v_model.weights import read_state_dict
 from flashi2v_model.weights.checkpoint import LATEST, SafeReader, newest_checkpoint
 from flashi2v_model.weights.checksums import CHECKSUMS
-from flashi2v_model.weights.conversion import read_state_dict
 from flashi2v_train import checkpoint
 from flashi2v_train.checkpoint import Checkpoints, load, run_state
 from flashi2v_train.ema import EMA

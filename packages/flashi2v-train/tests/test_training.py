@@ -13,8 +13,8 @@ import torch
 from flashi2v_data.errors import InputError
 from flashi2v_data.settings import load_config
 from flashi2v_model import FlashI2VTransformer3DModel, convert_state_dict
+from flashi2v_model.weights import read_state_dict
 from flashi2v_model.weights.checksums import CHECKSUMS
-from flashi2v_model.weights.conversion import read_state_dict
 from flashi2v_train.config import TrainModelConfig, TrainOptions, read_run_config
 from flashi2v_train.trainer import train
 

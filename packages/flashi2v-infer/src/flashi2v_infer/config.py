@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from flashi2v_data.loading.config import TransformPipeline
 from flashi2v_data.settings import Settings
+from flashi2v_infer.execution import DTypes, Execution
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model.config import AEConfig, DiffusionConfig, DType, PredictorConfig, SchedulerName, TextEncoderConfig
 
@@ -103,6 +104,17 @@ class InferenceConfig(Settings):
                 f"predictor.max_seq_len: {longest} is less than the longest side of the token grid {tokens}: "
                 f"set it to {max(tokens)} or more, or make pipeline_config.input_size smaller"
             )
+
+    @property
+    def dtypes(self) -> DTypes:
+        """Those of all parts."""
+        return DTypes(self.predictor.dtype, self.text_encoder.dtype, self.ae.dtype)
+
+    def computed_by(self, execution: Execution) -> "InferenceConfig":
+        """Return the configuration with the dtypes that an execution asks for instead of the file's."""
+        dtypes = zip(("predictor", "text_encoder", "ae"), execution.dtypes(self.dtypes))
+        parts = {part: getattr(self, part).model_copy(update={"dtype": dtype}) for part, dtype in dtypes}
+        return self.model_copy(update=parts)
 
     @property
     def model_settings(self) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from flashi2v_infer.execution import LOW_MEMORY_BUDGET, Execution
-from flashi2v_infer.plan.tracing import tracing
 from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from flashi2v_model.cost import tracing
 from flashi2v_model.encoders import decode_video
 from flashi2v_npu_ops.device import free_memory
 

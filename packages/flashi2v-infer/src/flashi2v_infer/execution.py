@@ -1,27 +1,31 @@
 """How a video is computed: where, in which precision and within how much memory. What is computed stays the same, up
 to rounding, except for the seams of a tiled VAE; and for a variant of the network, which has to be named.
 
-Nothing heavy is imported, so that a contradiction is told at once.
+Nothing heavy is imported, so that a contradiction is reported at once.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias, TypeVar, get_args
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 from flashi2v_data.errors import InputError
 from flashi2v_model.config import DType
 
-Offload: TypeAlias = Literal["none", "model", "group"]
+if TYPE_CHECKING:
+    import torch
 
-_T = TypeVar("_T")
-_Flag: TypeAlias = Annotated[bool, Parameter(negative=())]
-# The command line samples videos one by one, and lets go of the text encoder.
-_InPython: TypeAlias = Annotated[_T, Parameter(parse=False)]
+Offload: TypeAlias = Literal["none", "model", "group"]
 
 # What a run with low_memory keeps within, in bytes: the 8 GB of a small card less what its driver, the libraries'
 # workspaces and the allocator's gaps take.
 LOW_MEMORY_BUDGET = 6 * 2**30
+
+
+class DTypes(NamedTuple):
+    """Of the parts of a pipeline."""
+
+    transformer: DType
+    text_encoder: DType
+    vae: DType
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Execution:
         compile: Compile the transformer's blocks.
         cfg_batch: Run both branches of the guidance as one batch: a little faster where memory allows it.
         keep_text_encoder: Hold the text encoder in the CPU's memory once all prompts are encoded, for more of them,
-            instead of letting go of it.
+            instead of releasing it.
         context_parallel_size: Processes of torchrun that share each video; it must divide the attention heads.
         recipe: module:Class of the variant of the network that the weights are of, or of the recipe that it was trained
             by (default: FlashI2V's own).
@@ -56,27 +60,24 @@ class Execution:
     vae_dtype: DType | None = None
     offload: Offload | None = None
     vae_tiling: bool | None = None
-    vae_slicing: _InPython[bool | None] = None
-    low_memory: _Flag = False
-    compile: _Flag = False
-    cfg_batch: _Flag = False
-    keep_text_encoder: _InPython[bool] = False
+    vae_slicing: bool | None = None
+    low_memory: bool = False
+    compile: bool = False
+    cfg_batch: bool = False
+    keep_text_encoder: bool = False
     context_parallel_size: int = 1
     recipe: str | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("offload", get_args(Offload)),
-            ("dtype", get_args(DType)),
-            ("vae_dtype", get_args(DType)),
-        ):
-            if getattr(self, name) not in (None, *allowed):
-                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name, choices in (("offload", Offload), ("dtype", DType), ("vae_dtype", DType)):
+            if getattr(self, name) not in (None, *get_args(choices)):
+                allowed = ", ".join(get_args(choices))
+                raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.low_memory:
             for setting, wrong, why in (
                 ("offload", self.offload not in (None, "group"), f"offloads in groups, not {self.offload!r}"),
                 ("cfg_batch", self.cfg_batch, "runs one branch of the guidance at a time"),
-                ("keep_text_encoder", self.keep_text_encoder, "lets go of the text encoder after use"),
+                ("keep_text_encoder", self.keep_text_encoder, "releases the text encoder after use"),
             ):
                 if wrong:
                     raise InputError(f"low_memory {why}: leave out {setting} or low_memory")
@@ -105,13 +106,41 @@ class Execution:
 
     @property
     def offloading(self) -> Offload:
-        """`offload`, settled."""
+        """`offload`, or what `low_memory` makes of it."""
         return self.offload or ("group" if self.low_memory else "none")
 
-    def settled_dtype(self, device_type: str) -> DType:
-        """Return the dtype of transformer and text encoder, where no configuration file says it."""
-        return self.dtype or ("fp32" if device_type == "cpu" else "bf16")
+    def dtypes(self, file: DTypes) -> DTypes:
+        """Return the dtypes of all parts; `file` has those that stand where nothing is asked for."""
+        vae = self.vae_dtype or ("bf16" if self.low_memory else file.vae)
+        chosen = (self.dtype or file.transformer, self.dtype or file.text_encoder, vae)
+        # Of the two names of one dtype always the same, as records are compared.
+        return DTypes(*("fp32" if dtype == "float32" else dtype for dtype in chosen))
 
-    def settled_vae_dtype(self, file: DType | None = None) -> DType:
-        """Return the dtype of the VAE; `file` is what a configuration file says."""
-        return self.vae_dtype or ("bf16" if self.low_memory else None) or file or "fp32"
+    def settle(self, device: "torch.device", file: DTypes | None = None) -> "Settled":
+        """Decide what is left open, once the device is known.
+
+        Args:
+            device: where to compute.
+            file: dtypes that a configuration file names.
+
+        Raises:
+            InputError: the execution makes no sense on this device.
+        """
+        self.check_device(device.type)
+        usual: DType = "fp32" if device.type == "cpu" else "bf16"
+        return Settled(self, device, self.dtypes(file or DTypes(usual, usual, "fp32")))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a run computes, with nothing left open.
+
+    Attributes:
+        execution: what was asked for.
+        device: where to compute.
+        dtypes: of all parts.
+    """
+
+    execution: Execution
+    device: "torch.device"
+    dtypes: DTypes

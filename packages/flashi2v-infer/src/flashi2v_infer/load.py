@@ -1,6 +1,7 @@
-"""Building the pipeline from a configuration file or from a directory in diffusers' layout."""
+"""Where a pipeline comes from: a configuration file, or a directory in diffusers' layout. Every part loads strictly."""
 
 import logging
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,61 @@ from transformers import UMT5EncoderModel
 
 from flashi2v_data.captions.tokenizer import load_model
 from flashi2v_data.errors import InputError
+from flashi2v_infer import demo
 from flashi2v_infer.config import InferenceConfig
-from flashi2v_infer.execution import Execution
+from flashi2v_infer.execution import DTypes, Execution, Settled
+from flashi2v_infer.files.records import Source
 from flashi2v_infer.model_index import check_model_index
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import home, place
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
-from flashi2v_model.config import PredictorConfig, check_pretrained
+from flashi2v_model.config import AEConfig, PredictorConfig, SchedulerName, check_pretrained
 from flashi2v_model.encoders import DTYPES, load_pretrained, load_text_encoder, load_vae
 from flashi2v_model.errors import named
 from flashi2v_model.layers import use_fused_rms_norm
 from flashi2v_model.parallel import check_degree
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_model.variants import transformer_class
-from flashi2v_model.weights.reading import check_directory, weight_files
+from flashi2v_model.weights.fingerprint import fingerprint
+from flashi2v_model.weights.reading import check_directory, read_json, weight_files
 from flashi2v_npu_ops import UnsupportedError
 from flashi2v_npu_ops.device import claim_device, resolve_device
 from flashi2v_npu_ops.registry import check_environment
 
 logger = logging.getLogger(__name__)
 
-_AS_THE_FILE_SAYS = Execution()
+_AS_IT_SAYS = Execution()
+PartConfig = dict[str, Any] | None  # of a config.json; None where there is none on this disk
+
+
+def load_from_config(config: InferenceConfig, execution: Execution = _AS_IT_SAYS) -> FlashI2VPipeline:
+    """Build the pipeline that a configuration file describes.
+
+    Args:
+        config: of inference_model.json.
+        execution: how to compute; what it leaves open is as the file says.
+
+    Raises:
+        InputError: parts do not fit each other, or a part or the device is missing or damaged.
+    """
+    model = ConfiguredModel(config, execution)
+    return model.load(model.settle())
+
+
+def load_from_pretrained(model: str, execution: Execution = _AS_IT_SAYS) -> FlashI2VPipeline:
+    """Load a whole pipeline.
+
+    Args:
+        model: a directory in diffusers' layout, or a hub id.
+        execution: how to compute.
+
+    Raises:
+        InputError: there is no such directory or device, it holds no whole pipeline, or a part's weights are not those
+            of the part.
+    """
+    directory = ModelDirectory(model, execution)
+    directory.check()
+    return directory.load(directory.settle())
 
 
 def find_device(name: str, *, claim: bool = False) -> torch.device:
@@ -49,146 +84,225 @@ def find_device(name: str, *, claim: bool = False) -> torch.device:
     return device
 
 
-def settled_device(execution: Execution, file: str = "auto") -> torch.device:
-    """Return the device to compute on; `file` is what a configuration file says.
+class Model(ABC):
+    """Where a pipeline comes from, and how it is to compute; nothing is read before it is asked for.
 
-    Raises:
-        InputError: this machine lacks it, or the execution makes no sense on it.
+    Attributes:
+        execution: how to compute.
+        device_name: where, as of `find_device`.
+        scheduler: the sampler; None is the model's own.
+        dtypes: that a configuration file names.
+        ae: settings of the VAE's tiles, where a configuration file has some.
     """
-    device = find_device(execution.device or file)
-    execution.check_device(device.type)
-    return device
+
+    execution: Execution
+    device_name: str
+    scheduler: SchedulerName | None = None
+    dtypes: DTypes | None = None
+    ae: AEConfig | None = None
+
+    def settle(self, device: torch.device | None = None) -> Settled:
+        """Decide what is left open of how to compute, on a device, or on the one that is found by its name.
+
+        Raises:
+            InputError: this machine lacks it, or the execution makes no sense on it.
+        """
+        return self.execution.settle(device or find_device(self.device_name), self.dtypes)
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse what can be seen to be missing (`InputError`), before anything large is read."""
+
+    @abstractmethod
+    def part_configs(self) -> tuple[PartConfig, PartConfig, PartConfig]:
+        """Return the constructor arguments of transformer, text encoder and VAE; nothing but config.json is read."""
+
+    @abstractmethod
+    def load(self, settled: Settled, context: dist.ProcessGroup | None = None) -> FlashI2VPipeline:
+        """Build the pipeline; `context` are the processes that share each video.
+
+        Raises:
+            InputError: a part is missing or damaged, or parts do not fit each other.
+        """
+
+    @abstractmethod
+    def source(self, pipeline: FlashI2VPipeline) -> Source:
+        """Return what a video's record says of the model, once it is loaded."""
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what a record says of the execution."""
+        recipe = self.execution.recipe
+        # Tiles that were asked for are a setting like others; what the free memory decides is compared with nothing.
+        return {"vae_tiling": self.execution.vae_tiling, "network": {"recipe": recipe} if recipe else {}}
+
+    def remarks(self, prompt: str, vae_psnr: float) -> list[str]:
+        """Return what to tell whoever asks the model for more than it knows; arguments as of `demo.notes`."""
+        return []
 
 
-def load_from_config(
-    config: InferenceConfig, execution: Execution = _AS_THE_FILE_SAYS, context: dist.ProcessGroup | None = None
-) -> FlashI2VPipeline:
-    """Build the pipeline that a configuration file describes.
+class ConfiguredModel(Model):
+    """The model that a configuration file describes.
 
     Args:
         config: of inference_model.json.
         execution: how to compute; what it leaves open is as the file says.
-        context: the processes that share each video.
-
-    Raises:
-        InputError: parts do not fit each other, the tokenizer is missing or damaged, or the device is.
-        flashi2v_model.InputError: another part is missing or damaged.
     """
-    device = settled_device(execution, config.device)
-    where = home(execution, device)
-    config = settled_config(config, execution)
-    predictor, encoder, ae = config.predictor, config.text_encoder, config.ae
-    check_degree(execution.context_parallel_size, predictor.num_heads)
-    if device.type == "cpu" and predictor.dtype not in ("fp32", "float32"):
-        logger.warning("%s is slow on most CPUs: set predictor.dtype to fp32", predictor.dtype)
-    for note in predictor.notes():
-        logger.info(note)
-    transformer = _load_transformer(predictor, where, transformer_class(execution.recipe))
-    tokenizer = _load_tokenizer(config.tokenizer.from_pretrained)
-    text_encoder = load_text_encoder(encoder, where)
-    vae = load_vae(ae, where)
-    for ours, theirs, what in (
-        (predictor.text_dim, text_encoder.config.d_model, "predictor.text_dim is {}, the text encoder's is {}"),
-        (predictor.in_dim, vae.config.z_dim, "predictor.in_dim is {}, the VAE has {} latent channels"),
-    ):
-        if ours != theirs:
-            raise InputError(what.format(ours, theirs))
-    pipeline = FlashI2VPipeline(
-        tokenizer,
-        text_encoder,
-        vae,
-        transformer,
-        make_scheduler(config.diffusion.scheduler, config.diffusion.shift),
-        use_attention_mask=encoder.use_attention_mask,
-    )
-    place(pipeline, execution, device, context)
-    return pipeline
+
+    def __init__(self, config: InferenceConfig, execution: Execution) -> None:
+        self.config, self.execution = config.computed_by(execution), execution
+        self.device_name = execution.device or config.device
+        self.scheduler, self.ae, self.dtypes = config.diffusion.scheduler, self.config.ae, self.config.dtypes
+
+    def check(self) -> None:
+        config = self.config
+        assert config.predictor.from_pretrained is not None
+        weight_files(Path(config.predictor.from_pretrained))
+        check_pretrained(config.text_encoder.from_pretrained, "text_encoder.from_pretrained")
+        check_pretrained(config.ae.from_pretrained, "ae.from_pretrained")
+        _check_tokenizer(config.tokenizer.from_pretrained)
+        check_degree(self.execution.context_parallel_size, config.predictor.num_heads)
+
+    def part_configs(self) -> tuple[PartConfig, PartConfig, PartConfig]:
+        encoder, ae = self.config.text_encoder.from_pretrained, self.config.ae.from_pretrained
+        return (
+            self.config.predictor.transformer_arguments(),
+            _read_config(Path(encoder), "text_encoder.from_pretrained"),
+            _read_config(Path(ae), "ae.from_pretrained"),
+        )
+
+    def load(self, settled: Settled, context: dist.ProcessGroup | None = None) -> FlashI2VPipeline:
+        config, predictor, device = self.config, self.config.predictor, settled.device
+        where = home(settled.execution, device)
+        check_degree(settled.execution.context_parallel_size, predictor.num_heads)
+        if device.type == "cpu" and predictor.dtype != "fp32":
+            logger.warning("%s is slow on most CPUs: set predictor.dtype to fp32", predictor.dtype)
+        for note in predictor.notes():
+            logger.info(note)
+        transformer = _load_transformer(predictor, where, transformer_class(settled.execution.recipe))
+        tokenizer = _load_tokenizer(config.tokenizer.from_pretrained)
+        text_encoder = load_text_encoder(config.text_encoder, where)
+        vae = load_vae(config.ae, where)
+        for ours, theirs, what in (
+            (predictor.text_dim, text_encoder.config.d_model, "predictor.text_dim is {}, the text encoder's is {}"),
+            (predictor.in_dim, vae.config.z_dim, "predictor.in_dim is {}, the VAE has {} latent channels"),
+        ):
+            if ours != theirs:
+                raise InputError(what.format(ours, theirs))
+        scheduler = make_scheduler(config.diffusion.scheduler, config.diffusion.shift)
+        use_mask = config.text_encoder.use_attention_mask
+        pipeline = FlashI2VPipeline(tokenizer, text_encoder, vae, transformer, scheduler, use_attention_mask=use_mask)
+        place(pipeline, settled.execution, device, context)
+        return pipeline
+
+    def source(self, pipeline: FlashI2VPipeline | None = None) -> Source:
+        """Return what a video's record says of the model: here it is known before the model is loaded."""
+        config = self.config
+        parts = {
+            "predictor": str(config.predictor.from_pretrained),
+            "ae": config.ae.from_pretrained,
+            "text_encoder": config.text_encoder.from_pretrained,
+            "tokenizer": config.tokenizer.from_pretrained,
+        }
+        settings = {**config.model_settings, **self._settings()}
+        return Source(parts["predictor"], settings, {part: fingerprint(path) for part, path in parts.items()})
 
 
-def settled_config(config: InferenceConfig, execution: Execution) -> InferenceConfig:
-    """Return the configuration with the dtypes that the execution asks for instead of the file's."""
-    dtypes = {
-        "predictor": execution.dtype or config.predictor.dtype,
-        "text_encoder": execution.dtype or config.text_encoder.dtype,
-        "ae": execution.settled_vae_dtype(config.ae.dtype),
-    }
-    # Of the two names of one dtype always the same, as records are compared.
-    names = {part: "fp32" if dtype == "float32" else dtype for part, dtype in dtypes.items()}
-    parts = {part: getattr(config, part).model_copy(update={"dtype": name}) for part, name in names.items()}
-    return config.model_copy(update=parts)
-
-
-def check_parts(config: InferenceConfig) -> None:
-    """Refuse a part that is not there; none is read.
-
-    Raises:
-        InputError: the tokenizer is missing.
-        flashi2v_model.InputError: another part is.
-    """
-    assert config.predictor.from_pretrained is not None
-    weight_files(Path(config.predictor.from_pretrained))
-    check_pretrained(config.text_encoder.from_pretrained, "text_encoder.from_pretrained")
-    check_pretrained(config.ae.from_pretrained, "ae.from_pretrained")
-    _check_tokenizer(config.tokenizer.from_pretrained)
-
-
-def load_from_pretrained(
-    model: str, execution: Execution = _AS_THE_FILE_SAYS, context: dist.ProcessGroup | None = None
-) -> FlashI2VPipeline:
-    """Load a whole pipeline, every part strictly.
+class ModelDirectory(Model):
+    """A pipeline in diffusers' layout.
 
     Args:
-        model: a directory in diffusers' layout, or a hub id.
+        name: its directory, or a hub id.
         execution: how to compute.
-        context: the processes that share each video.
-
-    Raises:
-        InputError: there is no such directory, it holds no whole pipeline, or there is no such device.
-        flashi2v_model.InputError: a part's weights are not those of the part.
+        scheduler: the sampler; None is the model's own.
     """
-    directory = check_model(model)
-    if directory is not None:
-        with named("--model"):
-            check_model_index(directory)
-            for name in ("tokenizer", "scheduler"):
-                if (directory / name).is_dir():
-                    check_directory(directory / name)
-    device = settled_device(execution)
-    where = home(execution, device)
-    dtype = DTYPES[execution.settled_dtype(device.type)]
 
-    def part(cls: Any, name: str, dtype: torch.dtype) -> Any:
-        loaded = load_pretrained(cls, model, "--model", dtype, where, subfolder=name)
-        return loaded.requires_grad_(False).eval()
+    def __init__(self, name: str, execution: Execution, scheduler: SchedulerName | None = None) -> None:
+        self.name, self.execution, self.scheduler = name, execution, scheduler
+        self.device_name = execution.device or "auto"
 
-    parts = {
-        "transformer": part(transformer_class(execution.recipe), "transformer", dtype),
-        "text_encoder": part(UMT5EncoderModel, "text_encoder", dtype),
-        "vae": part(AutoencoderKLWan, "vae", DTYPES[execution.settled_vae_dtype()]),
-    }
-    try:
-        pipeline = FlashI2VPipeline.from_pretrained(model, **parts)
-    except Exception as error:  # whatever the libraries raise on what they cannot read
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise InputError(f"--model: cannot load {model}: {reason}") from error
-    place(pipeline, execution, device, context)
-    return pipeline
+    def check(self) -> None:
+        self.directory()
+
+    def directory(self) -> Path | None:
+        """Return the directory, or None for what has the form of a hub id.
+
+        Raises:
+            InputError: it is neither.
+        """
+        path = Path(self.name)
+        if path.is_dir():
+            if not (path / "model_index.json").is_file():
+                raise InputError(
+                    f"--model: {path} holds no model_index.json, so it is no pipeline in diffusers' layout"
+                )
+            return path
+        if path.exists() or path.is_absolute() or self.name.startswith(".") or self.name.count("/") != 1:
+            raise InputError(
+                f"--model: no directory {self.name!r}: give one in diffusers' layout, or a hub id (owner/name)"
+            )
+        return None
+
+    def part_configs(self) -> tuple[PartConfig, PartConfig, PartConfig]:
+        if (path := self.directory()) is None:
+            return None, None, None
+        transformer, text_encoder, vae = (
+            _read_config(path / part, "--model") for part in ("transformer", "text_encoder", "vae")
+        )
+        return transformer, text_encoder, vae
+
+    def load(self, settled: Settled, context: dist.ProcessGroup | None = None) -> FlashI2VPipeline:
+        if (directory := self.directory()) is not None:
+            with named("--model"):
+                check_model_index(directory)
+                for name in ("tokenizer", "scheduler"):
+                    if (directory / name).is_dir():
+                        check_directory(directory / name)
+        where = home(settled.execution, settled.device)
+
+        def part(cls: Any, name: str, dtype: str) -> Any:
+            loaded = load_pretrained(cls, self.name, "--model", DTYPES[dtype], where, subfolder=name)
+            return loaded.requires_grad_(False).eval()
+
+        parts = {
+            "transformer": part(transformer_class(settled.execution.recipe), "transformer", settled.dtypes.transformer),
+            "text_encoder": part(UMT5EncoderModel, "text_encoder", settled.dtypes.text_encoder),
+            "vae": part(AutoencoderKLWan, "vae", settled.dtypes.vae),
+        }
+        try:
+            pipeline: FlashI2VPipeline = FlashI2VPipeline.from_pretrained(self.name, **parts)
+        except Exception as error:  # whatever the libraries raise on what they cannot read
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise InputError(f"--model: cannot load {self.name}: {reason}") from error
+        if self.scheduler is not None:
+            own = pipeline.scheduler.config
+            shift = float(own.get("shift", own.get("flow_shift", 1.0)))  # of the noise levels, as the model has it
+            pipeline.scheduler = make_scheduler(self.scheduler, shift)
+        place(pipeline, settled.execution, settled.device, context)
+        return pipeline
+
+    def source(self, pipeline: FlashI2VPipeline) -> Source:
+        settings = {
+            "dtype": dtype_name(pipeline.transformer),
+            "vae_dtype": dtype_name(pipeline.vae),
+            **self._settings(),
+            "scheduler": {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__},
+        }
+        return Source(self.name, settings, {"pipeline": fingerprint(self.name)})
+
+    def remarks(self, prompt: str, vae_psnr: float) -> list[str]:
+        return demo.notes(prompt, vae_psnr) if Path(self.name) == demo.DIRECTORY else []
 
 
-def check_model(model: str) -> Path | None:
-    """Return the pipeline's directory, or None for what has the form of a hub id.
+def dtype_name(module: Any) -> str:
+    """Return a part's dtype as torch calls it."""
+    return str(module.dtype).removeprefix("torch.")
 
-    Raises:
-        InputError: it is neither.
-    """
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise InputError(f"--model: {model} holds no model_index.json, so it is no pipeline in diffusers' layout")
-        return path
-    if path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise InputError(f"--model: no directory {model!r}: give one in diffusers' layout, or a hub id (owner/name)")
-    return None
+
+def cast(transformer: FlashI2VTransformer3DModel, dtype: torch.dtype) -> None:
+    """Set dtypes as `from_pretrained` does: some parameters stay in fp32, so that both ways of loading are equal."""
+    for name, parameter in transformer.named_parameters():
+        kept = any(part in transformer._keep_in_fp32_modules for part in name.split("."))
+        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
 
 
 def _load_transformer(
@@ -200,14 +314,17 @@ def _load_transformer(
     cast(transformer, DTYPES[config.dtype])
     assert config.from_pretrained is not None
     load_weights(transformer, config.from_pretrained)  # the file's own tensors, so that there is no second copy
-    return transformer.to(device).requires_grad_(False).eval()
+    transformer.to(device).requires_grad_(False).eval()
+    return transformer
 
 
-def cast(transformer: FlashI2VTransformer3DModel, dtype: torch.dtype) -> None:
-    """Set dtypes as `from_pretrained` does: some parameters stay in fp32, so that both ways of loading are equal."""
-    for name, parameter in transformer.named_parameters():
-        kept = any(part in transformer._keep_in_fp32_modules for part in name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
+def _read_config(directory: Path, key: str) -> PartConfig:
+    path = directory / "config.json"
+    if not path.exists():
+        return None
+    with named(key):
+        check_directory(directory)
+        return read_json(path)
 
 
 def _check_tokenizer(path: str) -> None:

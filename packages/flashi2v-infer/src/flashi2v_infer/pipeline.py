@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -50,9 +51,11 @@ class FlashI2VPipelineOutput(BaseOutput):
     Attributes:
         frames: "pil": a list of T images for every video; "np": (B, T, 8H, 8W, 3) in [0, 1]; "pt": (B, T, 3, 8H, 8W)
             in [0, 1]; "latent": (B, C, F, H, W), normalised.
+        decoding: in words, in which way the VAE decoded; None for latents.
     """
 
     frames: AnyFrames
+    decoding: str | None = None
 
 
 class FlashI2VPipeline(DiffusionPipeline):
@@ -99,7 +102,6 @@ class FlashI2VPipeline(DiffusionPipeline):
         )
         self.video_processor = VideoProcessor(vae_scale_factor=SPATIAL_STRIDE)
         self.execution = Execution()
-        self.decoding = ""  # in words: in which way the VAE decoded last
         self._interrupt = False
 
     @classmethod
@@ -198,22 +200,15 @@ class FlashI2VPipeline(DiffusionPipeline):
         images = _as_list(image)
         prompts = _prompts(prompt, prompt_embeds, len(images))
         negatives = _negative_prompts(negative_prompt, negative_prompt_embeds, len(images), settings)
-        device = self._execution_device
-        noise = self._noise(len(images), settings, generator, latents)
+        device, noise = self._execution_device, self._noise(len(images), settings, generator, latents)
         self._interrupt = False
-        _tell_of_attention_backend()
+        _warn_of_attention_backend()
 
         more = self._conditioning(conditioning or {}, len(images))
         text = self._embedded(prompts, max_sequence_length)
         negative_text = self._embedded(negatives, max_sequence_length) if settings.uses_negative_prompt else None
         first_frames = torch.stack([prepare_image(image, height, width) for image in images])  # (B, 3, 1, 8H, 8W)
         condition = encode_video(self.vae, first_frames.to(device))  # (B, C, 1, H, W)
-
-        def on_step(step: int, timestep: Tensor, y: Tensor) -> Tensor | None:
-            if callback_on_step_end is not None:
-                y = (callback_on_step_end(self, step, timestep, {"latents": y}) or {}).get("latents", y)
-            return None if self._interrupt else y
-
         set_timesteps(self.scheduler, num_inference_steps, device)
         denoised = denoise(
             self.transformer,
@@ -228,14 +223,20 @@ class FlashI2VPipeline(DiffusionPipeline):
             conditioning=more,
             generator=generator,
             progress=self.progress_bar,
-            on_step=on_step,
+            on_step=partial(self._on_step, callback_on_step_end),
         )
-        frames = denoised
+        frames, decoding = denoised, None
         if output_type != "latent":
-            video, self.decoding = decode_within_memory(self.vae, denoised, self.execution)
+            video, decoding = decode_within_memory(self.vae, denoised, self.execution)
             frames = self.video_processor.postprocess_video(video, output_type)
         self.maybe_free_model_hooks()  # with offloading by diffusers, the last part leaves the device too
-        return FlashI2VPipelineOutput(frames=frames) if return_dict else (frames,)
+        return FlashI2VPipelineOutput(frames=frames, decoding=decoding) if return_dict else (frames,)
+
+    def _on_step(self, callback: StepCallback | None, step: int, timestep: Tensor, y: Tensor) -> Tensor | None:
+        """Return the state to go on with; None ends the run."""
+        if callback is not None:
+            y = (callback(self, step, timestep, {"latents": y}) or {}).get("latents", y)
+        return None if self._interrupt else y
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | Sequence[str], max_sequence_length: int | None = None) -> Tensor:
@@ -314,7 +315,7 @@ def _as_list(image: AnyImage | Sequence[AnyImage]) -> list[AnyImage]:
     return [image]  # type: ignore[list-item]  # no other sequence is an image
 
 
-def _tell_of_attention_backend() -> None:
+def _warn_of_attention_backend() -> None:
     """Warn where `diffusers.attention_backend` asks for other kernels: it may be meant for another model."""
     backend, _ = _AttentionBackendRegistry.get_active_backend()
     if backend is not AttentionBackendName.NATIVE:

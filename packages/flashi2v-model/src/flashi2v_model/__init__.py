@@ -1,9 +1,9 @@
 """The FlashI2V diffusion transformer, flow matching, encoders and weights."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashi2v_model.errors import InputError
+from flashi2v_model.lazy import public_names
 
 if TYPE_CHECKING:
     from flashi2v_model.transformer import FlashI2VTransformer3DModel
@@ -18,19 +18,11 @@ __all__ = [
     "load_weights",
 ]
 
-# Importing diffusers takes seconds, so it waits until something needs it.
-_HOMES = {
-    "FlashI2VTransformer3DModel": "transformer",
-    "convert_state_dict": "weights.conversion",
-    "load_weights": "weights.conversion",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public_names(
+    __name__,
+    {
+        "FlashI2VTransformer3DModel": "flashi2v_model.transformer",
+        "convert_state_dict": "flashi2v_model.weights.conversion",
+        "load_weights": "flashi2v_model.weights.conversion",
+    },
+)

@@ -42,15 +42,16 @@ def inspect(path: Path, *, num_heads: int | None = None) -> None:
     num_heads
         attention heads, where neither a config.json nor a width of 128 per head tells them
     """
-    from flashi2v_model.weights import conversion, layouts, reading
+    from flashi2v_model.weights import convert_state_dict, detect_layout, model_arguments, read_state_dict, weight_files
     from flashi2v_model.weights.checkpoint import checkpoint_directory, has_ema, is_checkpoint
+    from flashi2v_model.weights.key_names import is_trunk
 
-    state_dict = reading.read_state_dict(path, device="meta")
-    layout = conversion.detect_layout(state_dict)
-    arguments, assumed = conversion.model_arguments(path, conversion.convert_state_dict(state_dict, layout), num_heads)
-    files = reading.weight_files(path)
+    state_dict = read_state_dict(path, device="meta")
+    layout = detect_layout(state_dict)
+    arguments, assumed = model_arguments(path, convert_state_dict(state_dict, layout), num_heads)
+    files = weight_files(path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
-    trunk = layouts.is_trunk(state_dict)
+    trunk = is_trunk(state_dict)
     facts: dict[str, object] = {
         "layout": layout + (_TRUNK if trunk else ""),
         "parameters": f"{sum(tensor.numel() for tensor in state_dict.values()):,} in {', '.join(dtypes)}",
@@ -121,26 +122,19 @@ def convert(
     recipe
         module:Class of a variant of the network, or of the recipe that it was trained by (default: FlashI2V's own)
     """
-    from flashi2v_model import FlashI2VTransformer3DModel, presets
+    from flashi2v_model import FlashI2VTransformer3DModel
     from flashi2v_model.encoders import DTYPES
+    from flashi2v_model.presets import save_pipeline
     from flashi2v_model.variants import transformer_class
-    from flashi2v_model.weights import layouts, libraries, reading, settings, writing
+    from flashi2v_model.weights import as_model, convert_state_dict, model_arguments, read_state_dict, write_file
     from flashi2v_model.weights.checkpoint import checkpoint_directory, is_checkpoint
-    from flashi2v_model.weights.conversion import (
-        as_model,
-        check_variant_layout,
-        convert_state_dict,
-        model_arguments,
-        variant_arguments,
-    )
+    from flashi2v_model.weights.conversion import check_variant_layout, variant_arguments
+    from flashi2v_model.weights.key_names import is_trunk
+    from flashi2v_model.weights.libraries import quieten
+    from flashi2v_model.weights.settings import stored_settings, unusual
+    from flashi2v_model.weights.writing import TORCH_SUFFIXES, independent
 
-    if destination.exists():
-        raise InputError(f"{destination} exists: name a new place, or remove it first")
-    single = (".safetensors", *writing.TORCH_SUFFIXES)
-    if to != "diffusers" and destination.suffix not in single:
-        raise InputError(f"{destination}: the {to} layout is written as one file that ends in .safetensors or .pt")
-    if to == "diffusers" and destination.suffix in single:
-        raise InputError(f"{destination}: the diffusers layout is a directory: name one without {destination.suffix}")
+    _check_destination(destination, to)
     if to != "diffusers" and (encoders is not None or max_shard_size is not None):
         raise InputError("--encoders and --max-shard-size are of a directory, which is always --to diffusers")
     if shift is not None and (encoders is None or not 0 < shift < float("inf")):
@@ -149,11 +143,11 @@ def convert(
         raise InputError(f"--max-shard-size is a number with KB, MB, GB or TB, such as 5GB; got {max_shard_size}")
     if weights == "raw" and not is_checkpoint(checkpoint_directory(source)):
         raise InputError(f"--weights raw is for a run of flashi2v-train, which {source} is not")
-    libraries.quieten()
+    quieten()
     network = transformer_class(recipe)
-    settings.stored_settings(source, network)  # refuses another variant before its weights are looked at
-    ours = reading.read_state_dict(source, ema=weights == "ema")
     is_variant = network is not FlashI2VTransformer3DModel
+    stored_settings(source, network)  # refuses another variant before its weights are looked at
+    ours = read_state_dict(source, ema=weights == "ema")
     if is_variant:
         check_variant_layout(ours, to, network)
     else:
@@ -167,23 +161,34 @@ def convert(
     else:
         arguments, assumed = model_arguments(source, ours, num_heads)
     if to == "diffusers":
-        model = as_model(writing.independent(ours), arguments, network)
-        shards = "10GB" if max_shard_size is None else max_shard_size
+        model = as_model(independent(ours), arguments, network)
         with _appearing_whole(destination) as temporary:
             if encoders is None:
-                model.save_pretrained(temporary, max_shard_size=shards)
+                model.save_pretrained(temporary, max_shard_size=max_shard_size or "10GB")
             else:
-                presets.save_pipeline(model, temporary, encoders, max_shard_size=shards, shift=shift)
+                save_pipeline(model, temporary, encoders, max_shard_size=max_shard_size or "10GB", shift=shift)
     else:
         converted = convert_state_dict(ours, "diffusers", to)
         with _appearing_whole(destination) as temporary:
-            writing.write_file(converted, temporary, {k: v for k, v in arguments.items() if k not in assumed})
-    print(f"wrote {destination}{_TRUNK if layouts.is_trunk(ours) and not is_variant else ''}")
+            write_file(converted, temporary, {k: v for k, v in arguments.items() if k not in assumed})
+    print(f"wrote {destination}{_TRUNK if is_trunk(ours) and not is_variant else ''}")
     if to == "diffusers" and assumed:
         told = ", ".join(f"{key} {arguments[key]}" for key in assumed)
         print(f"assumed, as neither the weights nor a config.json tell: {told}")
-    if destination.suffix in writing.TORCH_SUFFIXES and (unusual := settings.unusual(arguments)):
-        print(f"a {destination.suffix} carries no settings: set {', '.join(unusual)} where you load it")
+    if destination.suffix in TORCH_SUFFIXES and (found := unusual(arguments)):
+        print(f"a {destination.suffix} carries no settings: set {', '.join(found)} where you load it")
+
+
+def _check_destination(destination: Path, to: str) -> None:
+    from flashi2v_model.weights.writing import TORCH_SUFFIXES
+
+    if destination.exists():
+        raise InputError(f"{destination} exists: name a new place, or remove it first")
+    is_file = destination.suffix in (".safetensors", *TORCH_SUFFIXES)
+    if to != "diffusers" and not is_file:
+        raise InputError(f"{destination}: the {to} layout is written as one file that ends in .safetensors or .pt")
+    if to == "diffusers" and is_file:
+        raise InputError(f"{destination}: the diffusers layout is a directory: name one without {destination.suffix}")
 
 
 @app.command
@@ -216,7 +221,7 @@ def init(directory: Path, *, preset: Literal["tiny", "1.3b", "14b"], seed: int =
     libraries.quieten()
     torch.manual_seed(seed)
     with _appearing_whole(directory) as temporary:
-        presets.save(preset, temporary)
+        presets.init(preset, temporary)
     print(f"wrote {directory} ({preset}, random weights)")
 
 

@@ -7,13 +7,13 @@ in bf16, norms, modulation, gated residual adds, time embedding and head still c
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
+from flashi2v_model.strict import UnhookedModule
 from flashi2v_npu_ops import apply_rope, attention, gated_residual, gelu_tanh, layer_norm_modulate, rms_norm
 from flashi2v_npu_ops.tables import computed_once
 
@@ -60,7 +60,7 @@ def use_fused_rms_norm(model: nn.Module, fused: bool) -> None:
             module.backend = "auto" if fused else "reference"
 
 
-class Attention(nn.Module, AttentionModuleMixin):
+class Attention(UnhookedModule, AttentionModuleMixin):
     """Multi-head attention; self attention turns queries and keys by `rope`, cross attention reads `text`.
 
     Attributes:
@@ -79,18 +79,6 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
-
-    @property
-    def _diffusers_hook(self) -> Any:
-        raise AttributeError("there is none")
-
-    @_diffusers_hook.setter
-    def _diffusers_hook(self, registry: object) -> None:
-        # diffusers would find no attention of its own, hook nothing, and say nothing.
-        raise NotImplementedError(
-            "attention broadcast and other caches of diffusers that hook into attention do not know the two branches "
-            "of guidance here, whose states they would mix up: sample without them"
-        )
 
     def forward(self, x: Tensor, *, text: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         return self.read(x, *self.keys_values(x if text is None else text), rope)
@@ -132,6 +120,11 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+def modulation(table: Tensor, time: Tensor) -> tuple[Tensor, ...]:
+    """Return shifts, scales and gates, (B, 1, D) each, of a table (1, n, D) and an embedded time (B, n or 1, D)."""
+    return (table.to(time.dtype) + time).chunk(table.shape[1], dim=1)
+
+
 class Block(nn.Module):
     """Self attention with RoPE, cross attention to the text, MLP; all but the cross attention are modulated by time."""
 
@@ -148,8 +141,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Take x (B, N, D), text (B, L, D) and time modulation (B, 6, D); return (B, N, D)."""
-        modulation = self.scale_shift_table.to(time.dtype) + time  # (B, 6, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # (B, 1, D) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, time)
         x = gated_residual(x, self.attn1(layer_norm_modulate(x, shift1, scale1, self.eps), rope=rope), gate1)
         x = x + self.attn2(self.norm2(x), text=text)
         return gated_residual(x, self.ffn(layer_norm_modulate(x, shift2, scale2, self.eps)), gate2)

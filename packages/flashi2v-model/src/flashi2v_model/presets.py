@@ -38,7 +38,7 @@ _COMPONENTS = {
 _TOKENIZERS_NAMES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
-def save(name: str, directory: Path) -> None:
+def init(name: str, directory: Path) -> None:
     """Write the transformer and scheduler of a preset; for "tiny" a whole pipeline.
 
     Random weights come from torch's global generator.

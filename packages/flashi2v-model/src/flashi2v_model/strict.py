@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers.loaders import PeftAdapterMixin, WanLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from flashi2v_model.errors import InputError
 from flashi2v_model.weights.comparing import FLOATS, fault_phrases
@@ -167,6 +168,21 @@ class StrictModel(ModelMixin, PeftAdapterMixin):
         """Refuse XLA's attention, as `set_attention_backend` does."""
         if use_xla_flash_attention:
             self.set_attention_backend("_native_xla")
+
+
+class UnhookedModule(nn.Module):
+    """A module that refuses diffusers' hooks, which would find nothing of their own in it, and say nothing."""
+
+    @property
+    def _diffusers_hook(self) -> Any:
+        raise AttributeError("there is none")
+
+    @_diffusers_hook.setter
+    def _diffusers_hook(self, registry: object) -> None:
+        raise NotImplementedError(
+            "attention broadcast and other caches of diffusers that hook into attention do not know the two branches "
+            "of guidance here, whose states they would mix up: sample without them"
+        )
 
 
 def _mistyped(directory: Path, variant: str | None) -> list[tuple[str, torch.dtype]]:

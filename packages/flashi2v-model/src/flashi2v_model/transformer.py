@@ -16,7 +16,7 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from einops import rearrange
 from torch import Tensor, nn
 
-from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, rope_tables
+from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, modulation, rope_tables
 from flashi2v_model.strict import StrictModel
 from flashi2v_npu_ops import layer_norm_modulate, split_frequencies
 
@@ -256,7 +256,7 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
 
     def project(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Return the velocity, (B, C, F, H, W) in fp32, of the tokens (B, N, D) at times (B, D)."""
-        shift, scale = (self.scale_shift_table.to(time.dtype) + time[:, None]).chunk(2, dim=1)  # (B, 1, D) each
+        shift, scale = modulation(self.scale_shift_table, time[:, None])
         head = layer_norm_modulate(x.to(shift.dtype), shift, scale, self.config.eps)
         out = self.proj_out(head)  # (B, N, C*patch)
         frames, height, width = grid

@@ -15,7 +15,7 @@ from flashi2v_model import FlashI2VTransformer3DModel, load_weights
 from flashi2v_model.layers import use_fused_rms_norm
 from flashi2v_model.parallel import parallelise_context, parallelise_tensors
 from flashi2v_model.transformer import EMBED_INPUTS
-from flashi2v_model.weights.layouts import NEW_LAYERS
+from flashi2v_model.weights.key_names import NEW_LAYERS
 from flashi2v_train.config import RunConfig
 from flashi2v_train.optim import freeze
 from flashi2v_train.options import ParallelOptions

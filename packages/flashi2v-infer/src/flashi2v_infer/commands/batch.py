@@ -1,11 +1,11 @@
-"""The videos of a configuration file: what each is made from, which are finished, and what they are together.
+"""The videos that a command was asked for: what each is made from, which are finished, and what they are together.
 
 Nothing here samples: what is finished is read off the files alone, so any number of processes may have made them.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,70 +17,140 @@ from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.loading.transforms import center_crop_resize
 from flashi2v_data.video.strips import film_strip
 from flashi2v_infer.config import InferenceConfig
-from flashi2v_infer.files.export import Frames, check_name, read_record, record_path, write_mp4, write_picture
+from flashi2v_infer.errors import SamplingError
+from flashi2v_infer.files.export import (
+    Frames,
+    check_name,
+    check_output,
+    check_picture,
+    check_spared,
+    read_record,
+    record_path,
+    write_mp4,
+    write_picture,
+)
 from flashi2v_infer.files.inputs import clean_prompt, hash_file, read_pairs
 from flashi2v_infer.files.pictures import Pixels, read_image
 from flashi2v_infer.files.records import Source, differences, origin
 from flashi2v_infer.files.video_grid import video_grid
 from flashi2v_infer.settings import Request
-from flashi2v_model.weights.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video of a batch.
+    """One video.
 
     Attributes:
         request: what to sample.
         image: (H, W, 3), of the video's size.
         path: of the video.
-        origin: the part of its record that is known before sampling.
+        origin: the part of its record that is known before the model is loaded.
+        strip: where a picture of some of its frames goes, if anywhere.
     """
 
     request: Request
     image: Pixels
     path: Path
     origin: dict[str, Any]
+    strip: Path | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """All videos of a configuration file.
+    """The videos of a command.
 
     Attributes:
-        directory: where they go.
         jobs: those that can be sampled; any subset of them may be, in any order and by any process.
+        name: of what is written: the directory of a batch, or the one video.
+        directory: of a batch, which gets a grid of all videos; None for one video.
         num_videos: lines of the lists.
         bad_lines: of the list of images, by number from 1, with what is wrong with each.
         image_list: its file.
     """
 
-    directory: Path
     jobs: list[Job]
-    num_videos: int
-    bad_lines: dict[int, str]
-    image_list: str
+    name: str
+    directory: Path | None = None
+    num_videos: int = 1
+    bad_lines: dict[int, str] = field(default_factory=dict)
+    image_list: str = ""
+
+    def describe(self, num_videos: int, num_kept: int | None = None) -> str:
+        """Say what is written where, if `num_videos` are sampled; at the end, how many were finished before."""
+        if self.directory is None:
+            strip = self.jobs[0].strip if num_kept is not None else None
+            return self.name + (f" and {strip}" if strip else "")
+        kept = f" ({num_kept} had been finished before)" if num_kept else ""
+        grid = "" if num_kept is None else " and video_grid.mp4"
+        return f"{num_videos} video{'' if num_videos == 1 else 's'}{kept}{grid} to {self.name}"
+
+    def raise_faults(self, missing: Sequence[Job] = ()) -> None:
+        """Raise what kept videos from being sampled, if anything did.
+
+        Args:
+            missing: jobs whose sampling failed.
+
+        Raises:
+            SamplingError: there are some.
+            InputError: images could not be used.
+        """
+        faults = []
+        if missing:
+            faults.append(f"{', '.join(job.path.name for job in missing)}: sampling failed, see above")
+        if self.bad_lines:
+            word = "line" if len(self.bad_lines) == 1 else "lines"
+            faults.append(
+                f"{self.image_list} {word} {', '.join(map(str, self.bad_lines))}: no usable image, see above: fix this "
+                "and add --resume to sample only what is missing"
+            )
+        if faults:
+            raise (SamplingError if missing else InputError)("; ".join(faults))
 
 
-def read_batch(config: InferenceConfig, seed: int, vae_tiling: bool | None = None, recipe: str | None = None) -> Batch:
-    """Read prompts and images; an image that cannot be used costs its own video only, and is reported.
+def read_one(request: Request, output: str, strip: Path | None = None) -> Batch:
+    """Check the names of files that one video takes, and read its image.
 
     Args:
-        config: of inference_model.json, settled.
-        seed: of the noise.
-        vae_tiling: as of `Execution`: where it was asked for, tiles are a setting like others; a choice by the free
-            memory is in the records too, and compared with nothing.
-        recipe: as of `Execution`.
+        request: what to sample.
+        output: the video: .mp4, .gif or .webp, or a directory for its frames.
+        strip: a picture of some frames.
 
     Raises:
-        InputError: the lists or a prompt cannot be used, or no image can.
+        InputError: a name or the image cannot be used.
+    """
+    path = check_output(output, request.fps, "--output")
+    check_spared(path, "--output", request.image)
+    if strip is not None:
+        check_picture(strip, "--strip")
+        check_spared(strip, "--strip", request.image)
+    image, contents = read_image(request.image, "--image"), hash_file(request.image)
+    image = center_crop_resize(image[None], request.settings.height, request.settings.width)[0]
+    return Batch([Job(request, image, path, origin(request, contents), strip)], output)
+
+
+def read_batch(config: InferenceConfig, source: Source, seed: int | None = None, strips: Path | None = None) -> Batch:
+    """Read prompts and images; an image that cannot be used is reported, and only its own video is left out.
+
+    Args:
+        config: of inference_model.json.
+        source: the model that it describes.
+        seed: of the noise, instead of the file's.
+        strips: a directory for film strips of the videos.
+
+    Raises:
+        InputError: the lists, a prompt or a name cannot be used, or no image can.
     """
     check_name(config.save_path, "save_path")
     directory = Path(config.save_path)
     check_directory(directory, "save_path")
-    source = _source(config, vae_tiling, recipe)
+    if strips is not None:
+        if strips.suffix == ".png":
+            raise InputError(f"--strip: {strips}: of a batch, name a directory, which gets video_0.png, ...")
+        check_name(str(strips), "--strip")
+        check_directory(strips, "--strip")
+    seed = config.seed if seed is None else seed
     pictures: dict[str, tuple[Pixels, str]] = {}  # many videos may start with one image
     jobs: list[Job] = []
     bad_lines: dict[int, str] = {}
@@ -95,17 +165,21 @@ def read_batch(config: InferenceConfig, seed: int, vae_tiling: bool | None = Non
             bad_lines[index + 1] = str(error)
             continue
         pixels, contents = pictures[image_path]
+        strip = None if strips is None else strips / f"video_{index}.png"
+        if strip is not None:
+            check_spared(strip, "--strip", image_path)
         request = Request(
             prompt, image_path, config.negative_prompt, seed, index, fps=config.save_fps, settings=config.sampling
         )
-        jobs.append(Job(request, pixels, directory / f"video_{index}.mp4", origin(request, contents, source)))
+        path = directory / f"video_{index}.mp4"
+        jobs.append(Job(request, pixels, path, origin(request, contents, source), strip))
     if not jobs:
         reasons = "; ".join(list(bad_lines.values())[:3])
         more = f"; and {len(bad_lines) - 3} more" if len(bad_lines) > 3 else ""
         raise InputError(f"image: no video can be sampled: {reasons}{more}")
     for reason in bad_lines.values():
         logger.warning("%s: this video is left out", reason)
-    return Batch(directory, jobs, len(pairs), bad_lines, config.image)
+    return Batch(jobs, config.save_path, directory, len(pairs), bad_lines, config.image)
 
 
 def _read_picture(config: InferenceConfig, path: str, where: str) -> tuple[Pixels, str]:
@@ -118,18 +192,6 @@ def _read_picture(config: InferenceConfig, path: str, where: str) -> tuple[Pixel
         resize.align_corners,
     )[0]
     return cropped, hash_file(path)
-
-
-def _source(config: InferenceConfig, vae_tiling: bool | None, recipe: str | None) -> Source:
-    predictor = str(config.predictor.from_pretrained)
-    parts = {
-        "predictor": predictor,
-        "ae": config.ae.from_pretrained,
-        "text_encoder": config.text_encoder.from_pretrained,
-        "tokenizer": config.tokenizer.from_pretrained,
-    }
-    settings = {**config.model_settings, "vae_tiling": vae_tiling, "network": {"recipe": recipe} if recipe else {}}
-    return Source(predictor, settings, {part: fingerprint(path) for part, path in parts.items()})
 
 
 def unfinished(jobs: Sequence[Job]) -> list[Job]:
@@ -182,19 +244,16 @@ def read_back(job: Job) -> Frames | None:
     return frames if frames.shape[1:] == job.image.shape else None
 
 
-def strip_path(strips: Path, index: int) -> Path:
-    """Return where a video's film strip goes."""
-    return strips / f"video_{index}.png"
-
-
-def write_together(batch: Batch, strips: Path | None = None) -> list[Job]:
-    """Write what shows all videos: the grid, and on request film strips; return the jobs that are not finished.
+def write_together(batch: Batch, drawn: Sequence[Job] = ()) -> list[Job]:
+    """Write what shows all videos of a batch: the grid, and film strips; return the jobs that are not finished.
 
     Args:
         batch: its videos lie in their files.
-        strips: a directory for film strips.
+        drawn: jobs that have drawn their film strips.
     """
+    assert batch.directory is not None
     jobs = {job.request.index: job for job in batch.jobs}
+    has_strip = {job.request.index for job in drawn}
     missing: list[Job] = []
 
     def videos() -> Iterator[Frames | None]:
@@ -203,8 +262,8 @@ def write_together(batch: Batch, strips: Path | None = None) -> list[Job]:
             frames = None if job is None else read_back(job)
             if job is not None and frames is None:
                 missing.append(job)
-            if job is not None and frames is not None and strips is not None:
-                write_picture(strip_path(strips, index), film_strip(job.image, frames), job.origin)
+            elif job is not None and frames is not None and job.strip is not None and index not in has_strip:
+                write_picture(job.strip, film_strip(job.image, frames), read_record(job.path))
             yield frames
 
     grid = video_grid(videos(), batch.num_videos)

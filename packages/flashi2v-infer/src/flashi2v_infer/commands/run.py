@@ -1,47 +1,36 @@
-"""What the two modes of the command line do: a batch from a configuration file, or one video."""
+"""From what was asked for to files: one video is a batch of one.
+
+A run finds its device, reads what the videos are made from, plans, loads the model, encodes all prompts, and samples
+one video after the other into its file; several processes take turns in the list. Whatever the user can fix is found
+before the model is loaded, wherever that is possible.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
 from tqdm import tqdm
 
-from flashi2v_data.atomic import check_directory
 from flashi2v_data.console import configure_logging, one_line
 from flashi2v_data.errors import InputError, StorageError
-from flashi2v_data.loading.transforms import center_crop_resize
 from flashi2v_data.video.strips import film_strip
-from flashi2v_infer.commands.batch import Batch, Job, read_batch, strip_path, unfinished, write_together
+from flashi2v_infer.commands.batch import Batch, Job, read_batch, read_one, unfinished, write_together
 from flashi2v_infer.commands.sampler import Sample, Sampler
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.files.export import check_name, check_output, check_picture, check_spared, save_video, write_picture
-from flashi2v_infer.files.inputs import hash_file
-from flashi2v_infer.files.pictures import read_image
-from flashi2v_infer.files.records import Source, origin, versions
-from flashi2v_infer.load import (
-    check_model,
-    check_parts,
-    load_from_config,
-    load_from_pretrained,
-    settled_config,
-    settled_device,
-)
+from flashi2v_infer.files.export import save_video, write_picture
+from flashi2v_infer.files.records import versions
+from flashi2v_infer.load import ConfiguredModel, Model, ModelDirectory, dtype_name
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import encode_prompts, put_away_text_encoder
 from flashi2v_infer.plan.measured import Meter, comparison
 from flashi2v_infer.plan.plan import Plan, make_plan, target_device
-from flashi2v_infer.plan.skeleton import Parts, parts_of_config, parts_of_model
+from flashi2v_infer.plan.skeleton import parts_of
 from flashi2v_infer.processes import Processes, join_processes
 from flashi2v_infer.settings import Request, SamplingSettings
 from flashi2v_model.config import SchedulerName
-from flashi2v_model.parallel import check_degree
-from flashi2v_model.scheduler import make_scheduler
-from flashi2v_model.weights.fingerprint import fingerprint
 from flashi2v_model.weights.libraries import quieten
 
 logger = logging.getLogger(__name__)
@@ -71,161 +60,17 @@ def sample_batch(
         dry_run: check everything that was given, and sample nothing.
 
     Raises:
-        InputError: anything that the user can mend; found before the model is loaded wherever that is possible. At
-            the end where some images could not be used: the other videos are written then.
+        InputError: anything that the user can fix. At the end where some images could not be used: the other videos
+            are written then.
         SamplingError: at the end where some videos could not be sampled.
     """
-    config = settled_config(config, execution)
-    if strips is not None:
-        if strips.suffix == ".png":
-            raise InputError(f"--strip: {strips}: of a batch, name a directory, which gets video_0.png, ...")
-        check_name(str(strips), "--strip")
-        check_directory(strips, "--strip")
-    quieten()
+    model = ConfiguredModel(config, execution)
 
     def read() -> tuple[Batch, Sequence[Job]]:
-        batch = read_batch(config, config.seed if seed is None else seed, execution.vae_tiling, execution.recipe)
-        if strips is not None:
-            for job in batch.jobs:
-                check_spared(strip_path(strips, job.request.index), "--strip", job.request.image)
+        batch = read_batch(model.config, model.source(), seed, strips)
         return batch, unfinished(batch.jobs) if resume else batch.jobs
 
-    def print_plan() -> Plan:
-        return _print_plan(
-            lambda kind: parts_of_config(config, execution),
-            config.sampling,
-            execution,
-            config.device,
-            config.diffusion.scheduler,
-        )
-
-    if dry_run:
-        if plan:
-            print_plan()  # also for a device that is elsewhere
-        else:
-            settled_device(execution, config.device)
-        check_parts(config)
-        check_degree(execution.context_parallel_size, config.predictor.num_heads)
-        batch, jobs = read()
-        print(one_line(f"would write {_videos(len(jobs))} to {batch.directory}"))
-        _raise_faults(batch, [])
-        return
-    with join_processes(execution.device or config.device, execution.context_parallel_size) as processes:
-        # What all processes would say alike is said by the first.
-        configure_logging(logging.INFO if processes.is_first else logging.ERROR)
-        batch, jobs = read()
-        planned = print_plan() if plan and processes.is_first else None
-        processes.barrier()  # before any of them finishes another
-        if jobs:
-            configure_logging(logging.INFO if processes.is_first else logging.WARNING)
-            _sample_batch(config, execution, jobs, processes, planned)
-        processes.barrier()
-        if processes.is_first:
-            missing = write_together(batch, strips)
-            _report(batch, jobs, missing)
-
-
-def _sample_batch(
-    config: InferenceConfig, execution: Execution, jobs: Sequence[Job], processes: Processes, planned: Plan | None
-) -> None:
-    pipeline = load_from_config(config, replace(execution, device=str(processes.device)), processes.context)
-    meter = Meter(processes.device)
-    try:
-        sample_jobs(pipeline, processes.share(jobs), execution, processes, meter)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_GOES_ON) from None
-    except StorageError as error:
-        raise StorageError(f"{error}; once that is mended, {_GOES_ON}") from error
-    if planned is not None:
-        print(comparison(planned, meter.read()))
-
-
-def sample_jobs(
-    pipeline: FlashI2VPipeline, jobs: Sequence[Job], execution: Execution, processes: Processes, meter: Meter
-) -> None:
-    """Sample some videos of a batch into their files; one that fails is reported, and costs only itself."""
-    sampler = _sampler(pipeline, [job.request for job in jobs], execution, processes, meter)
-    hidden = None if processes.is_first else True
-    with tqdm(total=len(jobs), desc="videos", unit="video", disable=hidden, smoothing=0) as bar:
-        for job in jobs:
-            _show_steps(pipeline, job.path.stem, hidden)
-            try:
-                sample = sampler(job.request, job.image)
-            except FloatingPointError as error:
-                logger.error("%s: %s", job.path.name, error)
-            else:
-                if processes.writes:
-                    save_video(job.path, sample.frames, job.request.fps, _record(pipeline, job.origin, sample))
-            bar.update()
-
-
-def _sampler(
-    pipeline: FlashI2VPipeline, requests: Sequence[Request], execution: Execution, processes: Processes, meter: Meter
-) -> Sampler:
-    """Encode all prompts, and let go of the text encoder, which is then no burden while videos are sampled."""
-    prompts = [request.prompt for request in requests]
-    prompts += [request.negative_prompt for request in requests if request.settings.uses_negative_prompt]
-    length = requests[0].settings.max_sequence_length if requests else None
-    texts = encode_prompts(pipeline, prompts, execution, processes.device, length)
-    put_away_text_encoder(pipeline, execution, processes.device)
-    return Sampler(pipeline, texts, on_step_end=meter.on_step_end)
-
-
-def _report(batch: Batch, sampled: Sequence[Job], missing: Sequence[Job]) -> None:
-    num_there = len(batch.jobs) - len(missing)
-    num_kept = len(batch.jobs) - len(sampled)
-    if num_there:
-        kept = f" ({num_kept} had been finished before)" if num_kept else ""
-        print(one_line(f"wrote {_videos(num_there - num_kept)}{kept} and video_grid.mp4 to {batch.directory}"))
-    _raise_faults(batch, missing)
-
-
-def _raise_faults(batch: Batch, missing: Sequence[Job]) -> None:
-    faults = []
-    if missing:
-        names = ", ".join(job.path.name for job in missing)
-        faults.append(f"{names}: sampling failed, see above")
-    if batch.bad_lines:
-        lines = ", ".join(map(str, batch.bad_lines))
-        word = "line" if len(batch.bad_lines) == 1 else "lines"
-        faults.append(
-            f"{batch.image_list} {word} {lines}: no usable image, see above: mend this and add --resume to sample only "
-            "what is missing"
-        )
-    if faults:
-        raise (SamplingError if missing else InputError)("; ".join(faults))
-
-
-def _videos(number: int) -> str:
-    return f"{number} video{'' if number == 1 else 's'}"
-
-
-def plan_one(
-    model: str, settings: SamplingSettings, execution: Execution, scheduler: SchedulerName | None = None
-) -> Plan:
-    """Print what sampling one video will take; nothing is loaded.
-
-    Raises:
-        InputError: there is no such model or device.
-    """
-    quieten()
-    # The model's own scheduler is as all releases have it.
-    return _print_plan(
-        lambda kind: parts_of_model(model, execution, kind), settings, execution, "auto", scheduler or "euler"
-    )
-
-
-def _print_plan(
-    parts: Callable[[str], Parts],
-    settings: SamplingSettings,
-    execution: Execution,
-    device_name: str,
-    scheduler: SchedulerName,
-) -> Plan:
-    kind, free = target_device(execution, device_name)
-    plan = make_plan(parts(kind), settings, execution, kind, free, scheduler=scheduler)
-    print(plan)
-    return plan
+    _run(model, config.sampling, read, plan=plan, dry_run=dry_run)
 
 
 def sample_one(
@@ -238,8 +83,8 @@ def sample_one(
     strip: Path | None = None,
     plan: bool = False,
     dry_run: bool = False,
-) -> Sample | None:
-    """Sample one video, and return it where this process has written it.
+) -> None:
+    """Sample one video.
 
     Args:
         model: a pipeline directory, or a hub id.
@@ -248,88 +93,163 @@ def sample_one(
         execution: how to compute.
         scheduler: the sampler; None is the model's own.
         strip: a picture of some frames.
-        plan: print what the run will take, and at the end what it took.
-        dry_run: check everything that was given, and sample nothing.
+        plan: as of `sample_batch`, and `dry_run` likewise.
+        dry_run: likewise.
 
     Raises:
-        InputError: anything that the user can mend; found before the model is loaded wherever that is possible.
+        InputError: anything that the user can fix.
         SamplingError: sampling ended in NaN or infinity.
     """
-    path = check_output(output, request.fps, "--output")
-    check_spared(path, "--output", request.image)
-    if strip is not None:
-        check_picture(strip, "--strip")
-        check_spared(strip, "--strip", request.image)
-    image, contents = read_image(request.image, "--image"), hash_file(request.image)
-    image = center_crop_resize(image[None], request.settings.height, request.settings.width)[0]
-    if dry_run:
-        if plan:
-            plan_one(model, request.settings, execution, scheduler)  # also for a device that is elsewhere
-        else:
-            check_model(model)
-            settled_device(execution)
-        print(one_line(f"would write {output}"))
-        return None
+
+    def read() -> tuple[Batch, Sequence[Job]]:
+        batch = read_one(request, output, strip)
+        return batch, batch.jobs
+
+    directory = ModelDirectory(model, execution, scheduler)
+    _run(directory, request.settings, read, plan=plan, dry_run=dry_run)
+
+
+def plan_one(
+    model: str, settings: SamplingSettings, execution: Execution, scheduler: SchedulerName | None = None
+) -> None:
+    """Print what sampling one video will take; nothing is loaded. Arguments as of `sample_one`.
+
+    Raises:
+        InputError: there is no such model or device.
+    """
     quieten()
-    with join_processes(execution.device or "auto", execution.context_parallel_size) as processes:
-        if processes.num_replicas > 1:
-            raise InputError(
-                f"one video cannot be shared out among {processes.num_replicas} times {execution.context_parallel_size}"
-                " processes: start as many as --context-parallel-size says"
-            )
+    _print_plan(ModelDirectory(model, execution, scheduler), settings)
+
+
+def _print_plan(model: Model, settings: SamplingSettings) -> Plan:
+    device_type, free = target_device(model.device_name)
+    # Where the model's own scheduler is not known, it is as all releases have it.
+    plan = make_plan(
+        parts_of(model, device_type), settings, model.execution, device_type, free, scheduler=model.scheduler or "euler"
+    )
+    print(plan)
+    return plan
+
+
+def _run(
+    model: Model,
+    settings: SamplingSettings,
+    read: Callable[[], tuple[Batch, Sequence[Job]]],
+    *,
+    plan: bool,
+    dry_run: bool,
+) -> None:
+    """Do what a command says; `read` returns all videos, and those of them that are to be sampled."""
+    quieten()
+    if dry_run:
+        model.check()
+        if plan:
+            _print_plan(model, settings)  # also for a device that is elsewhere
+        else:
+            model.settle()
+        batch, jobs = read()
+        print(one_line(f"would write {batch.describe(len(jobs))}"))
+        batch.raise_faults()
+        return
+    with join_processes(model.device_name, model.execution.context_parallel_size) as processes:
         # What all processes would say alike is said by the first.
         configure_logging(logging.INFO if processes.is_first else logging.ERROR)
-        execution = replace(execution, device=str(processes.device))
-        planned = plan_one(model, request.settings, execution, scheduler) if plan and processes.is_first else None
-        pipeline = load_from_pretrained(model, execution, processes.context)
-        if scheduler is not None:
-            pipeline.scheduler = make_scheduler(scheduler, _shift(pipeline))
-        settings = {
-            "dtype": _dtype(pipeline.transformer),
-            "vae_dtype": _dtype(pipeline.vae),
-            "vae_tiling": execution.vae_tiling,
-            "network": {"recipe": execution.recipe} if execution.recipe else {},
-            "scheduler": {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__},
-        }
-        source = Source(model, settings, {"pipeline": fingerprint(model)})
-        _show_steps(pipeline, path.name, None if processes.is_first else True)
-        meter = Meter(processes.device)
-        try:
-            sample = _sampler(pipeline, [request], execution, processes, meter)(request, image)
-        except FloatingPointError as error:
-            raise SamplingError(str(error)) from None
-        if not processes.is_first:
-            return None
-        record = _record(pipeline, origin(request, contents, source), sample)
-        save_video(path, sample.frames, request.fps, record)
-        if strip is not None:
-            write_picture(strip, film_strip(image, sample.frames), record)
-        print(one_line(f"wrote {output}" + (f" and {strip}" if strip else "")))
-        if planned is not None:
-            print(comparison(planned, meter.read()))
-        return sample
+        settled = model.settle(processes.device)
+        batch, jobs = read()
+        if batch.directory is None and processes.num_replicas > 1:
+            raise InputError(
+                f"one video cannot be shared out among {processes.num_replicas} times "
+                f"{model.execution.context_parallel_size} processes: start as many as --context-parallel-size says"
+            )
+        planned = _print_plan(model, settings) if plan and processes.is_first else None
+        processes.barrier()  # before any of them finishes another
+        if jobs:
+            if batch.directory is not None:
+                configure_logging(logging.INFO if processes.is_first else logging.WARNING)
+            pipeline, meter = model.load(settled, processes.context), Meter(processes.device)
+            sample_jobs(pipeline, model, processes.share(jobs), processes, meter, is_one=batch.directory is None)
+            if planned is not None:
+                print(comparison(planned, meter.read()))
+        processes.barrier()
+        if processes.is_first:
+            missing = [] if batch.directory is None else write_together(batch, drawn=jobs)
+            if len(batch.jobs) > len(missing):
+                print(one_line(f"wrote {batch.describe(len(jobs) - len(missing), len(batch.jobs) - len(jobs))}"))
+            batch.raise_faults(missing)
 
 
-def _shift(pipeline: FlashI2VPipeline) -> float:
-    """Return the sigma shift of the model's own scheduler."""
-    config = pipeline.scheduler.config
-    return float(config.get("shift", config.get("flow_shift", 1.0)))
+def sample_jobs(
+    pipeline: FlashI2VPipeline,
+    model: Model,
+    jobs: Sequence[Job],
+    processes: Processes,
+    meter: Meter,
+    *,
+    is_one: bool = False,
+) -> None:
+    """Sample some videos into their files.
+
+    Args:
+        pipeline: as `model` loads it.
+        model: where it comes from.
+        jobs: the videos.
+        processes: this one among all; of those that share a video one writes it.
+        meter: measures the steps.
+        is_one: there is no other video, so that its failure ends the run; of several, one that fails is reported and
+            left out.
+
+    Raises:
+        SamplingError: the only video ended in NaN or infinity.
+        flashi2v_data.errors.StorageError: a file cannot be written.
+    """
+    sampler = _sampler(pipeline, [job.request for job in jobs], processes, meter)
+    facts = model.source(pipeline).facts()
+    hidden = None if processes.is_first else True
+    try:
+        with tqdm(total=len(jobs), desc="videos", unit="video", disable=is_one or hidden, smoothing=0) as bar:
+            for job in jobs:
+                pipeline.set_progress_bar_config(disable=hidden, desc=job.path.stem, unit="step", leave=False)
+                try:
+                    sample = sampler(job.request, job.image)
+                except FloatingPointError as error:
+                    if is_one:
+                        raise SamplingError(str(error)) from None
+                    logger.error("%s: %s", job.path.name, error)
+                else:
+                    if processes.writes:
+                        _write(job, sample, job.origin | facts | _measured(pipeline, sample))
+                    if processes.is_first:
+                        for remark in model.remarks(job.request.prompt, sample.vae_psnr):
+                            logger.warning(remark)
+                bar.update()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*() if is_one else (_GOES_ON,)) from None
+    except StorageError as error:
+        raise error if is_one else StorageError(f"{error}; once that is fixed, {_GOES_ON}") from error
 
 
-def _dtype(module: ModelMixin) -> str:
-    return str(module.dtype).removeprefix("torch.")
+def _sampler(pipeline: FlashI2VPipeline, requests: Sequence[Request], processes: Processes, meter: Meter) -> Sampler:
+    """Encode all prompts, and put the text encoder away, which is then no burden while videos are sampled."""
+    prompts = [request.prompt for request in requests]
+    prompts += [request.negative_prompt for request in requests if request.settings.uses_negative_prompt]
+    length = requests[0].settings.max_sequence_length if requests else None
+    texts = encode_prompts(pipeline, prompts, pipeline.execution, processes.device, length)
+    put_away_text_encoder(pipeline, pipeline.execution, processes.device)
+    return Sampler(pipeline, texts, on_step_end=meter.on_step_end)
 
 
-def _show_steps(pipeline: FlashI2VPipeline, name: str, disable: bool | None) -> None:
-    pipeline.set_progress_bar_config(disable=disable, desc=name, unit="step", leave=False)
+def _write(job: Job, sample: Sample, record: dict[str, Any]) -> None:
+    save_video(job.path, sample.frames, job.request.fps, record)
+    if job.strip is not None:
+        write_picture(job.strip, film_strip(job.image, sample.frames), record)
 
 
-def _record(pipeline: FlashI2VPipeline, origin: dict[str, Any], sample: Sample) -> dict[str, Any]:
+def _measured(pipeline: FlashI2VPipeline, sample: Sample) -> dict[str, Any]:
+    """Return what a record says beside what the video was made from."""
     return {
-        **origin,
         "first_frame_psnr": round(sample.first_frame_psnr, 2),
         "vae_psnr": round(sample.vae_psnr, 2),
-        "dtype": _dtype(pipeline.transformer),
+        "dtype": dtype_name(pipeline.transformer),
         "decoding": sample.decoding,
         "device": str(pipeline._execution_device),
         "versions": versions(),

@@ -4,7 +4,6 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from flashi2v_data.randomness import generator
 from flashi2v_infer.decoding import decode_within_memory
 from flashi2v_infer.files.pictures import Pixels
-from flashi2v_infer.pipeline import FlashI2VPipeline, StepCallback, prepare_image
+from flashi2v_infer.pipeline import FlashI2VPipeline, FlashI2VPipelineOutput, StepCallback, prepare_image
 from flashi2v_infer.settings import Request
 from flashi2v_model.encoders import encode_video
 
@@ -39,7 +38,7 @@ class Sample:
     frames: NDArray[np.uint8]
     first_frame_psnr: float
     vae_psnr: float
-    decoding: str
+    decoding: str | None
 
     @property
     def starts_elsewhere(self) -> bool:
@@ -79,18 +78,19 @@ class Sampler:
         Raises:
             FloatingPointError: sampling ended in NaN or infinity.
         """
-        (videos,) = self.pipeline(
+        negative_text = self._texts[request.negative_prompt] if request.settings.uses_negative_prompt else None
+        output = self.pipeline(
             image=image,
-            **self._text(request),
+            prompt_embeds=self._texts[request.prompt],
+            negative_prompt_embeds=negative_text,
             callback_on_step_end=self._on_step_end,
             generator=generator(request.seed, "noise", 0, request.index),
             output_type="np",
-            return_dict=False,
             **asdict(request.settings),
         )
-        frames = _as_pixels(np.asarray(videos)[0])
-        decoding = self.pipeline.decoding
-        sample = Sample(frames, psnr(frames[0], image), self._best_psnr(image), decoding)
+        assert isinstance(output, FlashI2VPipelineOutput)
+        frames = _as_pixels(np.asarray(output.frames)[0])
+        sample = Sample(frames, psnr(frames[0], image), self._best_psnr(image), output.decoding)
         logger.info(
             "video %d: first frame %.1f dB PSNR against the image (the VAE alone %.1f dB)",
             request.index,
@@ -104,12 +104,6 @@ class Sampler:
                 request.index,
             )
         return sample
-
-    def _text(self, request: Request) -> dict[str, Any]:
-        text = {"prompt_embeds": self._texts[request.prompt]}
-        if request.settings.uses_negative_prompt:
-            text["negative_prompt_embeds"] = self._texts[request.negative_prompt]
-        return text
 
     def _best_psnr(self, image: Pixels) -> float:
         key = hashlib.blake2b(image.tobytes()).digest()

@@ -34,22 +34,24 @@ class Source:
     settings: Mapping[str, Any]
     weights: Mapping[str, str]
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a record says of the model, as JSON gives it back."""
+        return _as_json({"model": self.name, "model_settings": self.settings, "weights": self.weights})
 
-def origin(request: Request, image_contents: str, source: Source) -> dict[str, Any]:
+
+def origin(request: Request, image_contents: str, source: Source | None = None) -> dict[str, Any]:
     """Return the part of a record that is known before sampling, as JSON gives it back.
 
     Args:
         request: what is to be sampled.
         image_contents: hash of the image's file.
-        source: the model.
+        source: the model; None where it is known only once it is loaded.
     """
-    facts = {
-        **asdict(request),
-        "image_contents": image_contents,
-        "model": source.name,
-        "model_settings": source.settings,
-        "weights": source.weights,
-    }
+    facts = _as_json({**asdict(request), "image_contents": image_contents})
+    return facts if source is None else facts | source.facts()
+
+
+def _as_json(facts: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(facts)))
 
 

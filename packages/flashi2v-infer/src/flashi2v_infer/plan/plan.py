@@ -3,7 +3,7 @@
 B videos, T video frames, F latent frames, H W latent grid, N tokens, L text tokens.
 
 Nothing is estimated by formulas of our own: the functions that sampling calls run on the meta device's tensors, which
-have no numbers, and `flashi2v_infer.plan.tracing` counts.
+have no numbers, and `flashi2v_model.cost` counts.
 """
 
 import math
@@ -20,11 +20,11 @@ from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import find_device
 from flashi2v_infer.placement import streams
 from flashi2v_infer.plan.skeleton import Parts
-from flashi2v_infer.plan.tracing import held_while_running, num_bytes, tracing
 from flashi2v_infer.settings import SamplingSettings
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.caching import text_kept
 from flashi2v_model.config import SchedulerName
+from flashi2v_model.cost import held_while_running, num_bytes, tracing
 from flashi2v_model.encoders import decode_video, encode_text, encode_video
 from flashi2v_model.sampling import exact_timesteps, set_timesteps, velocity_field
 from flashi2v_model.scheduler import make_scheduler
@@ -113,25 +113,17 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} billion" if parameters >= 1e7 else f"{parameters / 1e6:.2f} million"
 
 
-def target_device(execution: Execution, file: str = "auto") -> tuple[str, int | None]:
-    """Return the type of the device that a run would use, which need not be in this machine, and its free bytes.
-
-    Args:
-        execution: its `device` comes first.
-        file: what a configuration file says.
+def target_device(name: str) -> tuple[str, int | None]:
+    """Return the type of the device of this name, which need not be in this machine, and its free bytes.
 
     Raises:
-        InputError: the execution makes no sense on such a device.
+        InputError: there is no such type of device.
     """
-    name = execution.device or file
     device_type = name.partition(":")[0]
-    if device_type == "auto" or missing(device_type) is None:
-        device = find_device(name)
-        execution.check_device(device.type)
-        return device.type, free_memory(device)
-    if device_type not in ("cuda", "npu"):
-        find_device(name)  # raises: there is no such type
-    return device_type, None
+    if device_type in ("cuda", "npu") and missing(device_type) is not None:
+        return device_type, None
+    device = find_device(name)
+    return device.type, free_memory(device)
 
 
 def make_plan(
@@ -157,70 +149,80 @@ def make_plan(
         num_videos: B, sampled at once.
         scheduler: the sampler; heun evaluates the network twice for each of `num_inference_steps` but the last.
     """
-    grid = settings.latent_grid
-    config = parts.transformer.config
-    device = parts.vae.device  # meta, but the same functions measure real modules
-    latents = torch.zeros((num_videos, config.in_channels, *grid), device=device)
-    num_text_tokens = settings.max_sequence_length or config.text_len
-    branches = 2 if settings.uses_negative_prompt else 1
-    calls = 1 if execution.cfg_batch else branches
+    run = _Run(parts, settings, execution, num_videos)
     model = _Residence(parts, execution, streams(device_type))
-
-    def text_stage() -> Tensor:
-        ids = torch.zeros((1, num_text_tokens), dtype=torch.long, device=device)
-        return encode_text(parts.text_encoder, ids, torch.ones_like(ids), use_mask=False)
-
-    def image_stage() -> Tensor:
-        frames = torch.zeros((num_videos, 3, 1, settings.height, settings.width), device=device)
-        return encode_video(parts.vae, frames)
-
-    condition = latents[:, :, :1].clone()
-    text = torch.zeros((num_videos, num_text_tokens, config.text_dim), dtype=parts.text_encoder.dtype, device=device)
-    negative_text = torch.zeros_like(text) if settings.uses_negative_prompt else None
     sampler = make_scheduler(scheduler, shift=1.0)
     set_timesteps(sampler, settings.num_inference_steps, torch.device("cpu"))
-    timesteps = exact_timesteps(sampler).to(device)
-    velocity = velocity_field(
-        parts.transformer,
-        condition,
-        text,
-        negative_text,
-        settings.guidance_scale,
-        settings.low_freq_energy_ratio,
-        cfg_batch=execution.cfg_batch,
-    )
-
-    def step(number: int) -> Tensor:
-        return latents + velocity(latents, timesteps[number])
-
-    room = None if free is None else free - model.weights("decoding")
-    decoding = choose_decoding(parts.vae, tuple(latents.shape), execution, room)
-
-    def decode() -> Tensor:
-        with decoding_as(parts.vae, decoding):
-            return decode_video(parts.vae, latents)
-
-    texts = [text] if negative_text is None else [text, negative_text]
-    held = [latents, condition, *texts]
-    encoding = model.stage("text encoding", [text_stage], [], repeats=branches)
-    image = model.stage("image encoding", [image_stage], texts)
+    timesteps = exact_timesteps(sampler).to(run.latents.device)
+    branches = 2 if settings.uses_negative_prompt else 1
+    encoding = model.stage("text encoding", [run.encode_text], [], repeats=branches)
+    image = model.stage("image encoding", [run.encode_image], run.texts)
     # What the first step keeps for the others is alive in them.
-    steps = [partial(step, number) for number in range(min(2, len(timesteps)))]
+    steps = [partial(run.step, timestep) for timestep in timesteps[:2]]
     with text_kept(parts.transformer):
-        denoising = model.stage("denoising", steps, held, repeats=len(timesteps))
-    decoded = model.stage("decoding", [decode], held)
-    patch = config.patch_size
+        denoising = model.stage("denoising", steps, run.held, repeats=len(timesteps))
+    room = None if free is None else free - model.weights("decoding")
+    decoding = choose_decoding(parts.vae, tuple(run.latents.shape), execution, room)
+    with decoding_as(parts.vae, decoding):
+        decoded = model.stage("decoding", [run.decode], run.held)
     return Plan(
         (encoding, image, denoising, decoded),
         step_flops=denoising.last_flops,
         num_steps=len(timesteps),
-        calls_per_step=calls,
-        num_tokens=math.prod(size // step for size, step in zip(grid, patch)),
+        calls_per_step=1 if execution.cfg_batch else branches,
+        num_tokens=math.prod(parts.transformer.token_grid(run.latents.shape)),
         num_videos=num_videos,
         parameters={name: sum(p.numel() for p in module.parameters()) for name, module in parts.modules.items()},
         decoding=describe(decoding),
         notes=(*parts.assumptions, *_notes(execution)),
     )
+
+
+class _Run:
+    """What sampling computes, on the device of the parts: meta, but the same functions measure real modules."""
+
+    def __init__(self, parts: Parts, settings: SamplingSettings, execution: Execution, num_videos: int) -> None:
+        config, self._device = parts.transformer.config, parts.vae.device
+        self._parts, self._settings, self._num_videos = parts, settings, num_videos
+        self._num_text_tokens = settings.max_sequence_length or config.text_len
+        self.latents = self._zeros(num_videos, config.in_channels, *settings.latent_grid)
+        condition = self.latents[:, :, :1].clone()
+        text_shape = (num_videos, self._num_text_tokens, config.text_dim)
+        self.texts = [
+            self._zeros(*text_shape, dtype=parts.text_encoder.dtype)
+            for _ in range(2 if settings.uses_negative_prompt else 1)
+        ]
+        self.held = [self.latents, condition, *self.texts]
+        self._velocity = velocity_field(
+            parts.transformer,
+            condition,
+            self.texts[0],
+            self.texts[1] if settings.uses_negative_prompt else None,
+            settings.guidance_scale,
+            settings.low_freq_energy_ratio,
+            cfg_batch=execution.cfg_batch,
+            conditioning={
+                name: self._zeros(num_videos, *torch.tensor(value).shape)
+                for name, value in settings.conditioning.items()
+            },
+        )
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self._device)
+
+    def encode_text(self) -> Tensor:
+        ids = self._zeros(1, self._num_text_tokens, dtype=torch.long)
+        return encode_text(self._parts.text_encoder, ids, torch.ones_like(ids), use_mask=False)
+
+    def encode_image(self) -> Tensor:
+        frames = self._zeros(self._num_videos, 3, 1, self._settings.height, self._settings.width)
+        return encode_video(self._parts.vae, frames)
+
+    def step(self, timestep: Tensor) -> Tensor:
+        return self.latents + self._velocity(self.latents, timestep)
+
+    def decode(self) -> Tensor:
+        return decode_video(self._parts.vae, self.latents)
 
 
 def _notes(execution: Execution) -> Iterator[str]:

@@ -18,22 +18,9 @@ from flashi2v_model.weights.checkpoint import (
     weight_name,
 )
 from flashi2v_model.weights.comparing import compare, fault_phrases
-from flashi2v_model.weights.layouts import LAYOUTS, NEW_LAYERS, check_layout, detect_layout, is_trunk, translate
+from flashi2v_model.weights.key_names import NEW_LAYERS, check_layout, detect_layout, is_trunk, translate
 from flashi2v_model.weights.reading import read_state_dict
 from flashi2v_model.weights.settings import DEFAULTS, contradictions, stored_settings
-
-__all__ = [
-    "LAYOUTS",
-    "NEW_LAYERS",
-    "architecture",
-    "as_model",
-    "convert_state_dict",
-    "detect_layout",
-    "load_weights",
-    "model_arguments",
-    "read_state_dict",
-    "variant_arguments",
-]
 
 
 def convert_state_dict(

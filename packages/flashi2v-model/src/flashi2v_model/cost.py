@@ -1,21 +1,26 @@
-"""What a computation costs, counted while the real functions run: peak memory and floating-point operations.
+"""What a computation costs, counted while the real functions run: operations, peak memory, what autograd keeps.
 
 On tensors of the meta device, which have shapes and no numbers, this predicts; on real ones it measures. Both see the
-same operators, so a prediction cannot drift away from the code.
+same operators, so a prediction cannot drift away from the code. A multiplication with its addition counts as two
+operations.
 """
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from flashi2v_model.transformer import FlashI2VTransformer3DModel
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -36,17 +41,17 @@ class Trace(TorchDispatchMode):
     Attributes:
         live: bytes in tensors that are alive.
         peak: the most of them at once.
-        flops: floating-point operations of products, convolutions and attention, by PyTorch's own formulas: two for
-            each multiplication with its addition.
+        flops: floating-point operations of products, convolutions and attention, by PyTorch's own formulas.
+        attention_flops: those of attention alone, as far as it is one operator.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.flops = self.attention_flops = 0
         self._storages: set[int] = set()
 
     def hold(self, num_bytes: int) -> None:
-        """Count bytes that no operator makes, such as weights; a negative number lets go of them."""
+        """Count bytes that no operator makes, such as weights; a negative number releases them."""
         self.live += num_bytes
         self.peak = max(self.peak, self.live)
 
@@ -55,7 +60,9 @@ class Trace(TorchDispatchMode):
         result = func(*args, **kwargs)
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
+            flops = formula(*args, **kwargs, out_val=result)
+            self.flops += flops
+            self.attention_flops += flops if func._overloadpacket is _FUSED else 0
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if made:
             given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
@@ -125,3 +132,75 @@ def held_while_running(trace: Trace, sizes: Mapping[nn.Module, int]) -> Iterator
 
 def _holder(trace: Trace, size: int) -> Callable[..., None]:
     return lambda *_: trace.hold(size)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of the forward pass of one sample.
+
+    Attributes:
+        embedding: of latent, features, shift, time and text.
+        attention: of one block, the attention itself, to video and text.
+        matrices: of one block, all else.
+        head: the projection to the velocity.
+        num_layers: number of blocks.
+    """
+
+    embedding: float
+    attention: float
+    matrices: float
+    head: float
+    num_layers: int
+
+    @property
+    def layer(self) -> float:
+        """One block."""
+        return self.attention + self.matrices
+
+    @property
+    def forward(self) -> float:
+        """The whole forward pass."""
+        return self.embedding + self.num_layers * self.layer + self.head
+
+    @property
+    def training(self) -> float:
+        """Forward and backward pass, which takes twice as long; what is computed again does not count."""
+        return 3 * self.forward
+
+
+def count_operations(transformer: FlashI2VTransformer3DModel, inputs: Mapping[str, Tensor]) -> Operations:
+    """Count the operations of a forward pass.
+
+    Args:
+        transformer: whole, with or without numbers.
+        inputs: what its `embed` is given, by name, of one sample and on the same device.
+    """
+    grid, num_layers = transformer.token_grid(inputs["hidden_states"].shape), len(transformer.blocks)
+    with tracing() as trace:
+        x, text, time, modulation = transformer.embed(**inputs)
+        embedding = trace.flops
+        x = transformer.run_blocks(x, text, modulation, grid)
+        blocks = trace.flops - embedding
+        transformer.project(x, time, grid)
+    attention = trace.attention_flops / num_layers
+    head = trace.flops - embedding - blocks
+    return Operations(embedding, attention, blocks / num_layers - attention, head, num_layers)
+
+
+def kept_bytes(run: Callable[[], object], module: nn.Module) -> int:
+    """Return the bytes that autograd keeps of a call for the backward pass.
+
+    Args:
+        run: the call.
+        module: its parameters do not count.
+    """
+    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    seen: dict[int, Tensor] = {}  # storages stay alive while they are told apart
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), _FusedAttention():
+        run()
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in seen.items() if key not in own)

@@ -1,0 +1,57 @@
+import torch
+
+from flashi2v_model import FlashI2VTransformer3DModel, presets
+from flashi2v_model.caching import text_kept
+from flashi2v_model.cost import count_operations, kept_bytes, tracing
+from flashi2v_model.sampling import velocity_field
+from flashi2v_npu_ops import attention
+
+
+def test_operations_of_the_released_model_follow_the_textbook():
+    width, ffn, layers, tokens, text = 1536, 8960, 30, 13 * 30 * 52, 512
+    with torch.device("meta"):
+        transformer = FlashI2VTransformer3DModel(**presets.TRANSFORMERS["1.3b"])
+    latents = torch.empty(1, 16, 13, 60, 104, device="meta")
+    context = torch.empty(1, text, 4096, device="meta")
+    velocity = velocity_field(transformer, latents[:, :, :1], context, None, 1.0, 0.1, cfg_batch=False)
+    with text_kept(transformer), tracing() as trace:
+        velocity(latents, torch.tensor(900.0, device="meta"))
+        first = trace.flops
+        velocity(latents, torch.tensor(100.0, device="meta"))
+    inputs = {
+        "hidden_states": latents,
+        "timestep": torch.empty(1, device="meta"),
+        "encoder_hidden_states": context,
+        "condition": latents[:, :, :1],
+    }
+    operations = count_operations(transformer, inputs)
+    # Two for each weight and token.
+    projections = 2 * tokens * (6 * width**2 + 2 * width * ffn)
+    attending = 4 * tokens * width * (tokens + text)
+    ends = 2 * tokens * (64 * width + 64 * width)  # patches of the latent, and 64 numbers a patch
+    features = 2 * tokens * (64 * width + width**2)  # patches, a 1x1x1 convolution
+    time = 2 * (256 * width + width**2 + 6 * width**2)
+    shift = 2 * 13 * 60 * 104 * 27 * (16 * 64 + 64 * 16)
+    step = layers * (projections + attending) + ends + features + time + shift
+    assert trace.flops - first == step
+    # The first step's own: the text, and its keys and values.
+    keys_values = layers * 2 * text * 2 * width**2
+    assert first - (trace.flops - first) == keys_values + 2 * text * (4096 * width + width**2)
+    assert trace.peak < 3 * 2**30  # a matrix of all pairs of tokens would take 18 GiB a layer
+    assert operations.forward == first
+    assert operations.attention == attending
+    assert operations.matrices == projections + 2 * text * 2 * width**2
+    assert operations.head == 2 * tokens * 64 * width
+    assert operations.training == 3 * first
+
+
+def test_autograd_keeps_of_attention_what_flash_attention_keeps():
+    query, key, value = (torch.empty(2, n, 4, 8, device="meta", requires_grad=True) for n in (6, 5, 5))
+    inputs, output, sums = 2 * (6 + 5 + 5) * 4 * 8 * 4, 2 * 6 * 4 * 8 * 4, 2 * 6 * 4 * 4
+    assert kept_bytes(lambda: attention(query, key, value), torch.nn.Identity()) == inputs + output + sums
+
+
+def test_weights_are_not_what_autograd_keeps():
+    layer = torch.nn.Linear(8, 4, device="meta")
+    x = torch.empty(3, 8, device="meta")
+    assert kept_bytes(lambda: layer(x), layer) == 3 * 8 * 4
