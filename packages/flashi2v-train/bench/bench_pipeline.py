@@ -16,10 +16,10 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _Actio
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flashi2v_model import FlashI2VTransformer3DModel
-from flashi2v_train.cost import best_split, bubble
 from flashi2v_train.engines import make_schedule
 from flashi2v_train.parallel_dims import even_split
 from flashi2v_train.parallelise import Stage, keep_layers
+from flashi2v_train.splits import best_split, bubble
 
 PROCESSES, MICRO_BATCHES, LAYERS = 4, 16, 12
 LATENT, TEXT = (16, 5, 16, 16), 64

@@ -15,21 +15,19 @@ from flashi2v_data.errors import InputError
 from flashi2v_train import launcher
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.cost import (
-    best_split,
-    bubble,
-    count_operations,
+    build_stage,
     count_parameters,
     count_recomputed,
     in_flight,
     num_tokens,
+    operations_of,
     peak_flops,
     predict,
-    suggest_split,
 )
 from flashi2v_train.engines import make_schedule
 from flashi2v_train.options import TrainOptions
 from flashi2v_train.parallelise import build_stages
-from flashi2v_train.tracing import build_stage
+from flashi2v_train.splits import best_split, bubble, suggest_split
 from flashi2v_train.world import join_world
 
 RELEASES = {
@@ -73,7 +71,7 @@ def inputs(config: RunConfig, batch: int) -> list[torch.Tensor]:
 def test_operations_are_those_that_torch_counts(workspace, changes):
     changes |= {"model.predictor.hidden_size": 96, "model.predictor.ffn_dim": 256}
     config = read(workspace, changes)
-    operations = count_operations(config.model.predictor, config.latent_shape)
+    operations = operations_of(config)
     with join_world("cpu", config.parallel_dims(1)) as world:
         (stage,) = build_stages(config, world, weights=False)
         arguments = inputs(config, 1)
@@ -91,7 +89,7 @@ def test_a_training_step_of_a_release_has_the_operations_that_torch_counts(works
     arguments = [tensor.to("meta") for tensor in inputs(config, 1)]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         stage(*arguments).sum().backward()
-    operations = count_operations(few, config.latent_shape)
+    operations = operations_of(config)
     assert operations.training == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -126,7 +124,7 @@ def test_what_is_computed_again_is_what_torch_counts_more(workspace, options):
     more = count(config) - count(read(workspace, changes))
     expected = count_recomputed(config, config.parallel_dims(1))
     if skips:  # the layer that is computed again as a whole attends twice, unseen by the counter
-        expected -= count_operations(config.model.predictor, config.latent_shape).attention
+        expected -= operations_of(config).attention
     assert more == pytest.approx(expected, rel=0.02)
 
 

@@ -261,7 +261,7 @@ def test_ascends_variables_are_set_unless_exported_and_told():
 
 
 def test_a_dry_run_starts_nothing_and_describes_the_layout_asked_for(workspace, trained, monkeypatch, capsys):
-    monkeypatch.setattr(launcher, "describe_run", lambda config, dims: f"{dims.data} x {dims.pipeline}")
+    monkeypatch.setattr("flashi2v_train.dry_run.describe_run", lambda config, dims: f"{dims.data} x {dims.pipeline}")
     monkeypatch.setattr(launcher, "suggest_split", lambda config, layout: "split")
     layout = ["--nproc-per-node", "8", "--nnodes", "2", "--pipeline-model-parallel-size", "2"]
     layout += ["--global-batch-size", "16"]

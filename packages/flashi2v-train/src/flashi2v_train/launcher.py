@@ -10,9 +10,9 @@ from flashi2v_data.console import configure_logging, run
 from flashi2v_data.errors import InputError
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
-from flashi2v_train.cost import check_split, describe_run, suggest_split
 from flashi2v_train.options import TrainOptions
 from flashi2v_train.parallel_dims import ParallelDims
+from flashi2v_train.splits import check_split, suggest_split
 
 if TYPE_CHECKING:
     from flashi2v_train.recipe import RecipeClass
@@ -75,6 +75,8 @@ def _answer(config: RunConfig, dims: ParallelDims) -> None:
 
     quieten()
     if config.options.dry_run:
+        from flashi2v_train.dry_run import describe_run
+
         print(describe_run(config, dims))
     if config.options.suggest_split:
         print(suggest_split(config, dims))

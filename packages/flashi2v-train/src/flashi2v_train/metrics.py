@@ -19,7 +19,7 @@ from flashi2v_data.errors import InputError
 from flashi2v_npu_ops.device import name as device_name
 from flashi2v_npu_ops.device import peak_memory
 from flashi2v_train.config import RunConfig
-from flashi2v_train.cost import count_operations, count_parameters, num_tokens, peak_flops
+from flashi2v_train.cost import count_parameters, num_tokens, operations_of, peak_flops
 from flashi2v_train.options import TrainOptions
 from flashi2v_train.world import World
 
@@ -46,7 +46,7 @@ class Meter:
     def __init__(self, config: RunConfig, world: World) -> None:
         self._config, self._world = config, world
         self._samples = config.micro_batches(world.dims) * config.options.micro_batch_size * world.dims.data
-        self._flops_per_sample = count_operations(config.model.predictor, config.latent_shape).training
+        self._flops_per_sample = operations_of(config).training
 
     def measure(self, seconds: float, waited: float) -> Metrics:
         """Return what is measured of a step that took some seconds, of which it waited some for data."""

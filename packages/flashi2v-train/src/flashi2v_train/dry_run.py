@@ -1,0 +1,47 @@
+"""What `--dry-run` prints."""
+
+import json
+from dataclasses import fields
+
+from flashi2v_train.config import RunConfig
+from flashi2v_train.cost import Memory, count_parameters, count_recomputed, num_tokens, operations_of, predict
+from flashi2v_train.parallel_dims import ParallelDims
+from flashi2v_train.splits import bubble
+
+_GIB = 2**30
+
+
+def describe_run(config: RunConfig, dims: ParallelDims) -> str:
+    """Return what `--dry-run` prints."""
+    options = config.options
+    operations = operations_of(config)
+    micro_batches = config.micro_batches(dims)
+    samples = micro_batches * options.micro_batch_size * dims.data
+    lines = [
+        json.dumps(config.as_dict(), indent=1),  # as it would be written to config.json
+        "",
+        f"parallel     {dims.describe()}" + (f"; {dims.world_size} processes" if dims.world_size > 1 else ""),
+        f"batch        samples per step: {samples} = {dims.data} (data parallel) x {micro_batches} (micro batches) x "
+        f"{options.micro_batch_size} (micro batch size)",
+        f"tokens       {num_tokens(config)} per sample, latents (C, F, H, W) = {config.latent_shape}",
+        f"operations   {operations.training / 1e12:.4g} TFLOPs per sample, "
+        f"{operations.training * samples / 1e12:.4g} per step, forward and backward",
+        "parameters   "
+        + ", ".join(f"{name} {number / 1e6:.2f} M" for name, number in count_parameters(config).items()),
+    ]
+    again = count_recomputed(config, dims)
+    if again:
+        lines.append(
+            f"recompute    {again / 1e12:.4g} TFLOPs per sample more, {again / operations.training:.0%}, to save memory"
+        )
+    if dims.pipeline > 1:
+        share = bubble(dims.pipeline, micro_batches, dims.num_stages // dims.pipeline)
+        lines.append(f"bubble       {share:.1%} of a step in theory, if all stages take equally long")
+    kinds = [field.name for field in fields(Memory)]
+    lines += ["", f"{'GiB per process':<16}{'parameters':>12}" + "".join(f"{kind:>13}" for kind in [*kinds, "total"])]
+    for rank, cost in enumerate(predict(config, dims)):
+        name = "all" if dims.pipeline == 1 else f"stage {', '.join(map(str, dims.stages_of(rank)))}"
+        sizes = [getattr(cost.memory, kind) / _GIB for kind in [*kinds, "total"]]
+        lines.append(f"{name:<16}{cost.parameters / 1e6:>10.1f} M" + "".join(f"{size:>13.2f}" for size in sizes))
+    lines.append("activations are what autograd keeps; kernels' own memory and the frozen encoders come on top")
+    return "\n".join(lines)
