@@ -1,7 +1,8 @@
 """Videos from an image and a prompt with FlashI2V."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from flashi2v_model.lazy import public_names
 
 if TYPE_CHECKING:
     from flashi2v_data.errors import InputError
@@ -16,22 +17,6 @@ if TYPE_CHECKING:
     from flashi2v_model.sampling import denoise
 
 __version__ = "0.1.0"
-
-_HOMES = {
-    "Execution": "flashi2v_infer.execution",
-    "FlashI2VPipeline": "flashi2v_infer.pipeline",
-    "FlashI2VPipelineOutput": "flashi2v_infer.pipeline",
-    "InputError": "flashi2v_data.errors",
-    "SamplingError": "flashi2v_infer.errors",
-    "SamplingSettings": "flashi2v_infer.settings",
-    "denoise": "flashi2v_model.sampling",
-    "film_strip": "flashi2v_data.video.strips",
-    "place": "flashi2v_infer.placement",
-    "read_record": "flashi2v_infer.files.export",
-    "save_video": "flashi2v_infer.files.export",
-    "video_grid": "flashi2v_infer.files.video_grid",
-    "write_mp4": "flashi2v_infer.files.export",
-}
 
 __all__ = [
     "Execution",
@@ -49,13 +34,21 @@ __all__ = [
     "write_mp4",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: `--help` should not wait for torch."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public_names(
+    __name__,
+    {
+        "Execution": "flashi2v_infer.execution",
+        "FlashI2VPipeline": "flashi2v_infer.pipeline",
+        "FlashI2VPipelineOutput": "flashi2v_infer.pipeline",
+        "InputError": "flashi2v_data.errors",
+        "SamplingError": "flashi2v_infer.errors",
+        "SamplingSettings": "flashi2v_infer.settings",
+        "denoise": "flashi2v_model.sampling",
+        "film_strip": "flashi2v_data.video.strips",
+        "place": "flashi2v_infer.placement",
+        "read_record": "flashi2v_infer.files.export",
+        "save_video": "flashi2v_infer.files.export",
+        "video_grid": "flashi2v_infer.files.video_grid",
+        "write_mp4": "flashi2v_infer.files.export",
+    },
+)

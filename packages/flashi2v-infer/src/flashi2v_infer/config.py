@@ -1,4 +1,4 @@
-"""The schema of `inference_model.json`; nothing heavy is imported, so that a wrong setting is told at once."""
+"""The schema of `inference_model.json`; nothing heavy is imported, so that a wrong setting is reported at once."""
 
 from typing import Any, Literal
 

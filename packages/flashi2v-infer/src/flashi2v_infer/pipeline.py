@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -184,16 +184,9 @@ class FlashI2VPipeline(DiffusionPipeline):
             InputError: an argument cannot be used; the message says what can.
             FloatingPointError: sampling ended in NaN or infinity.
         """
-        settings = SamplingSettings(
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            low_freq_energy_ratio=low_freq_energy_ratio,
-            max_sequence_length=max_sequence_length,
-        )
-        if output_type not in ("pil", "np", "pt", "latent"):
+        numbers = (num_frames, height, width, num_inference_steps, guidance_scale, low_freq_energy_ratio)
+        settings = SamplingSettings(*numbers, max_sequence_length)
+        if output_type not in get_args(OutputType):
             raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
         if callback_on_step_end is not None and (unknown := {*callback_on_step_end_tensor_inputs} - {"latents"}):
             raise InputError(f"callback_on_step_end_tensor_inputs: there is only 'latents', not {sorted(unknown)}")
@@ -225,18 +218,22 @@ class FlashI2VPipeline(DiffusionPipeline):
             progress=self.progress_bar,
             on_step=partial(self._on_step, callback_on_step_end),
         )
-        frames, decoding = denoised, None
-        if output_type != "latent":
-            video, decoding = decode_within_memory(self.vae, denoised, self.execution)
-            frames = self.video_processor.postprocess_video(video, output_type)
+        output = self._decoded(denoised, output_type)
         self.maybe_free_model_hooks()  # with offloading by diffusers, the last part leaves the device too
-        return FlashI2VPipelineOutput(frames=frames, decoding=decoding) if return_dict else (frames,)
+        return output if return_dict else (output.frames,)
 
     def _on_step(self, callback: StepCallback | None, step: int, timestep: Tensor, y: Tensor) -> Tensor | None:
         """Return the state to go on with; None ends the run."""
         if callback is not None:
             y = (callback(self, step, timestep, {"latents": y}) or {}).get("latents", y)
         return None if self._interrupt else y
+
+    def _decoded(self, latents: Tensor, output_type: OutputType) -> FlashI2VPipelineOutput:
+        if output_type == "latent":
+            return FlashI2VPipelineOutput(frames=latents)
+        video, decoding = decode_within_memory(self.vae, latents, self.execution)
+        frames = self.video_processor.postprocess_video(video, output_type)
+        return FlashI2VPipelineOutput(frames=frames, decoding=decoding)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | Sequence[str], max_sequence_length: int | None = None) -> Tensor:

@@ -66,7 +66,7 @@ def inspect(path: Path, *, num_heads: int | None = None) -> None:
     for name, value in arguments.items():
         if not (trunk and name in _OF_NEW_LAYERS):
             facts[name] = (
-                f"{value}{'  (assumed: neither weights nor a config.json tell it)' if name in assumed else ''}"
+                f"{value}{'  (assumed: neither the weights nor a config.json say)' if name in assumed else ''}"
             )
     for name, fact in facts.items():
         print(f"{name:<20} {fact}")
@@ -135,12 +135,7 @@ def convert(
     from flashi2v_model.weights.writing import TORCH_SUFFIXES, independent
 
     _check_destination(destination, to)
-    if to != "diffusers" and (encoders is not None or max_shard_size is not None):
-        raise InputError("--encoders and --max-shard-size are of a directory, which is always --to diffusers")
-    if shift is not None and (encoders is None or not 0 < shift < float("inf")):
-        raise InputError(f"--shift is a positive number, of a pipeline, so together with --encoders; got {shift}")
-    if max_shard_size is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size.upper()):
-        raise InputError(f"--max-shard-size is a number with KB, MB, GB or TB, such as 5GB; got {max_shard_size}")
+    _check_directory_options(to, encoders, shift, max_shard_size)
     if weights == "raw" and not is_checkpoint(checkpoint_directory(source)):
         raise InputError(f"--weights raw is for a run of flashi2v-train, which {source} is not")
     quieten()
@@ -148,18 +143,15 @@ def convert(
     is_variant = network is not FlashI2VTransformer3DModel
     stored_settings(source, network)  # refuses another variant before its weights are looked at
     ours = read_state_dict(source, ema=weights == "ema")
-    if is_variant:
-        check_variant_layout(ours, to, network)
-    else:
+    if not is_variant:
         ours = convert_state_dict(ours)
+        arguments, assumed = model_arguments(source, ours, num_heads)
+    else:
+        check_variant_layout(ours, to, network)
+        arguments, assumed = variant_arguments(source, network), []
     if dtype is not None:
         for key in ours:  # one by one, so that there is no second copy of all
             ours[key] = ours[key].to(DTYPES[dtype])
-    assumed: list[str] = []
-    if is_variant:
-        arguments = variant_arguments(source, network)
-    else:
-        arguments, assumed = model_arguments(source, ours, num_heads)
     if to == "diffusers":
         model = as_model(independent(ours), arguments, network)
         with _appearing_whole(destination) as temporary:
@@ -174,7 +166,7 @@ def convert(
     print(f"wrote {destination}{_TRUNK if is_trunk(ours) and not is_variant else ''}")
     if to == "diffusers" and assumed:
         told = ", ".join(f"{key} {arguments[key]}" for key in assumed)
-        print(f"assumed, as neither the weights nor a config.json tell: {told}")
+        print(f"assumed, as neither the weights nor a config.json say: {told}")
     if destination.suffix in TORCH_SUFFIXES and (found := unusual(arguments)):
         print(f"a {destination.suffix} carries no settings: set {', '.join(found)} where you load it")
 
@@ -189,6 +181,15 @@ def _check_destination(destination: Path, to: str) -> None:
         raise InputError(f"{destination}: the {to} layout is written as one file that ends in .safetensors or .pt")
     if to == "diffusers" and is_file:
         raise InputError(f"{destination}: the diffusers layout is a directory: name one without {destination.suffix}")
+
+
+def _check_directory_options(to: str, encoders: Path | None, shift: float | None, max_shard_size: str | None) -> None:
+    if to != "diffusers" and (encoders is not None or max_shard_size is not None):
+        raise InputError("--encoders and --max-shard-size are of a directory, which is always --to diffusers")
+    if shift is not None and (encoders is None or not 0 < shift < float("inf")):
+        raise InputError(f"--shift is a positive number, of a pipeline, so together with --encoders; got {shift}")
+    if max_shard_size is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size.upper()):
+        raise InputError(f"--max-shard-size is a number with KB, MB, GB or TB, such as 5GB; got {max_shard_size}")
 
 
 @app.command

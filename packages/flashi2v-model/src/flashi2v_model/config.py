@@ -1,6 +1,6 @@
 """The parts of a configuration file that describe the model: `ae`, `text_encoder`, `diffusion`, `predictor`.
 
-Nothing heavy is imported here, so that a wrong setting is told at once.
+Nothing heavy is imported here, so that a wrong setting is reported at once.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The error for what a user can mend."""
+"""Errors: what a user can fix, and what a machine cannot do."""
 
 import pickle
 import re

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flashi2v_data.captions.cleaning import clean_caption
 from flashi2v_data.errors import InputError
+from flashi2v_data.textfile import read_text
 
 _LARGEST_LIST = 2**26  # bytes
 
@@ -18,19 +19,9 @@ def read_lines(path: str | Path, key: str) -> list[str]:
         InputError: naming `key`, the setting that gave `path`, where the file is missing, unreadable or has gaps.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError("Is a directory" if Path(path).is_dir() else "it is no regular file")
-        if (size := Path(path).stat().st_size) > _LARGEST_LIST:
-            raise OSError(f"it has {size:,} bytes, of at most {_LARGEST_LIST:,}")
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{key}: {path}: no such file") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{key}: {path}: line {line} is not UTF-8 text: save the file as UTF-8") from None
-    except (OSError, ValueError) as error:  # a name may hold what no name of a file does
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InputError(f"{key}: {path}: cannot be read: {reason}") from None
+        text = read_text(path, _LARGEST_LIST)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
     # Not splitlines, for which a prompt could end at one of the less known line separators of Unicode.
     lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
     if not lines:

@@ -1,6 +1,6 @@
 """Pictures as viewers show them: upright, in sRGB, nothing transparent. H W height and width.
 
-A file says more than its numbers: a colour profile, what it covers, which side is up. What cannot be followed is told.
+A file says more than its numbers: a colour profile, what it covers, which side is up. What is not followed is logged.
 """
 
 import io
@@ -214,7 +214,7 @@ def _untold(colours: Image.Image, image: Image.Image) -> str:
     try:
         interoperability = image.getexif().get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
     except UNDECODABLE:
-        return ""  # that it is damaged is told where it is read for the orientation
+        return ""  # that it is damaged is logged where it is read for the orientation
     return "Adobe RGB, of which its EXIF data speaks," if interoperability == "R03" else ""
 
 

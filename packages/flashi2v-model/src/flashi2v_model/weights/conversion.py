@@ -131,7 +131,7 @@ def model_arguments(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return all constructor arguments of the transformer at `path`, and which of them nothing there tells.
 
-    What is told nowhere is as in the releases: heads of 128 channels, and the constructor's defaults.
+    What stands nowhere is as in the releases: heads of 128 channels, and the constructor's defaults.
 
     Args:
         path: where the weights were read.
