@@ -34,7 +34,8 @@ from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.config import SPATIAL_STRIDE
 from flashi2v_model.encoders import encode_text, encode_video
-from flashi2v_model.sampling import Generators, denoise, set_timesteps
+from flashi2v_model.sampling import Generators, set_timesteps
+from flashi2v_model.sampling import denoise as denoise
 
 logger = logging.getLogger(__name__)
 

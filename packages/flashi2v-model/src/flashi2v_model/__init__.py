@@ -1,28 +1,8 @@
 """The FlashI2V diffusion transformer, flow matching, encoders and weights."""
 
-from typing import TYPE_CHECKING
-
-from flashi2v_model.errors import InputError
-from flashi2v_model.lazy import public_names
-
-if TYPE_CHECKING:
-    from flashi2v_model.transformer import FlashI2VTransformer3DModel
-    from flashi2v_model.weights.conversion import convert_state_dict, load_weights
+import lazy_loader
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "FlashI2VTransformer3DModel",
-    "InputError",
-    "convert_state_dict",
-    "load_weights",
-]
-
-__getattr__, __dir__ = public_names(
-    __name__,
-    {
-        "FlashI2VTransformer3DModel": "flashi2v_model.transformer",
-        "convert_state_dict": "flashi2v_model.weights.conversion",
-        "load_weights": "flashi2v_model.weights.conversion",
-    },
-)
+# The names are in __init__.pyi; each is imported when it is first used: torch and diffusers take seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from flashi2v_data.loading.transforms import center_crop_resize
+from flashi2v_data.video.strips import film_strip as film_strip  # one video in one picture
 from flashi2v_infer.files.export import Frames
 
 
