@@ -202,10 +202,10 @@ def sample_jobs(
         SamplingError: the only video ended in NaN or infinity.
         flashi2v_data.errors.StorageError: a file cannot be written.
     """
-    sampler = _sampler(pipeline, [job.request for job in jobs], processes, meter)
     facts = model.source(pipeline).facts()
     hidden = None if processes.is_first else True
     try:
+        sampler = _sampler(pipeline, [job.request for job in jobs], processes, meter)
         with tqdm(total=len(jobs), desc="videos", unit="video", disable=is_one or hidden, smoothing=0) as bar:
             for job in jobs:
                 pipeline.set_progress_bar_config(disable=hidden, desc=job.path.stem, unit="step", leave=False)
