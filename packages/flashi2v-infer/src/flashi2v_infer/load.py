@@ -2,6 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,10 @@ class ConfiguredModel(Model):
 
     def source(self, pipeline: FlashI2VPipeline | None = None) -> Source:
         """Return what a video's record says of the model: here it is known before the model is loaded."""
+        return self._source
+
+    @cached_property
+    def _source(self) -> Source:
         config = self.config
         parts = {
             "predictor": str(config.predictor.from_pretrained),
