@@ -38,10 +38,10 @@ class Execution:
         device: npu, cuda, cpu, cuda:1, ... (default: what the file says, else auto, the best there is).
         dtype: Of transformer and text encoder (default: what the file says, else bf16, fp32 on the CPU).
         vae_dtype: Of the VAE (default: what the file says, else fp32).
-        offload: Which weights wait in the CPU's memory: none; model, all parts but the one at work; group, all but the
-            block at work (default: none).
-        vae_tiling: Decode in overlapping tiles (default: only as far as the free memory asks for it).
-        vae_slicing: Decode the videos of a batch one after the other (default: only where the free memory asks for it).
+        offload: Which weights stay in the CPU's memory: none; model, all parts but the one that runs; group, all but
+            the block that runs (default: none).
+        vae_tiling: Decode in overlapping tiles (default: only where the free memory requires it).
+        vae_slicing: Decode the videos of a batch one after the other (default: only where the free memory requires it).
         low_memory: For cards of 8 GB: offloads in groups, runs the VAE in bf16 and decodes within 6 GiB.
         compile: Compile the transformer's blocks.
         cfg_batch: Run both branches of the guidance as one batch: a little faster where memory allows it.

@@ -40,7 +40,7 @@ def inspect(path: Path, *, num_heads: int | None = None) -> None:
     path
         a .safetensors or .pt file, a diffusers directory, or a run of flashi2v-train
     num_heads
-        attention heads, where neither a config.json nor a width of 128 per head tells them
+        number of attention heads, if no config.json says it and heads are not 128 wide
     """
     from flashi2v_model.weights import convert_state_dict, detect_layout, model_arguments, read_state_dict, weight_files
     from flashi2v_model.weights.checkpoint import checkpoint_directory, has_ema, is_checkpoint
@@ -118,7 +118,7 @@ def convert(
     max_shard_size
         of a file of the diffusers directory, such as 5GB; larger models are sharded (default 10GB)
     num_heads
-        attention heads, where neither a config.json nor a width of 128 per head tells them
+        number of attention heads, if no config.json says it and heads are not 128 wide
     recipe
         module:Class of a variant of the network, or of the recipe that it was trained by (default: FlashI2V's own)
     """
