@@ -108,6 +108,18 @@ class VideoOptions:
             output=self.output or demo.OUTPUT,
         )
 
+    def request(self, settings: SamplingSettings, seed: int | None) -> Request:
+        """Return what to sample.
+
+        Raises:
+            InputError: an option is missing, or has no effect.
+        """
+        if self.image is None or self.prompt is None or self.output is None:
+            missing = [name for name in ("image", "prompt", "output") if getattr(self, name) is None]
+            raise InputError(f"--model also needs {', '.join(map(_option, missing))}")
+        fps = Request.fps if self.fps is None else self.fps
+        return Request(self.prompt, str(self.image), self.negative_prompt or "", seed or 0, fps=fps, settings=settings)
+
 
 @dataclass(frozen=True)
 class CommonOptions:
@@ -177,47 +189,29 @@ def infer(
         raise InputError("--resume: only together with --mm-model, of whose videos some may be finished")
     settings, video = video.settings(), video.filled_in()
     assert video.model is not None
-    if video.image is None or video.prompt is None or video.output is None:
-        if not (common.plan and common.dry_run):
-            missing = [name for name in ("image", "prompt", "output") if getattr(video, name) is None]
-            raise InputError(f"--model also needs {', '.join(map(_option, missing))}")
-        from flashi2v_infer.commands.run import plan_one
+    only_plans = common.plan and common.dry_run and None in (video.image, video.prompt, video.output)
+    request = None if only_plans else video.request(settings, common.seed)
+    # This imports torch and more, for which nobody should wait whose settings are wrong.
+    from flashi2v_infer.commands.batch import read_one
+    from flashi2v_infer.commands.run import print_plan, sample
+    from flashi2v_infer.load import ModelDirectory
 
-        plan_one(video.model, settings, execution, video.scheduler)
+    model = ModelDirectory(video.model, execution, video.scheduler)
+    if request is None:
+        print_plan(model, settings)
         return
-    fps = Request.fps if video.fps is None else video.fps
-    negative_prompt, seed = video.negative_prompt or "", common.seed or 0
-    request = Request(video.prompt, str(video.image), negative_prompt, seed, fps=fps, settings=settings)
-    from flashi2v_infer.commands.run import sample_one
-
-    sample_one(
-        video.model,
-        request,
-        video.output,
-        execution,
-        scheduler=video.scheduler,
-        strip=common.strip,
-        plan=common.plan,
-        dry_run=common.dry_run,
-    )
+    output = str(video.output)
+    sample(model, settings, lambda: read_one(request, output, common.strip), plan=common.plan, dry_run=common.dry_run)
 
 
 def _sample_batch(file: Path, resume: bool, video: VideoOptions, common: CommonOptions, execution: Execution) -> None:
     if given := video.given():
         raise InputError(f"{', '.join(given)}: not together with --mm-model, whose file holds these settings")
     config = load_config(file, InferenceConfig)
-    # This imports torch and more, for which nobody should wait whose settings are wrong.
     from flashi2v_infer.commands.run import sample_batch
 
-    sample_batch(
-        config,
-        execution,
-        common.seed,
-        resume=resume,
-        strips=common.strip,
-        plan=common.plan,
-        dry_run=common.dry_run,
-    )
+    options = {"resume": resume, "plan": common.plan, "dry_run": common.dry_run}
+    sample_batch(config, execution, common.seed, strips=common.strip, **options)
 
 
 def _conditioning(words: str) -> tuple[str, float | list[float]]:

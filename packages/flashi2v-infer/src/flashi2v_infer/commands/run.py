@@ -15,14 +15,14 @@ from tqdm import tqdm
 from flashi2v_data.console import configure_logging, one_line
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_data.video.strips import film_strip
-from flashi2v_infer.commands.batch import Batch, Job, read_batch, read_one, unfinished, write_together
+from flashi2v_infer.commands.batch import Batch, Job, read_batch, unfinished, write_together
 from flashi2v_infer.commands.sampler import Sample, Sampler
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.files.export import save_video, write_picture
 from flashi2v_infer.files.records import versions
-from flashi2v_infer.load import ConfiguredModel, Model, ModelDirectory, dtype_name
+from flashi2v_infer.load import ConfiguredModel, Model, dtype_name
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import encode_prompts, put_away_text_encoder
 from flashi2v_infer.plan.measured import Meter, comparison
@@ -30,7 +30,6 @@ from flashi2v_infer.plan.plan import Plan, make_plan, target_device
 from flashi2v_infer.plan.skeleton import parts_of
 from flashi2v_infer.processes import Processes, join_processes
 from flashi2v_infer.settings import Request, SamplingSettings
-from flashi2v_model.config import SchedulerName
 from flashi2v_model.weights.libraries import quieten
 
 logger = logging.getLogger(__name__)
@@ -43,8 +42,8 @@ def sample_batch(
     execution: Execution,
     seed: int | None = None,
     *,
-    resume: bool = False,
     strips: Path | None = None,
+    resume: bool = False,
     plan: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -54,74 +53,90 @@ def sample_batch(
         config: of inference_model.json.
         execution: how to compute.
         seed: instead of the file's.
-        resume: leave videos alone that are finished.
         strips: a directory for film strips of the videos.
+        resume: as of `sample`, and `plan` and `dry_run` likewise.
+        plan: likewise.
+        dry_run: likewise.
+    """
+    model = ConfiguredModel(config, execution)
+
+    def read() -> Batch:
+        return read_batch(model.config, model.source(), seed, strips)
+
+    sample(model, config.sampling, read, resume=resume, plan=plan, dry_run=dry_run)
+
+
+def sample(
+    model: Model,
+    settings: SamplingSettings,
+    read: Callable[[], Batch],
+    *,
+    resume: bool = False,
+    plan: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Sample videos into their files.
+
+    Args:
+        model: where the pipeline comes from, and how it computes.
+        settings: of all videos.
+        read: checks what the user gave, and returns the videos.
+        resume: leave videos alone that are finished.
         plan: print what the run will take, and at the end what it took.
         dry_run: check everything that was given, and sample nothing.
 
     Raises:
         InputError: anything that the user can fix. At the end where some images could not be used: the other videos
             are written then.
-        SamplingError: at the end where some videos could not be sampled.
+        SamplingError: a video could not be sampled; of a batch at the end.
     """
-    model = ConfiguredModel(config, execution)
-
-    def read() -> tuple[Batch, Sequence[Job]]:
-        batch = read_batch(model.config, model.source(), seed, strips)
-        return batch, unfinished(batch.jobs) if resume else batch.jobs
-
-    _run(model, config.sampling, read, plan=plan, dry_run=dry_run)
-
-
-def sample_one(
-    model: str,
-    request: Request,
-    output: str,
-    execution: Execution,
-    *,
-    scheduler: SchedulerName | None = None,
-    strip: Path | None = None,
-    plan: bool = False,
-    dry_run: bool = False,
-) -> None:
-    """Sample one video.
-
-    Args:
-        model: a pipeline directory, or a hub id.
-        request: what to sample.
-        output: the video: .mp4, .gif or .webp, or a directory for its frames.
-        execution: how to compute.
-        scheduler: the sampler; None is the model's own.
-        strip: a picture of some frames.
-        plan: as of `sample_batch`, and `dry_run` likewise.
-        dry_run: likewise.
-
-    Raises:
-        InputError: anything that the user can fix.
-        SamplingError: sampling ended in NaN or infinity.
-    """
-
-    def read() -> tuple[Batch, Sequence[Job]]:
-        batch = read_one(request, output, strip)
-        return batch, batch.jobs
-
-    directory = ModelDirectory(model, execution, scheduler)
-    _run(directory, request.settings, read, plan=plan, dry_run=dry_run)
+    quieten()
+    if dry_run:
+        model.check()
+        if plan:
+            print_plan(model, settings)  # also for a device that is elsewhere
+        else:
+            model.settle()
+        batch = read()
+        jobs = unfinished(batch.jobs) if resume else batch.jobs
+        print(one_line(f"would write {batch.describe(len(jobs))}"))
+        batch.raise_faults()
+        return
+    with join_processes(model.device_name, model.execution.context_parallel_size) as processes:
+        # What all processes would say alike is said by the first.
+        configure_logging(logging.INFO if processes.is_first else logging.ERROR)
+        settled, batch = model.settle(processes.device), read()
+        is_one = batch.directory is None
+        if is_one and processes.num_replicas > 1:
+            raise InputError(
+                f"one video cannot be shared out among {processes.num_replicas} times "
+                f"{model.execution.context_parallel_size} processes: start as many as --context-parallel-size says"
+            )
+        jobs = unfinished(batch.jobs) if resume else batch.jobs
+        planned = print_plan(model, settings) if plan and processes.is_first else None
+        processes.barrier()  # before any of them finishes another
+        if jobs:
+            if not is_one:
+                configure_logging(logging.INFO if processes.is_first else logging.WARNING)
+            pipeline, meter = model.load(settled, processes.context), Meter(processes.device)
+            sample_jobs(pipeline, model, processes.share(jobs), processes, meter, is_one=is_one)
+            if planned is not None:
+                print(comparison(planned, meter.read()))
+        processes.barrier()
+        if processes.is_first:
+            missing = [] if is_one else write_together(batch, drawn=jobs)
+            if len(batch.jobs) > len(missing):
+                print(one_line(f"wrote {batch.describe(len(jobs) - len(missing), len(batch.jobs) - len(jobs))}"))
+            batch.raise_faults(missing)
 
 
-def plan_one(
-    model: str, settings: SamplingSettings, execution: Execution, scheduler: SchedulerName | None = None
-) -> None:
-    """Print what sampling one video will take; nothing is loaded. Arguments as of `sample_one`.
+def print_plan(model: Model, settings: SamplingSettings) -> Plan:
+    """Print what sampling one video will take; nothing is loaded.
 
     Raises:
         InputError: there is no such model or device.
     """
     quieten()
-    _print_plan(ModelDirectory(model, execution, scheduler), settings)
-
-
-def _print_plan(model: Model, settings: SamplingSettings) -> Plan:
     device_type, free = target_device(model.device_name)
     # Where the model's own scheduler is not known, it is as all releases have it.
     plan = make_plan(
@@ -129,53 +144,6 @@ def _print_plan(model: Model, settings: SamplingSettings) -> Plan:
     )
     print(plan)
     return plan
-
-
-def _run(
-    model: Model,
-    settings: SamplingSettings,
-    read: Callable[[], tuple[Batch, Sequence[Job]]],
-    *,
-    plan: bool,
-    dry_run: bool,
-) -> None:
-    """Do what a command says; `read` returns all videos, and those of them that are to be sampled."""
-    quieten()
-    if dry_run:
-        model.check()
-        if plan:
-            _print_plan(model, settings)  # also for a device that is elsewhere
-        else:
-            model.settle()
-        batch, jobs = read()
-        print(one_line(f"would write {batch.describe(len(jobs))}"))
-        batch.raise_faults()
-        return
-    with join_processes(model.device_name, model.execution.context_parallel_size) as processes:
-        # What all processes would say alike is said by the first.
-        configure_logging(logging.INFO if processes.is_first else logging.ERROR)
-        settled = model.settle(processes.device)
-        batch, jobs = read()
-        if batch.directory is None and processes.num_replicas > 1:
-            raise InputError(
-                f"one video cannot be shared out among {processes.num_replicas} times "
-                f"{model.execution.context_parallel_size} processes: start as many as --context-parallel-size says"
-            )
-        planned = _print_plan(model, settings) if plan and processes.is_first else None
-        processes.barrier()  # before any of them finishes another
-        if jobs:
-            if batch.directory is not None:
-                configure_logging(logging.INFO if processes.is_first else logging.WARNING)
-            pipeline, meter = model.load(settled, processes.context), Meter(processes.device)
-            sample_jobs(pipeline, model, processes.share(jobs), processes, meter, is_one=batch.directory is None)
-            if planned is not None:
-                print(comparison(planned, meter.read()))
-        processes.barrier()
-        if processes.is_first:
-            missing = [] if batch.directory is None else write_together(batch, drawn=jobs)
-            if len(batch.jobs) > len(missing):
-                print(one_line(f"wrote {batch.describe(len(jobs) - len(missing), len(batch.jobs) - len(jobs))}"))
-            batch.raise_faults(missing)
 
 
 def sample_jobs(
@@ -210,16 +178,16 @@ def sample_jobs(
             for job in jobs:
                 pipeline.set_progress_bar_config(disable=hidden, desc=job.path.stem, unit="step", leave=False)
                 try:
-                    sample = sampler(job.request, job.image)
+                    made = sampler(job.request, job.image)
                 except FloatingPointError as error:
                     if is_one:
                         raise SamplingError(str(error)) from None
                     logger.error("%s: %s", job.path.name, error)
                 else:
                     if processes.writes:
-                        _write(job, sample, job.origin | facts | _measured(pipeline, sample))
+                        _write(job, made, job.origin | facts | _measured(pipeline, made))
                     if processes.is_first:
-                        for remark in model.remarks(job.request.prompt, sample.vae_psnr):
+                        for remark in model.remarks(job.request.prompt, made.vae_psnr):
                             logger.warning(remark)
                 bar.update()
     except KeyboardInterrupt:
