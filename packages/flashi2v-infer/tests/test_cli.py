@@ -173,7 +173,7 @@ def _copy_model(source: Path, target: Path, *, with_weights: bool) -> None:
         ({"use_prompt_preprocess": True, "prompt": "links.txt"}, "links.txt line 2: nothing is left of 'http://a.com'"),
         ({"fsp": 16}, "inference_model.json: fsp: unknown key, did you mean 'fps'?"),
         ({"seed": "seven"}, 'inference_model.json: seed: input should be a valid integer, got "seven"'),
-        ({"prompt": "first.png"}, "prompt: first.png: line 1 is not UTF-8 text"),
+        ({"prompt": "first.png"}, "prompt: first.png, line 1: is not UTF-8"),
         ({"image": "prompts.txt"}, "prompts.txt line 1: a red circle moves left: no such file"),
         ({"image": "one.txt"}, "prompts.txt holds 2 prompts, one.txt holds 1 images"),
         ({"save_path": "first.png"}, "save_path: cannot write below"),
