@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,6 +210,11 @@ def test_what_is_not_on_the_disk_is_assumed_and_said():
         assert part in text
     assert "operations per step" in text
     assert "6 in all; 72 tokens a video, 1 at a time" in text
+
+
+def test_a_plan_asks_for_the_conditioning_that_the_network_asks_for(planned):
+    with pytest.raises(InputError, match="this FlashI2VTransformer3DModel asks for none, got motion"):
+        make_plan(planned, replace(SMALL, conditioning={"motion": 0.7}), Execution(), "cpu", None)
 
 
 def test_a_damaged_config_is_one_line(model_directory, tmp_path):

@@ -5,7 +5,7 @@ B videos, C latent channels, T video frames, F latent frames, H W latent grid, L
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -275,12 +275,7 @@ class FlashI2VPipeline(DiffusionPipeline):
 
     def _conditioning(self, given: Mapping[str, Conditioning], num_videos: int) -> dict[str, Tensor]:
         """Return further tensors of the network, with a row for each video."""
-        wanted = self.transformer.conditioning_names
-        if sorted(given) != sorted(wanted):
-            raise InputError(
-                f"conditioning: this {type(self.transformer).__name__} asks for {', '.join(wanted) or 'none'}, got "
-                f"{', '.join(sorted(given)) or 'none'}"
-            )
+        check_conditioning(self.transformer, given)
         tensors = {}
         for name, value in given.items():
             if isinstance(value, Tensor):
@@ -330,6 +325,20 @@ def _as_texts(texts: str | Sequence[str], name: str) -> list[str]:
     if odd := [type(text).__name__ for text in found if not isinstance(text, str)]:
         raise InputError(f"{name} must be a string or a list of them, got {odd[0]}")
     return found
+
+
+def check_conditioning(transformer: FlashI2VTransformer3DModel, given: Collection[str]) -> None:
+    """Refuse names of conditioning that are not those that a transformer asks for.
+
+    Raises:
+        InputError: naming both.
+    """
+    wanted = transformer.conditioning_names
+    if sorted(given) != sorted(wanted):
+        raise InputError(
+            f"conditioning: this {type(transformer).__name__} asks for {', '.join(wanted) or 'none'}, got "
+            f"{', '.join(sorted(given)) or 'none'}"
+        )
 
 
 def prepare_image(image: AnyImage, height: int, width: int) -> Tensor:

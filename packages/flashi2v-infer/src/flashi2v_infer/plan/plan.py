@@ -18,6 +18,7 @@ from transformers import UMT5EncoderModel
 from flashi2v_infer.decoding import choose_decoding, decoding_as, describe
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import find_device
+from flashi2v_infer.pipeline import check_conditioning
 from flashi2v_infer.placement import streams
 from flashi2v_infer.plan.skeleton import Parts
 from flashi2v_infer.settings import SamplingSettings
@@ -193,6 +194,7 @@ class _Run:
             for _ in range(2 if settings.uses_negative_prompt else 1)
         ]
         self.held = [self.latents, condition, *self.texts]
+        check_conditioning(parts.transformer, settings.conditioning)
         self._velocity = velocity_field(
             parts.transformer,
             condition,
