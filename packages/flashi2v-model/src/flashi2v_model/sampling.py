@@ -73,7 +73,8 @@ def integrate(
     Returns:
         (B, C, F, H, W) in fp32.
     """
-    advance = _with_generator(scheduler.step, generator)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    advance = partial(scheduler.step, generator=generator) if takes_generator else scheduler.step
     y = noise.float()
     for step, (t, exact) in enumerate(zip(progress(scheduler.timesteps), exact_timesteps(scheduler))):
         y = advance(velocity(y, exact), t, y, return_dict=False)[0]
@@ -189,8 +190,3 @@ def exact_timesteps(scheduler: SchedulerMixin) -> Tensor:
     if timesteps.is_floating_point():
         return timesteps
     return NUM_TIMESTEPS * scheduler.sigmas[: len(timesteps)].to(timesteps.device)
-
-
-def _with_generator(step: Callable[..., Any], generator: Generators | None) -> Callable[..., Any]:
-    takes_generator = "generator" in inspect.signature(step).parameters
-    return partial(step, generator=generator) if takes_generator else step

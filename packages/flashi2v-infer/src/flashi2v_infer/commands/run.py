@@ -185,7 +185,10 @@ def sample_jobs(
                     logger.error("%s: %s", job.path.name, error)
                 else:
                     if processes.writes:
-                        _write(job, made, job.origin | facts | _measured(pipeline, made))
+                        record = job.origin | facts | _measured(pipeline, made)
+                        save_video(job.path, made.frames, job.request.fps, record)
+                        if job.strip is not None:
+                            write_picture(job.strip, film_strip(job.image, made.frames), record)
                     if processes.is_first:
                         for remark in model.remarks(job.request.prompt, made.vae_psnr):
                             logger.warning(remark)
@@ -204,12 +207,6 @@ def _sampler(pipeline: FlashI2VPipeline, requests: Sequence[Request], processes:
     texts = encode_prompts(pipeline, prompts, pipeline.execution, processes.device, length)
     put_away_text_encoder(pipeline, pipeline.execution, processes.device)
     return Sampler(pipeline, texts, on_step_end=meter.on_step_end)
-
-
-def _write(job: Job, sample: Sample, record: dict[str, Any]) -> None:
-    save_video(job.path, sample.frames, job.request.fps, record)
-    if job.strip is not None:
-        write_picture(job.strip, film_strip(job.image, sample.frames), record)
 
 
 def _measured(pipeline: FlashI2VPipeline, sample: Sample) -> dict[str, Any]:

@@ -89,7 +89,10 @@ class Plan:
             for stage in self.stages
         ]
         calls = self.num_steps * self.calls_per_step
-        sizes = ", ".join(f"{name} {_count(count)}" for name, count in self.parameters.items())
+        sizes = ", ".join(
+            f"{name} {count / 1e9:.2f} billion" if count >= 1e7 else f"{name} {count / 1e6:.2f} million"
+            for name, count in self.parameters.items()
+        )
         lines += [
             "",
             f"peak memory {gib(self.peak)}, operations per step {tera(self.step_flops)}",
@@ -108,10 +111,6 @@ def gib(size: int) -> str:
 
 def tera(flops: float) -> str:
     return f"{flops / 1e12:.1f} TFLOP" if flops >= 1e11 else f"{flops / 1e9:.1f} GFLOP"
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f} billion" if parameters >= 1e7 else f"{parameters / 1e6:.2f} million"
 
 
 def target_device(name: str) -> tuple[str, int | None]:

@@ -216,15 +216,15 @@ class SafeReader(FileSystemReader):
                 f"{path} is damaged or holds more than a table of tensors: {reason_of(error)}"
             ) from error
         contents = getattr(metadata, "state_dict_metadata", None)
-        if not isinstance(metadata, Metadata) or not isinstance(contents, dict) or not all(map(_is_name, contents)):
+        if (
+            not isinstance(metadata, Metadata)
+            or not isinstance(contents, dict)
+            or not all(isinstance(key, str) for key in contents)
+        ):
             raise DamagedError(f"{path} is damaged: it is no table of tensors")
         metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
-
-
-def _is_name(key: object) -> bool:
-    return isinstance(key, str)
 
 
 class _MetadataUnpickler(pickle._Unpickler):  # the one in Python

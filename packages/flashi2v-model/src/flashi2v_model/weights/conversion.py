@@ -53,16 +53,13 @@ def convert_state_dict(
     except InputError as error:
         unknown = fault_phrases(unexpected=[key for key in state_dict if key not in ours])
         raise InputError("; ".join([str(error), *unknown])) from None
-    expected = _named_as(source, _meta_model(arguments).state_dict())
+    own = _meta_model(arguments).state_dict()
+    expected = {name: own[key] for key, name in translate(own, "diffusers", source).items()}
     may_miss = {name for name in expected if trunk and name.startswith(NEW_LAYERS)}
     if faults := compare(state_dict, expected, may_miss):
         raise InputError(f"these are not the weights of one transformer in the {source} layout: {'; '.join(faults)}")
     names = translate(state_dict, source, target)
     return {names[key]: tensor for key, tensor in state_dict.items()}
-
-
-def _named_as(layout: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: own[key] for key, name in translate(own, "diffusers", layout).items()}
 
 
 def _meta_model(
