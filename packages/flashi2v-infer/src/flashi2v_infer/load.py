@@ -238,7 +238,7 @@ class ModelDirectory(Model):
         if path.is_dir():
             if not (path / "model_index.json").is_file():
                 raise InputError(
-                    f"--model: {path} holds no model_index.json, so it is no pipeline in diffusers' layout"
+                    f"--model: {path} holds no model_index.json, so it is not a pipeline in diffusers' layout"
                 )
             return path
         if path.exists() or path.is_absolute() or self.name.startswith(".") or self.name.count("/") != 1:

@@ -116,7 +116,7 @@ class Request:
         settings: the numbers of the sampling run.
 
     Raises:
-        InputError: the negative prompt would have no effect, `fps` is not positive, or a text is none.
+        InputError: the negative prompt would have no effect, `fps` is not positive, or a text is not UTF-8.
     """
 
     prompt: str

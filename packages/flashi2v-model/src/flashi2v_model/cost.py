@@ -85,7 +85,7 @@ class Trace(TorchDispatchMode):
 class _FusedAttention(TorchFunctionMode):
     """Runs attention on the meta device as the one operator that it is on the CPU; accelerators have their like.
 
-    PyTorch thinks that there is none for this device, and would make a matrix of all pairs of tokens.
+    PyTorch knows none for this device, and would make a matrix of all pairs of tokens.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -75,7 +75,7 @@ def check_output(text: str, fps: float, option: str) -> Path:
 
 
 def check_name(text: str, option: str) -> None:
-    """Refuse what is no name of a file that could be written, on this machine or at all.
+    """Refuse a name under which no file could be written, on this machine or at all.
 
     Raises:
         InputError: naming `option`.

@@ -64,7 +64,7 @@ def detect_layout(names: Iterable[str]) -> str:
     names = list(names)
     if 2 * sum(_ADAPTER.search(name) is not None for name in names) > len(names):
         raise InputError(
-            f"these are the weights of a LoRA adapter, which changes a model and is none (first key: {names[0]}): "
+            f"these are the weights of a LoRA adapter, which changes a model but is not one (first key: {names[0]}): "
             "name the whole model"
         )
     if any(name.startswith("condition_embedder.") for name in names):
@@ -82,7 +82,7 @@ def detect_layout(names: Iterable[str]) -> str:
 
 
 def check_layout(layout: str) -> None:
-    """Refuse a layout that is none.
+    """Refuse an unknown layout.
 
     Raises:
         InputError: naming those there are.

@@ -195,7 +195,7 @@ def check_file(path: Path, largest: int | None = None) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse a directory that libraries shall load a model from if a file there claims more than such models have.
+    """Refuse a model's directory in which a file claims more than such models have, before libraries load it.
 
     Raises:
         InputError: a file is no regular one, too large for what it is, damaged, or asks for code from elsewhere.

@@ -46,7 +46,7 @@ def stored_settings(
         transformer: class that the weights are for.
 
     Raises:
-        InputError: the file is damaged, or describes a model that is none of ours, or another variant.
+        InputError: the file is damaged, or describes another kind of model, or another variant.
     """
     path = checkpoint_directory(Path(path))
     directories = (path.parent,) if path.is_file() else (path, path / "transformer")
