@@ -190,13 +190,13 @@ def _read_header(path: Path, transaction: lmdb.Transaction) -> tuple[dict[str, A
     except lmdb.Error as error:
         raise InputError(f"{path}: is damaged ({error}): {DAMAGED}") from None
     header, is_sealed = unseal_header(path, HEADER, value)
-    if header.get("schema") == SCHEMA and not _is_ours(header):
-        raise InputError(
-            f"{path}: is not a store of clips; `flashi2v-data filter` writes them"
-        )  # features, for example
     if header.get("schema") != SCHEMA:
         given = f"{header.get('schema')!r:.60}"
         raise InputError(f"{path}: has schema {given}, this version reads {SCHEMA}: update flashi2v-data")
+    try:
+        msgspec.convert(header, _Header)
+    except msgspec.ValidationError:  # features, for example
+        raise InputError(f"{path}: is not a store of clips; `flashi2v-data filter` writes them") from None
     return header, is_sealed
 
 
@@ -211,15 +211,7 @@ class _Header(msgspec.Struct):
     count: Index
     compression: Literal["zstd"] | None
     config: dict[str, Any]
-    report: _Report | None = None
-
-
-def _is_ours(header: dict[str, Any]) -> bool:
-    try:
-        msgspec.convert(header, _Header)
-    except msgspec.ValidationError:
-        return False
-    return "report" not in header or header["report"] is not None
+    report: _Report | msgspec.UnsetType = msgspec.UNSET
 
 
 def _count_records(path: Path, transaction: lmdb.Transaction) -> int:
