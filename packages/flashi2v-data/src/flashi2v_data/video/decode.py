@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "decord", "pyav", "torchcodec"]
 _Decoder = Literal["decord", "pyav", "torchcodec"]
+# Brings a frame, (H, W, 3), into its place in the result.
+Convert = Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]
 
 # Frames that decord and torchcodec hold at full size at a time; PyAV holds one.
 _CHUNK = 8
@@ -61,26 +63,26 @@ def read_frames(
     indices: Sequence[int] | NDArray[np.integer],
     backend: Backend = "auto",
     *,
-    convert: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None] | None = None,
+    convert: Convert | None = None,
     out: NDArray[np.uint8] | None = None,
     geometry: Way = "upright",
     tone_map: bool = False,
     moments: Moments | None = None,
 ) -> NDArray[np.uint8]:
-    """Read frames by their place in the order of display; places may repeat and come in any order.
+    """Read frames by their number in the order of display; numbers may repeat and come in any order.
 
     All backends give the same frames, upright and of square pixels, without those that an edit list leaves out.
-    Where a decoder is known to differ from the others (`_difference`), PyAV stands in, which is logged once for every
+    Where a decoder is known to differ from the others (`_difference`), PyAV is used, which is logged once for every
     reason. Two threads work: one decodes, the other calls `convert`.
 
     Args:
         path: of a regular file.
-        indices: places, from 0 on.
+        indices: numbers of frames, from 0 on.
         backend: see `resolve_backend`.
-        convert: called as `convert(frame, place)` for each frame, (H, W, 3) uint8, as soon as it is decoded; it puts
-            the frame into its place in `out`, cropped, resized, or in another order, so that no clip is ever held at
-            full size. It needs `out`.
-        out: where the result goes, of T places; the default makes a new array.
+        convert: called as `convert(frame, out[t])` for each frame, (H, W, 3) uint8, as soon as it is decoded; it writes
+            the frame there cropped, resized, or in another order, so that no clip is ever held at full size. It needs
+            `out`.
+        out: where the result goes, (T, ...); the default makes a new array.
         geometry: see `geometry.Way`.
         tone_map: show HDR videos as on other screens; without it a warning names the first.
         moments: when the frames are to be shown; in a file of irregular rate these choose them, not `indices`.
@@ -101,7 +103,7 @@ def read_frames(
     with Video(name, geometry, tone_map=tone_map) as video:
         if moments is not None and is_irregular(video.seconds):
             indices = _chosen(video, moments)
-        return _read(video, [int(index) for index in indices], decoder, convert, out)
+        return _read(video, [int(index) for index in indices], decoder, convert or _copy, out)
 
 
 def _chosen(video: Video, moments: Moments) -> list[int]:
@@ -117,7 +119,7 @@ def _read(
     video: Video,
     indices: list[int],
     decoder: _Decoder,
-    convert: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None] | None,
+    convert: Convert,
     out: NDArray[np.uint8] | None,
 ) -> NDArray[np.uint8]:
     name = video.path
@@ -140,26 +142,22 @@ def _read(
             assert out is not None
             if converted is not None:
                 converted.result()
-            converted = converter.submit(_place, frame, out, positions[index], convert)
+            converted = converter.submit(_put, frame, out, positions[index], convert)
         if converted is not None:
             converted.result()
     assert out is not None
     return out
 
 
-def _place(
-    frame: NDArray[np.uint8],
-    out: NDArray[np.uint8],
-    positions: list[int],
-    convert: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None] | None,
-) -> None:
+def _put(frame: NDArray[np.uint8], out: NDArray[np.uint8], positions: list[int], convert: Convert) -> None:
     first, *others = positions
-    if convert is None:
-        out[first] = frame
-    else:
-        convert(frame, out[first])
+    convert(frame, out[first])
     for position in others:
         out[position] = out[first]
+
+
+def _copy(frame: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    out[:] = frame
 
 
 def _frames(video: Video, indices: list[int], decoder: _Decoder) -> Iterator[NDArray[np.uint8]]:
@@ -191,7 +189,7 @@ def _difference(video: Video, decoder: Literal["decord", "torchcodec"]) -> str |
     if not video.index.format.startswith(_FORMATS) and not (has_order_of_storage and video.index.format == "avi"):
         return f"the container {video.index.format}"
     if video.geometry(frame) not in BY_ANGLE:
-        return "mirrored pictures, or pixels that are no squares"
+        return "mirrored pictures, or pixels that are not square"
     if is_hdr(frame):
         return "HDR"
     if any(component.bits > 8 for component in frame.format.components):
