@@ -4,6 +4,7 @@ from flashi2v_model import FlashI2VTransformer3DModel, presets
 from flashi2v_model.caching import text_kept
 from flashi2v_model.cost import count_operations, kept_bytes, tracing
 from flashi2v_model.sampling import velocity_field
+from flashi2v_model.transformer import EMBED_INPUTS
 from flashi2v_npu_ops import attention
 
 
@@ -23,6 +24,7 @@ def test_operations_of_the_released_model_follow_the_textbook():
         "timestep": torch.empty(1, device="meta"),
         "encoder_hidden_states": context,
         "condition": latents[:, :, :1],
+        "low_freq_energy_ratio": torch.empty(1, device="meta"),
     }
     operations = count_operations(transformer, inputs)
     # Two for each weight and token.
@@ -55,3 +57,19 @@ def test_weights_are_not_what_autograd_keeps():
     layer = torch.nn.Linear(8, 4, device="meta")
     x = torch.empty(3, 8, device="meta")
     assert kept_bytes(lambda: layer(x), layer) == 3 * 8 * 4
+
+
+class Scored(FlashI2VTransformer3DModel):
+    """A variant as a user may write it: what is usual by position, what is its own by name."""
+
+    def embed(self, *usual, score):
+        x, *rest = super().embed(*usual)
+        return x + score[:, None, None], *rest
+
+
+def test_a_variant_is_counted_with_what_it_asks_for():
+    with torch.device("meta"):
+        plain, scored = (cls(**presets.TRANSFORMERS["tiny"]) for cls in (FlashI2VTransformer3DModel, Scored))
+        latents, text, one = torch.empty(1, 16, 3, 8, 8), torch.empty(1, 16, 64), torch.empty(1)
+    inputs = dict(zip(EMBED_INPUTS, (latents, one, text, latents[:, :, :1], one)))
+    assert count_operations(scored, {"score": one, **inputs}) == count_operations(plain, inputs)

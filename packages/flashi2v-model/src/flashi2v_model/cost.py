@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from flashi2v_model.transformer import FlashI2VTransformer3DModel
+from flashi2v_model.transformer import EMBED_INPUTS, FlashI2VTransformer3DModel
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -176,8 +176,10 @@ def count_operations(transformer: FlashI2VTransformer3DModel, inputs: Mapping[st
         inputs: what its `embed` is given, by name, of one sample and on the same device.
     """
     grid, num_layers = transformer.token_grid(inputs["hidden_states"].shape), len(transformer.blocks)
+    usual = [inputs[name] for name in EMBED_INPUTS]  # which a variant may take by position alone
+    more = {name: tensor for name, tensor in inputs.items() if name not in EMBED_INPUTS}
     with tracing() as trace:
-        x, text, time, modulation = transformer.embed(**inputs)
+        x, text, time, modulation = transformer.embed(*usual, **more)
         embedding = trace.flops
         x = transformer.run_blocks(x, text, modulation, grid)
         blocks = trace.flops - embedding
