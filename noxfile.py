@@ -165,7 +165,7 @@ def wheels(session: nox.Session) -> None:
         run_shared(session, "python", "-c", code)
         run_shared(session, name, "--help", silent=True)
     files = [str(path) for name in ("test_package", "test_demo") for path in Path().glob(f"packages/*/tests/{name}.py")]
-    run_tests(session, "-m", "not slow", "examples", *files)
+    run_tests(session, "examples", *files)
 
 
 def build(session: nox.Session, name: str, dist: Path) -> None:
