@@ -30,8 +30,8 @@ def demo(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkout")
     (directory / "examples").symlink_to(EXAMPLES)
     script = "examples/moving_shapes/run.py"
-    done = command(directory, "python", script, "--videos", 32, "--steps", 2, 2, "--samples", 2)
-    assert "in 4 steps" in done.stdout.splitlines()[-1]
+    done = command(directory, "python", script, "--videos", 32, "--steps", 4, 2, "--samples", 2)
+    assert "in 6 steps" in done.stdout.splitlines()[-1]
     return directory
 
 

@@ -86,7 +86,11 @@ WORK = {
     "other error": (fails_in_the_second, (KeyError("what"),), {}),
     "killed": (is_killed, (), {}),
     "restart": (fails_once, (), {"max_restarts": 1}),
-    **{how: (hangs, (how,), {"nproc_per_node": 3}) for how in ("sleeps", "second stops", "first stops", "is slow")},
+    # These import the model, which takes seconds.
+    **{
+        how: (hangs, (how,), {"nproc_per_node": 3, "preload": "flashi2v_train.trainer"})
+        for how in ("sleeps", "second stops", "first stops", "is slow")
+    },
 }
 
 
@@ -99,8 +103,9 @@ def main() -> None:
         return
     function, arguments, given = WORK[name]
     given = {"nproc_per_node": 2, **given, **dict(option.split("=") for option in options)}
+    preload = given.pop("preload", None)
     try:
-        start(function, (Path(directory), *arguments), LaunchOptions(**given))
+        start(function, (Path(directory), *arguments), LaunchOptions(**given), preload)
     except (InputError, StorageError, RuntimeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

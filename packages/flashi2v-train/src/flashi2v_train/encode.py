@@ -99,7 +99,7 @@ def launch(*, options: EncodeOptions) -> None:
         if note is not None and processes.is_first():
             logger.info(note)
     if processes.needs_launch(options):
-        processes.start(_encode, (config, options.output), options)
+        processes.start(_encode, (config, options.output), options, preload="flashi2v_train.features")
     else:
         _encode(config, options.output)
     if processes.is_first():

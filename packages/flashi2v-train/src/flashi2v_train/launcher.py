@@ -63,7 +63,7 @@ def _launch(options: TrainOptions, recipe: "RecipeClass | None") -> None:
     for note in [*found, *options.notes(), *config.notes()] if processes.is_first() else []:
         logger.info(note)
     if processes.needs_launch(options):
-        processes.start(_train, (config,), options)
+        processes.start(_train, (config,), options, preload="flashi2v_train.trainer")
     else:
         _train(config)
     if processes.is_first():

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flashi2v_data.console import machine_fault, told_as
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_data.locking import hold
+from flashi2v_data.workers import clean_start
 from flashi2v_train.options import LaunchOptions
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Slurm sends SIGUSR1 (`--signal=USR1@600`) before time is up, and SIGTERM with every end.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 # Ascend's documentation; the launcher of Megatron also sets CUDA_DEVICE_MAX_CONNECTIONS, which only Megatron reads.
 ASCEND_ENVIRONMENT = {
@@ -346,13 +348,16 @@ def launch_config(options: LaunchOptions, log_dir: Path) -> "LaunchConfig":
     return config
 
 
-def start(function: Callable[..., Any], arguments: tuple[Any, ...], options: LaunchOptions) -> None:
+def start(
+    function: Callable[..., Any], arguments: tuple[Any, ...], options: LaunchOptions, preload: str | None = None
+) -> None:
     """Run a function in all processes of this machine, and hand on to them what asks to stop.
 
     Args:
         function: of a module, so that new processes find it.
         arguments: of the function; they travel pickled.
         options: of the command line.
+        preload: a module that is imported once for all processes, where that is safe.
 
     Raises:
         InputError: options that do not go together, or what is the user's to put right in a process.
@@ -366,6 +371,8 @@ def start(function: Callable[..., Any], arguments: tuple[Any, ...], options: Lau
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="flashi2v-train-") as directory:
         config = launch_config(options, Path(directory))
+        if preload is not None:
+            config.start_method = _prepare_start(preload)
         before = {number: signal.signal(number, _hand_on) for number in STOP_SIGNALS}
         try:
             elastic_launch(config, _run)(function, *arguments)
@@ -376,8 +383,27 @@ def start(function: Callable[..., Any], arguments: tuple[Any, ...], options: Lau
                 signal.signal(number, handler)
 
 
+def _prepare_start(preload: str) -> str:
+    """Return how processes start: forked from one that has imported a module, or afresh.
+
+    Afresh where there is torch_npu: CANN may start threads when it is loaded, and a fork has none of them.
+    """
+    method = "spawn" if find_spec("torch_npu") else clean_start(preload)
+    if method == "forkserver":
+        from multiprocessing import forkserver  # Windows has none
+
+        # What asks all processes of a job to stop must not end this one, behind which the others would be killed.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+        forkserver.ensure_running()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return method
+
+
 def _run(function: Callable[..., Any], *arguments: Any) -> None:
     """Run a function in a process of the run; what it raises that is no bug travels with its exit code."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # which it was forked ignoring
     try:
         function(*arguments)
     except Exception as error:
