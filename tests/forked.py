@@ -39,7 +39,7 @@ PRELOADED = {
         f"flashi2v_data.{name}" for name in ("cli", "curation.filter", "curation.inspection", "shapes.scenes")
     ),
     "others": (
-        *(f"flashi2v_train.{name}" for name in ("launcher", "encode", "trainer", "validation")),
+        *(f"flashi2v_train.{name}" for name in ("launcher", "encoding", "trainer", "validation")),
         *(f"flashi2v_infer.{name}" for name in ("cli", "commands.run", "commands.sampler")),
         *(f"flashi2v_model.{name}" for name in ("cli", "presets", "weights.conversion")),
         *(f"flashi2v_npu_ops.{name}" for name in ("cli", "doctor")),
@@ -185,10 +185,21 @@ def _lease(address: str) -> socket.socket | None:
     return connection if alive else None
 
 
+def warm_up() -> None:
+    """Let libraries fill their caches: transformers compiles a thousand regular expressions before its first model."""
+    import transformers
+    import world
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.UMT5EncoderModel.from_pretrained(world.made() / "model/text_encoder")
+
+
 def serve(address: str, group: str) -> Request:
     """Fork for everyone who connects; return in the forked processes, with what they are to be."""
     for module in PRELOADED[group]:
         importlib.import_module(module)
+    if group == "others":
+        warm_up()
     gc.freeze()  # what is there is shared with all forks, and stays so
     Path(address).unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX)

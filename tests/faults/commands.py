@@ -50,7 +50,7 @@ def import_all() -> None:
     for name in (
         "flashi2v_data.curation.filter",
         "flashi2v_train.trainer",
-        "flashi2v_train.encode",
+        "flashi2v_train.encoding",
         "flashi2v_infer.commands.run",
     ):
         import_module(name)

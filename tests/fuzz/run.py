@@ -242,7 +242,7 @@ def import_all() -> None:
         "flashi2v_data.curation.filter",
         "flashi2v_data.curation.inspection",
         "flashi2v_train.trainer",
-        "flashi2v_train.encode",
+        "flashi2v_train.encoding",
     ):
         import_module(name)
     for name in (

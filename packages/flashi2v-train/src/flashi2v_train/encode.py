@@ -1,45 +1,19 @@
 """`flashi2v-encode`: latents of clips and states of captions, written to a store ahead of training."""
 
-import contextlib
-import itertools
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from cyclopts import App, Parameter
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
-from tqdm import tqdm
 
 import flashi2v_train
-from flashi2v_data.atomic import atomic_file, check_directory
-from flashi2v_data.captions.cleaning import CaptionCount
-from flashi2v_data.captions.tokenizer import Tokenizer, find_loss
-from flashi2v_data.console import configure_logging, run
-from flashi2v_data.errors import DecodeError
-from flashi2v_data.loading.dataset import FlashI2VDataset
-from flashi2v_data.loading.loader import StatefulLoader
-from flashi2v_data.loading.sampler import SampleKey, StatefulDistributedSampler
-from flashi2v_data.store.features import FeatureStore, FeatureWriter, feature_stores, remove_unbegun, text_key
-from flashi2v_data.store.reader import open_store
+from flashi2v_data.atomic import check_directory
+from flashi2v_data.console import configure_logging, importing, run
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.options import FileOptions, LaunchOptions, TrainOptions, group_options
-from flashi2v_train.provenance import REPORT, provenance
-
-if TYPE_CHECKING:
-    from flashi2v_train.features import Encoders
 
 logger = logging.getLogger(__name__)
-
-# Clips between two writes: as many are lost at most when the command is killed.
-_BATCH = 16
-# Processes wait for each other at the end only, when one may be hours behind; should one die, the launcher ends all.
-_PATIENCE = timedelta(days=7)
 
 
 class StoreOptions(FileOptions):
@@ -99,10 +73,12 @@ def launch(*, options: EncodeOptions) -> None:
         if note is not None and processes.is_first():
             logger.info(note)
     if processes.needs_launch(options):
-        processes.start(_encode, (config, options.output), options, preload="flashi2v_train.features")
+        processes.start(_encode, (config, options.output), options, preload="flashi2v_train.encoding")
     else:
         _encode(config, options.output)
     if processes.is_first():
+        from flashi2v_train.provenance import REPORT
+
         report = Report.model_validate_json((options.output / REPORT).read_text())
         logger.info(
             "done: %s holds %d clips and %d captions; %d videos could not be read",
@@ -110,149 +86,13 @@ def launch(*, options: EncodeOptions) -> None:
         )
 
 
-class _Cycle(StatefulDistributedSampler):
-    """Some samples of the first epoch, again and again, as the loader reads ahead."""
-
-    def __init__(self, num_samples: int, seed: int, indices: Sequence[int]) -> None:
-        super().__init__(num_samples, seed=seed)
-        self._indices = indices
-
-    def __iter__(self) -> Iterator[SampleKey]:
-        return itertools.cycle(SampleKey(0, index) for index in self._indices)
-
-
 def _encode(config: RunConfig, output: Path) -> None:
     configure_logging(logging.INFO if processes.is_first() else logging.WARNING)
-    # Imported here: the encoders take seconds, and a wrong option should be reported at once.
-    from flashi2v_model.weights.libraries import quieten
-    from flashi2v_train.world import rank_and_size
+    # Imported here: torch and the encoders take seconds, and a wrong option should be reported at once.
+    with importing():
+        from flashi2v_train.encoding import encode
 
-    quieten()
-    rank, size = rank_and_size()
-    with ExitStack() as stack:
-        if size > 1:
-            dist.init_process_group("gloo", timeout=_PATIENCE)
-            stack.callback(dist.destroy_process_group)
-        stack.enter_context(processes.hold_directory(output, "--output", dist.group.WORLD if size > 1 else None))
-        if rank == 0:
-            remove_unbegun(output)  # what a process left that was killed while it made a store
-        if size > 1:
-            dist.barrier()
-        _encode_share(config, output, rank, size)
-
-
-def _encode_share(config: RunConfig, output: Path, rank: int, size: int) -> None:
-    from flashi2v_npu_ops.device import claim_device
-    from flashi2v_train.features import Encoders
-
-    device = claim_device(config.options.device)
-    store = open_store(config.data.dataset_param.metafile_or_dir_path)
-    dataset = FlashI2VDataset(store, config.data.dataset_param, seed=config.options.seed)
-    encoders = Encoders(config, device)
-    origin = provenance(config)
-    mine = range(rank, len(store), size)
-    captions, count = _captions(dataset, mine)
-    # Before any process writes: a store is read without locks, and must not be open twice in a process.
-    clips, missing = _not_stored(output, origin, dataset, mine, captions)
-    if rank == 0:
-        (output / REPORT).unlink(missing_ok=True)  # until this end, too, is reached
-    if size > 1:
-        dist.barrier()
-    loader = StatefulLoader(
-        dataset, _Cycle(len(store), config.options.seed, clips), 1, config.data.dataloader_param, device
-    )
-    with FeatureWriter(output / f"process_{rank:04d}.lmdb", origin) as writer:
-        _write_clips(writer, encoders, loader, len(clips), quiet=rank > 0)
-        _write_captions(writer, encoders, dataset.tokenizer, missing, quiet=rank > 0)
-    done = [(len(mine), loader.skipped, captions, count)]
-    if size > 1:
-        everyones: list[Any] = [None] * size
-        dist.all_gather_object(everyones, done[0])
-        done = everyones
-    if rank == 0:
-        _write_report(output, done)
-
-
-def _write_report(output: Path, done: "Sequence[tuple[int, Collection[str], set[str], CaptionCount]]") -> None:
-    numbers, unreadable, texts, counts = zip(*done, strict=True)
-    count = counts[0]
-    for other in counts[1:]:
-        count.merge(other)
-    for line in count.lines().values():
-        logger.warning(line)
-    report = Report(
-        clips=sum(numbers),
-        unreadable=sorted(set().union(*unreadable)),
-        captions=len(set().union(*texts)),
-        empty_captions=count.empty,
-        cut_captions=count.cut,
-        captions_with_unknown_words=count.unknown,
-    )
-    with atomic_file(output / REPORT) as path:
-        path.write_text(report.model_dump_json(indent=1) + "\n")
-
-
-def _write_clips(
-    writer: FeatureWriter, encoders: "Encoders", loader: StatefulLoader, number: int, *, quiet: bool
-) -> None:
-    """Encode the next clips of a loader without end."""
-    waiting: dict[bytes, dict[str, Tensor]] = {}
-    try:
-        # Without any to encode there is nothing to begin to read.
-        batches = itertools.islice(loader, number) if number else ()
-        for batch in tqdm(batches, "clips", number, disable=quiet or None, unit="clip"):
-            waiting[batch["clip"][0]] = encoders.clip(batch, 0)
-            if len(waiting) >= _BATCH:
-                writer.put(waiting)
-                waiting.clear()
-        writer.put(waiting)
-    finally:
-        loader.close()
-
-
-def _write_captions(
-    writer: FeatureWriter, encoders: "Encoders", tokenizer: Tokenizer, captions: Sequence[str], *, quiet: bool
-) -> None:
-    with tqdm(desc="captions", total=len(captions), disable=quiet or None, unit="caption") as progress:
-        for begin in range(0, len(captions), _BATCH):
-            group = captions[begin : begin + _BATCH]
-            writer.put({text_key(caption): encoders.caption(*tokenizer(caption)) for caption in group})
-            progress.update(len(group))
-
-
-def _not_stored(
-    output: Path, origin: dict[str, Any], dataset: FlashI2VDataset, indices: range, captions: set[str]
-) -> tuple[list[int], list[str]]:
-    """Return the records and captions, of those given, that no store of the folder holds yet."""
-    if not feature_stores(output):
-        return [*indices], sorted(captions)
-    stored = FeatureStore(output, origin)
-    clips = [index for index in indices if not _is_stored(stored, dataset, index)]
-    return clips, [caption for caption in sorted(captions) if text_key(caption) not in stored]
-
-
-def _is_stored(stored: FeatureStore, dataset: FlashI2VDataset, index: int) -> bool:
-    try:
-        return dataset.clip_key(index) in stored
-    except DecodeError:
-        return False
-
-
-def _captions(dataset: FlashI2VDataset, indices: range) -> tuple[set[str], CaptionCount]:
-    """Return all captions that training may see of some records, and the empty one, as they are tokenised.
-
-    The count tells of what the text encoder does not get of them, each counted once.
-    """
-    captions: set[str] = set()
-    count = CaptionCount(dataset.config.tokenizer_max_length)
-    for index in indices:
-        with contextlib.suppress(DecodeError):  # a record at fault, for which another stands in
-            for caption in dataset.captions(index):
-                if caption not in captions:
-                    captions.add(caption)
-                    loss = find_loss(dataset.tokenizer, caption, dataset.tokenizer(caption))
-                    count.add(loss, str(dataset.store[index]["path"]))
-    return captions | {""}, count
+    encode(config, output)
 
 
 def main() -> None:

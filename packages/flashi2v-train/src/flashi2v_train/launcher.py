@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 
 import flashi2v_train
-from flashi2v_data.console import configure_logging, run
+from flashi2v_data.console import configure_logging, importing, run
 from flashi2v_data.errors import InputError
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
@@ -86,7 +86,8 @@ def _train(config: RunConfig) -> None:
     # What all processes would log alike, the first one logs.
     configure_logging(logging.INFO if processes.is_first() else logging.WARNING)
     # Imported here: the encoders take seconds, and a wrong option should be reported at once.
-    from flashi2v_train.trainer import train
+    with importing():
+        from flashi2v_train.trainer import train
 
     train(config)
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flashi2v_data.console import machine_fault, told_as
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_data.locking import hold
-from flashi2v_data.workers import clean_start
+from flashi2v_data.start_methods import clean_start
 from flashi2v_train.options import LaunchOptions
 
 if TYPE_CHECKING:
