@@ -1,12 +1,16 @@
 """The command line `flashi2v-infer`."""
 
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeAlias
 
 from cyclopts import App, Group, Parameter
 
-from flashi2v_data.console import run
+from flashi2v_data.console import importing, run
 from flashi2v_data.errors import InputError
 from flashi2v_data.settings import load_config
 from flashi2v_infer import __version__, demo
@@ -14,6 +18,8 @@ from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.settings import Request, SamplingSettings
 from flashi2v_model.config import SchedulerName
+
+logger = logging.getLogger(__name__)
 
 app = App(name="flashi2v-infer", version=__version__, help_format="plaintext")
 
@@ -191,10 +197,10 @@ def infer(
     assert video.model is not None
     only_plans = common.plan and common.dry_run and None in (video.image, video.prompt, video.output)
     request = None if only_plans else video.request(settings, common.seed)
-    # This imports torch and more, for which nobody should wait whose settings are wrong.
-    from flashi2v_infer.commands.batch import read_one
-    from flashi2v_infer.commands.run import print_plan, sample
-    from flashi2v_infer.load import ModelDirectory
+    with _importing():
+        from flashi2v_infer.commands.batch import read_one
+        from flashi2v_infer.commands.run import print_plan, sample
+        from flashi2v_infer.load import ModelDirectory
 
     model = ModelDirectory(video.model, execution, video.scheduler)
     if request is None:
@@ -208,10 +214,20 @@ def _sample_batch(file: Path, resume: bool, video: VideoOptions, common: CommonO
     if given := video.given():
         raise InputError(f"{', '.join(given)}: not together with --mm-model, whose file holds these settings")
     config = load_config(file, InferenceConfig)
-    from flashi2v_infer.commands.run import sample_batch
+    with _importing():
+        from flashi2v_infer.commands.run import sample_batch
 
     options = {"resume": resume, "plan": common.plan, "dry_run": common.dry_run}
     sample_batch(config, execution, common.seed, strips=common.strip, **options)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Import torch and more: nobody waits for it whose settings are wrong, and everybody else is told."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("importing torch and diffusers, which takes seconds")
+    with importing():
+        yield
 
 
 def _conditioning(words: str) -> tuple[str, float | list[float]]:
