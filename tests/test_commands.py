@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import re
-import resource
 import shutil
 import sys
 from functools import partial
@@ -220,6 +219,7 @@ def test_a_full_disk_behind_standard_output_exits_1_with_one_line(run, name):
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if COMMANDS[name].writes])
 def test_a_disk_that_cannot_hold_what_is_written_exits_1_with_one_line(run, place, name):
+    resource = pytest.importorskip("resource")  # of Unix
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))
     done = run(name, *COMMANDS[name].writes, prepare=limit)
     assert done.returncode == 1, done.stderr

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -151,6 +150,7 @@ def test_a_killed_writer_leaves_no_store_and_resume_gives_what_an_uninterrupted_
 
 
 def test_a_part_is_continued_only_for_the_same_input_and_settings(place):
+    resource = pytest.importorskip("resource")  # of Unix
     _write(place, _complete(40_000))
     limit = (8_000_000, 8_000_000)
     _filter(place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
@@ -189,6 +189,7 @@ def test_a_full_disk_says_one_line_and_the_run_goes_on_when_there_is_room(place)
 
 
 def test_a_file_size_limit_is_a_full_disk(place):
+    resource = pytest.importorskip("resource")  # of Unix
     _write(place, _complete(40_000))
     limit = (8_000_000, 8_000_000)
     full = _filter(place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
@@ -200,6 +201,7 @@ def test_a_file_size_limit_is_a_full_disk(place):
 
 
 def test_a_probe_cache_that_cannot_grow_says_one_line_and_goes_on_when_it_can(place):
+    resource = pytest.importorskip("resource")  # of Unix
     entries = [{"path": f"videos/{number:06d}.mp4", "cap": "moves"} for number in range(12)]
     links = [{"path": f"videos/{number}.mp4", "cap": "moves"} for number in range(300)]
     for entry in links:

@@ -3,7 +3,6 @@ import contextlib
 import copyreg
 import os
 import pickle
-import resource
 
 import lmdb
 import pytest
@@ -108,6 +107,7 @@ def test_pickles_that_would_run_code_are_refused_and_run_nothing(tmp_path):
     ],
 )
 def test_what_a_pickle_claims_is_not_allocated(data):
+    resource = pytest.importorskip("resource")  # of Unix
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with contextlib.suppress(PickleRefused):
         load_value(data)

@@ -1,6 +1,5 @@
 import errno
 import os
-import resource
 import signal
 import threading
 import time
@@ -246,6 +245,7 @@ def test_what_a_cache_has_of_a_video_is_not_believed_when_bits_have_flipped(tmp_
 
 
 def test_a_machine_that_cannot_open_files_is_not_taken_for_bad_videos(tmp_path, video):
+    resource = pytest.importorskip("resource")  # of Unix
     assert ProbeFile(None)(str(video))[0].info == INFO
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.dup(0)

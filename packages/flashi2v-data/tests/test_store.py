@@ -3,7 +3,6 @@ import operator
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -360,6 +359,7 @@ def test_whole_numbers_may_be_written_as_floats(tmp_path):
 )
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_hostile_values_are_refused_in_bounded_time_and_memory(tmp_path, value, compression):
+    resource = pytest.importorskip("resource")  # of Unix
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with StoreWriter(tmp_path / "part") as writer:
         writer.append([zstandard.compress(value) if compression else value])

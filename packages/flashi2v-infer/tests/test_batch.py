@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import time
 from pathlib import Path
@@ -93,6 +92,7 @@ def test_a_batch_is_what_its_jobs_are_whatever_their_order_and_number(config, as
 
 
 def test_a_disk_that_fills_up_is_one_line_that_says_how_to_go_on(config):
+    resource = pytest.importorskip("resource")  # of Unix
     settings, limits = config(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 from pathlib import Path
 
@@ -146,6 +145,7 @@ def test_every_name_is_the_name_of_exactly_one_file(tmp_path, monkeypatch, frame
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "frames", "a.png"])
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, frames, name):
+    resource = pytest.importorskip("resource")  # of Unix
     noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))

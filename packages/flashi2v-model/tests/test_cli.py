@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -246,6 +245,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, arguments, word
 
 @pytest.mark.parametrize(("name", "to"), [("out.safetensors", "npu"), ("out.pt", "npu"), ("out", "diffusers")])
 def test_a_disk_that_fills_up_leaves_nothing_and_exits_1(tmp_path, name, to):
+    resource = pytest.importorskip("resource")  # of Unix
     small_model().save_pretrained(tmp_path / "source")
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (500_000, 500_000))
     command = ("flashi2v-model", "convert", tmp_path / "source", tmp_path / name, "--to", to)

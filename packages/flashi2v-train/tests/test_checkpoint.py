@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -131,6 +130,7 @@ def _held_up() -> Iterator[Event]:
 @contextmanager
 def _largest_file(size: int) -> Iterator[None]:
     """Make writing fail as on a full disk."""
+    resource = pytest.importorskip("resource")  # of Unix
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -161,6 +161,7 @@ def _load(world: World, run: Path) -> tuple[dict, list[str]]:
 
 
 def _fail_on_one(world: World, run: Path) -> str:
+    resource = pytest.importorskip("resource")  # of Unix
     with Checkpoints(run, world, keep=None, asynchronous=True) as checkpoints:
         checkpoints.save(7, _numbers(1.0), PROGRESS, {})
         checkpoints.wait()

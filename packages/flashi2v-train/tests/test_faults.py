@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ def wait_for_steps(run: Path, number: int, process: Command) -> None:
 
 def largest_file(size: int) -> Callable[[], object]:
     """What makes writing fail in a process as on a full disk; Python itself ignores the signal that goes with it."""
+    resource = pytest.importorskip("resource")  # of Unix
     return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
 
 

@@ -14,7 +14,7 @@ import torch
 
 from flashi2v_data.errors import InputError
 from flashi2v_data.store.reader import open_store, write_store
-from flashi2v_train import encode, features
+from flashi2v_train import encode, encoding, features
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.features import FeatureSource
 from flashi2v_train.options import TrainOptions
@@ -161,7 +161,7 @@ def test_an_interrupted_encoding_goes_on(workspace, monkeypatch, capsys):
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(encode, "_BATCH", 2)
+    monkeypatch.setattr(encoding, "_BATCH", 2)
     monkeypatch.setattr(features, "encode_clip", interrupted)
     output = run_encode(workspace, monkeypatch, code=130)
     assert not (output / "report.json").exists()
