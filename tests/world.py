@@ -6,6 +6,7 @@ It is made once for all processes of a run, and for later runs as long as the so
 import contextlib
 import hashlib
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def made() -> Path:
     place = CACHE / key
     with _alone():
         if not (place / "whole").exists():
-            shutil.rmtree(CACHE, ignore_errors=True)  # those of other sources, and unfinished ones
+            shutil.rmtree(place, ignore_errors=True)  # unfinished
+            for old in CACHE.glob("*"):  # of other sources; another run may be using a young one
+                if time.time() - old.stat().st_mtime > 86_400:
+                    shutil.rmtree(old, ignore_errors=True)
             place.mkdir(parents=True)
             _make(place)
             (place / "whole").touch()
