@@ -47,7 +47,11 @@ def test_lists_that_cannot_be_used_are_named(tmp_path, content, message):
 def test_a_list_is_a_file_of_bounded_size(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     os.truncate(os.open(tmp_path / "large", os.O_CREAT | os.O_WRONLY), 2**30)
-    for name, message in (("pipe", "is not a regular file"), ("large", "holds more than 65536 KiB"), ("a\0", "no such file")):
+    for name, message in (
+        ("pipe", "is not a regular file"),
+        ("large", "holds more than 65536 KiB"),
+        ("a\0", "no such file"),
+    ):
         with pytest.raises(InputError, match=f"prompt: .*{name[0]}.* {message}"):
             read_lines(f"{tmp_path}/{name}", "prompt")
 
