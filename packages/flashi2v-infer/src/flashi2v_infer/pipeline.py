@@ -197,7 +197,6 @@ class FlashI2VPipeline(DiffusionPipeline):
         device, noise = self._execution_device, self._noise(len(images), settings, generator, latents)
         self._interrupt = False
         _warn_of_attention_backend()
-
         more = self._conditioning(conditioning or {}, len(images))
         text = self._embedded(prompts, max_sequence_length)
         negative_text = self._embedded(negatives, max_sequence_length) if settings.uses_negative_prompt else None

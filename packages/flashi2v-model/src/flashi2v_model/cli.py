@@ -139,8 +139,7 @@ def convert(
     if weights == "raw" and not is_checkpoint(checkpoint_directory(source)):
         raise InputError(f"--weights raw is for a run of flashi2v-train, which {source} is not")
     quieten()
-    network = transformer_class(recipe)
-    is_variant = network is not FlashI2VTransformer3DModel
+    is_variant = (network := transformer_class(recipe)) is not FlashI2VTransformer3DModel
     stored_settings(source, network)  # refuses another variant before its weights are looked at
     ours = read_state_dict(source, ema=weights == "ema")
     if not is_variant:
@@ -165,8 +164,8 @@ def convert(
             write_file(converted, temporary, {k: v for k, v in arguments.items() if k not in assumed})
     print(f"wrote {destination}{_TRUNK if is_trunk(ours) and not is_variant else ''}")
     if to == "diffusers" and assumed:
-        told = ", ".join(f"{key} {arguments[key]}" for key in assumed)
-        print(f"assumed, as neither the weights nor a config.json say: {told}")
+        values = (f"{key} {arguments[key]}" for key in assumed)
+        print(f"assumed, as neither the weights nor a config.json say: {', '.join(values)}")
     if destination.suffix in TORCH_SUFFIXES and (found := unusual(arguments)):
         print(f"a {destination.suffix} carries no settings: set {', '.join(found)} where you load it")
 
