@@ -176,15 +176,16 @@ def build(session: nox.Session, name: str, dist: Path) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """The Ascend backend's calls against the real torch_npu wheel, on stubs of CANN: needs no NPU."""
+    """Calls and whole commands on the real torch_npu wheel over stubs of CANN, the CPU in the NPU's place."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         session.skip(f"the stubs of CANN are for Linux on x86_64, this is {sys.platform} on {platform.machine()}")
-    install(session, "-e", "packages/flashi2v-npu-ops[npu]", *TEST_TOOLS[:2], "numpy", "pyyaml")
-    session.run(
-        *("python", "-m", "pytest", "packages/flashi2v-npu-ops/tests/conformance", *session.posargs),
-        # Without CANN, torch cannot load torch_npu by itself; the tests decide who does.
-        env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-    )
+    install(session, *sources({"flashi2v-npu-ops": "[npu]"}), *TEST_TOOLS[:2], "hypothesis")
+    # Without CANN, torch cannot load torch_npu by itself; the tests, and what is below, decide who does.
+    alone = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+    pytest = ("python", "-m", "pytest", "--durations=10")
+    session.run(*pytest, "packages/flashi2v-npu-ops/tests/conformance", *session.posargs, env=alone)
+    emulated = ("python", "-m", "flashi2v_npu_ops.testing", "--devices", "2")
+    session.run(*emulated, *pytest, "tests/ascend", *session.posargs, env=alone)
 
 
 @nox.session
@@ -232,8 +233,8 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def npu(session: nox.Session) -> None:
-    """The operators on a real NPU, in the environment that is active: run this first on an Ascend machine."""
-    on_accelerator(session, "npu")
+    """The first hour on an Ascend machine, in the environment that is active: docs/ascend-first-hour.md."""
+    session.run("python", "tests/ascend/first_hour.py", *(session.posargs or ["ascend-report.json"]))
 
 
 @nox.session(venv_backend="none")

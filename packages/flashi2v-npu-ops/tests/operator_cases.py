@@ -9,6 +9,7 @@ from torch import Tensor
 from flashi2v_npu_ops import (
     apply_rope,
     attention,
+    conv3d,
     gated_residual,
     gelu_tanh,
     layer_norm_modulate,
@@ -64,6 +65,9 @@ def operator_cases(dtype: torch.dtype, device: str = "cpu") -> dict[str, Operato
     cos, sin = (table.to(exact) for table in rope_tables(7, 8, device))
     shift, scale = leaf(2, 1, 24, seed=3, dtype=exact), leaf(2, 1, 24, seed=4, dtype=exact)
     one_x, one_shift, one_scale = leaf(1, 7, 24), leaf(1, 1, 24, seed=3, dtype=exact), leaf(1, 1, 24, seed=4)
+    # Gradients of convolutions are sums over all places: what is convolved is divided, so that they are about 1.
+    video, kernel, bias = leaf(2, 4, 5, 6, 7), leaf(6, 4, 3, 3, 2, seed=1), leaf(6, seed=2)
+    patches, part = leaf(3, 4, 1, 2, 2, seed=3), leaf(6, 2, 2, 1, 3, seed=4)
     latent, odd_latent, ratio = leaf(2, 4, 6, 10), leaf(1, 4, 9, 7), torch.tensor([0.1, 0.6], device=device)
 
     def split(latent: Tensor, ratio: Tensor | float, magnitude: bool, backend: str) -> Tensor:
@@ -96,6 +100,17 @@ def operator_cases(dtype: torch.dtype, device: str = "cpu") -> dict[str, Operato
         ),
         "gated_residual": OperatorCase(
             "gated_residual", lambda b: gated_residual(x, update, shift, backend=b), (x, update, shift)
+        ),
+        "conv3d, padded": OperatorCase(
+            "conv3d", lambda b: conv3d(video, kernel, bias, padding=(1, 1, 0), backend=b) / 16, (video, kernel, bias)
+        ),
+        "conv3d, patches": OperatorCase(
+            "conv3d", lambda b: conv3d(video, patches, None, stride=(1, 2, 2), backend=b) / 16, (video, patches)
+        ),
+        "conv3d, strided, dilated, grouped": OperatorCase(
+            "conv3d",
+            lambda b: conv3d(video, part, bias, (2, 1, 2), (1, 0, 1), (2, 1, 1), groups=2, backend=b) / 16,
+            (video, part, bias),
         ),
         "apply_rope": OperatorCase("apply_rope", lambda b: apply_rope(q, cos, sin, backend=b), (q,)),
         "gelu_tanh": OperatorCase("gelu_tanh", lambda b: gelu_tanh(x, backend=b), (x,)),

@@ -1,6 +1,7 @@
 """The numbers of the `ascend` backend, with torch_npu's operators replaced by what their pages say they compute."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ KERNELS = {
     "rms_norm": "npu_rms_norm",
     "apply_rope": "npu_rotary_mul",
     "gelu_tanh": "npu_gelu",
+    "conv3d": None,
     "layer_norm_modulate": None,
     "gated_residual": None,
     "split_frequencies": None,
@@ -67,6 +69,26 @@ def test_ascend_equals_the_reference_forward_and_backward(name, dtype):
 def test_auto_prefers_the_npu_kernel():
     attention(*[normal(1, 3, 2, 8)] * 3)
     assert emulated_npu.calls == ["npu_fusion_attention"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_gradients_the_kernel_for_inference_attends(masked):
+    q, k, v = (normal(2, num, 3, 16, dtype=torch.bfloat16, seed=num) for num in (7, 5, 5))
+    mask = attention_mask() if masked else None
+    with torch.no_grad():
+        out = attention(q, k, v, mask=mask)
+        expected = attention(q, k, v, mask=mask, backend="reference")
+    assert emulated_npu.calls == ["npu_fused_infer_attention_score"]
+    assert_close(out, expected, **TOLERANCE[torch.bfloat16])
+
+
+def test_what_the_kernel_for_inference_does_not_take_goes_to_the_other():
+    wide, exact = normal(1, 3, 2, 24, dtype=torch.bfloat16), normal(1, 3, 2, 16)
+    per_head = torch.ones(1, 2, 3, 3, dtype=torch.bool)
+    with torch.no_grad():
+        for x, mask in ((wide, None), (exact, None), (exact.bfloat16(), per_head)):
+            attention(x, x, x, mask=mask)
+    assert emulated_npu.calls == ["npu_fusion_attention"] * 3
 
 
 def test_a_query_that_attends_to_nothing_gets_zeros_and_gives_no_gradient():
@@ -141,6 +163,15 @@ def test_limits_of_the_kernels_are_named_and_auto_goes_on(operator, case, words)
     choice = explain(operator, case)
     assert choice.backend == ("reference" if operator == "apply_rope" else "torch")  # no complex numbers on an NPU
     assert words in choice.passed_over["ascend"]
+
+
+def test_a_kernel_that_the_torch_npu_lacks_is_named_and_auto_goes_on(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
+    monkeypatch.delattr(torch.ops.npu, "npu_gelu", raising=False)
+    monkeypatch.setattr(type(torch.ops.npu), "__getattr__", lambda self, name: getattr(object, name))
+    choice = explain("gelu_tanh", Case("npu", torch.bfloat16))
+    assert choice.backend == "torch"
+    assert choice.passed_over == {"ascend": "this torch_npu has no npu_gelu: install a newer one"}
 
 
 def test_a_wrong_argument_name_fails_as_it_would_on_an_npu():

@@ -249,14 +249,14 @@ def test_a_node_list_in_another_form_is_not_guessed_at(monkeypatch):
 
 
 def test_ascends_variables_are_set_unless_exported_and_told():
-    os.environ["TASK_QUEUE_ENABLE"] = "2"
+    os.environ["TASK_QUEUE_ENABLE"] = "1"
     assert processes.set_ascend_environment("cpu") is None
     assert "HCCL_CONNECT_TIMEOUT" not in os.environ
     line = processes.set_ascend_environment("npu")
     assert line is not None
-    assert "TASK_QUEUE_ENABLE=2 (yours)" in line
+    assert "TASK_QUEUE_ENABLE=1 (yours)" in line
     assert "HCCL_CONNECT_TIMEOUT=1200 " in line
-    assert os.environ["TASK_QUEUE_ENABLE"] == "2"
+    assert os.environ["TASK_QUEUE_ENABLE"] == "1"
     assert os.environ["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
 
 

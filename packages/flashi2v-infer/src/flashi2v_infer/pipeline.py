@@ -36,6 +36,7 @@ from flashi2v_model.config import SPATIAL_STRIDE
 from flashi2v_model.encoders import encode_text, encode_video
 from flashi2v_model.sampling import Generators, set_timesteps
 from flashi2v_model.sampling import denoise as denoise
+from flashi2v_npu_ops import route_conv3d
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class FlashI2VPipeline(DiffusionPipeline):
                 f"the transformer is a {type(transformer).__name__}, which no first frame can guide: "
                 "give a FlashI2VTransformer3DModel"
             )
+        route_conv3d(vae)
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )

@@ -16,6 +16,7 @@ from transformers import UMT5EncoderModel
 from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, AEConfig, TextEncoderConfig, check_pretrained
 from flashi2v_model.errors import InputError, named
 from flashi2v_model.weights.reading import check_directory, read_json
+from flashi2v_npu_ops import route_conv3d
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,6 +29,7 @@ def load_vae(config: AEConfig, device: torch.device) -> AutoencoderKLWan:
     """
     vae = load_pretrained(AutoencoderKLWan, config.from_pretrained, "ae.from_pretrained", DTYPES[config.dtype], device)
     configure_tiling(vae, config)
+    route_conv3d(vae)
     return vae.requires_grad_(False).eval()
 
 

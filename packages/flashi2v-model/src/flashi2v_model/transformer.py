@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, modulation, rope_tables
 from flashi2v_model.strict import StrictModel
-from flashi2v_npu_ops import layer_norm_modulate, split_frequencies
+from flashi2v_npu_ops import layer_norm_modulate, route_conv3d, split_frequencies
 
 # What `embed` is given, in order. What a variant's asks for beyond these is its conditioning.
 EMBED_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "condition", "low_freq_energy_ratio")
@@ -117,6 +117,7 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
         self.proj_out = FP32Linear(dim, out_channels * patch[0] * patch[1] * patch[2])
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.reset_parameters()
+        route_conv3d(self)
 
     def reset_parameters(self) -> None:
         """Set training's start values: Wan2.1's for the trunk; the new layers start as if they were not there."""

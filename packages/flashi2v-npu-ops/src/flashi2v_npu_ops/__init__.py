@@ -8,10 +8,12 @@ if TYPE_CHECKING:
     from flashi2v_npu_ops.operators import (
         apply_rope,
         attention,
+        conv3d,
         gated_residual,
         gelu_tanh,
         layer_norm_modulate,
         rms_norm,
+        route_conv3d,
         split_frequencies,
     )
     from flashi2v_npu_ops.registry import Backend, Case, UnsupportedError, backends, explain, set_backend, use_backend
@@ -25,12 +27,14 @@ __all__ = [
     "apply_rope",
     "attention",
     "backends",
+    "conv3d",
     "device",
     "explain",
     "gated_residual",
     "gelu_tanh",
     "layer_norm_modulate",
     "rms_norm",
+    "route_conv3d",
     "set_backend",
     "split_frequencies",
     "testing",

@@ -10,7 +10,9 @@ from typing import NoReturn
 
 import flashi2v_npu_ops
 
-_EXAMPLES = "Examples: flashi2v-npu-ops doctor;  flashi2v-npu-ops doctor --device npu;  flashi2v-npu-ops doctor --json"
+_EXAMPLES = (
+    "Examples: flashi2v-npu-ops doctor;  flashi2v-npu-ops doctor --device npu --probe;  flashi2v-npu-ops doctor --json"
+)
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
@@ -39,11 +41,17 @@ def main() -> int:
     )
     command.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="the device wanted")
     command.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
+    command.add_argument(
+        "--probe", action="store_true", help="run every operator, at small and at real sizes, against the CPU: minutes"
+    )
+    command.add_argument("--probe-seconds", type=float, default=300, help="limit of each (default: 300)")
     options = parser.parse_args()
-    return _doctor(options.device, as_json=options.json)
+    if options.probe_seconds <= 0:
+        command.error("--probe-seconds must be above 0")
+    return _doctor(options.device, options.probe_seconds if options.probe else None, as_json=options.json)
 
 
-def _doctor(asked: str, *, as_json: bool) -> int:
+def _doctor(asked: str, probe_seconds: float | None, *, as_json: bool) -> int:
     environment = dict(os.environ)
     # Where torch_npu does not load, torch does not load either, unless it is told to go without. The doctor loads
     # torch_npu afterwards, and says why it fails.
@@ -53,7 +61,7 @@ def _doctor(asked: str, *, as_json: bool) -> int:
     finally:
         os.environ.pop(_AUTOLOAD)
         os.environ.update(environment)
-    report = doctor.examine(asked, environment)
+    report = doctor.examine(asked, environment, probe_seconds)
     if as_json:
         text = json.dumps(dataclasses.asdict(report) | {"is_at_fault": report.is_at_fault}, indent=2, default=str)
     else:

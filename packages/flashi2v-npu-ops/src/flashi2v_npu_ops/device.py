@@ -15,7 +15,8 @@ import torch
 
 from flashi2v_npu_ops.registry import UnsupportedError
 
-_COLLECTIVES = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+# An NPU's processes also exchange what is on the CPU: checkpoints that are written meanwhile, for one.
+_COLLECTIVES = {"npu": "cpu:gloo,npu:hccl", "cuda": "nccl", "cpu": "gloo"}
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -101,7 +102,7 @@ def claim_device(name: str = "auto") -> torch.device:
 
 
 def collective_backend(device: torch.device) -> str:
-    """Return the torch.distributed backend of a device: hccl, nccl or gloo."""
+    """Return the torch.distributed backend of a device: cpu:gloo,npu:hccl for NPUs, else nccl or gloo."""
     return _COLLECTIVES[device.type]
 
 

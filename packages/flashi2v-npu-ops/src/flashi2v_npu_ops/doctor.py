@@ -16,6 +16,7 @@ import torch
 
 import flashi2v_npu_ops
 from flashi2v_npu_ops import device, registry
+from flashi2v_npu_ops.probe import Probe, probe_all, setting
 from flashi2v_npu_ops.registry import ENVIRONMENT, Case, UnsupportedError, explain
 
 # CANN that each torch_npu was released with, and the range in which Ascend's release notes call any pair compatible.
@@ -86,6 +87,8 @@ class Report:
     collectives: str | None  # the backend of torch.distributed for it
     backends: dict[str, str | None]  # all, in the order in which "auto" tries them, and what each is made for
     operators: dict[str, Served]  # on the chosen device
+    probes: list[Probe]  # what became of each operator that was tried, if any was
+    route: str | None  # the line for the shell that leads around operators that failed
     findings: list[Finding]
 
     @property
@@ -240,8 +243,16 @@ def serve(operator: str, device_type: str) -> tuple[Served, list[Finding]]:
     return Served(registry.backends(operator), by, passed_over), findings
 
 
-def examine(asked: str = "auto", environment: Mapping[str, str] = os.environ) -> Report:
-    """Look at everything; `asked` is the device that is wanted."""
+def examine(
+    asked: str = "auto", environment: Mapping[str, str] = os.environ, probe_seconds: float | None = None
+) -> Report:
+    """Look at everything.
+
+    Args:
+        asked: the device that is wanted.
+        environment: the variables that count.
+        probe_seconds: run every operator, so many seconds at most; None: none.
+    """
     found = survey(environment=environment)
     findings = diagnose(found, asked)
     for name, reason in registry.faults().items():
@@ -254,6 +265,11 @@ def examine(asked: str = "auto", environment: Mapping[str, str] = os.environ) ->
         for operator in registry.operators():
             serving[operator], at_fault = serve(operator, device_found.type)
             findings += at_fault
+    probes, route = [], None
+    if probe_seconds is not None and chosen is not None:
+        probes = list(probe_all(chosen, probe_seconds))
+        route, at_fault = _routed(probes)
+        findings += at_fault
     missing = {kind: device.missing(kind) for kind in ("npu", "cuda", "cpu")}
     return Report(
         version=flashi2v_npu_ops.__version__,
@@ -270,8 +286,21 @@ def examine(asked: str = "auto", environment: Mapping[str, str] = os.environ) ->
         collectives=collectives,
         backends={name: backend.device for name, backend in registry.all_backends().items()},
         operators=serving,
+        probes=probes,
+        route=route,
         findings=list(dict.fromkeys(findings)),
     )
+
+
+def _routed(probes: list[Probe]) -> tuple[str | None, list[Finding]]:
+    """Return the setting that leads around operators that failed, and the findings about them."""
+    try:
+        route = setting(probes)
+    except LookupError as error:
+        what = f"{error.args[0]} computes with no backend what it computes on a CPU"
+        return None, [Finding(what, "report it with the output of doctor --probe --json")]
+    failed = dict.fromkeys(f"{each.operator} by {each.backend}" for each in probes if each.verdict != "right")
+    return route, [Finding(f"not as on a CPU: {', '.join(failed)}", route)] if route else []
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -296,6 +325,9 @@ def lines(report: Report) -> Iterator[str]:
         yield f"{report.asked} is {report.chosen} (collectives: {report.collectives})"
         yield ""
         yield from (_row(operator, served) for operator, served in report.operators.items())
+    for each in report.probes:
+        measured = f"{each.milliseconds:.1f} ms, off by {each.error:.1e}" if each.error is not None else each.words
+        yield f"{each.operator:<20} {each.size} {each.dtype} {each.backend:<10} {each.verdict:<8} {measured}"
     yield ""
     for finding in report.findings:
         yield f"{'FAULT' if finding.is_fault else 'note '}  {finding.what}"

@@ -1,8 +1,8 @@
 """Which backend serves an operator: the one that was named, or the first that can serve the call.
 
 A `Backend` is a set of implementations: `reference` (plain torch, the specification), `torch` (PyTorch's own fused
-paths), `ascend`, `cuda`, and whatever other distributions offer as entry points of the group
-`flashi2v_npu_ops.backends`. They are loaded when the first operator is called, not on import.
+paths), `ascend`, `cuda`, `taps` and `unfold` (convolutions in other words), and whatever other distributions offer as
+entry points of the group `flashi2v_npu_ops.backends`. They are loaded when the first operator is called, not on import.
 
 What a choice may depend on is a call's `Case`. So "auto" decides once per case, and a compiled graph holds the
 decision as a constant. What a kernel cannot do is said by its backend, never by the operator's contract.
@@ -114,6 +114,8 @@ def all_backends() -> dict[str, Backend]:
         import_module("flashi2v_npu_ops.operators")  # with every operator comes its reference
         names = ("ascend", "cuda", "torch")
         ours = {name: import_module(f"flashi2v_npu_ops.backends.{name}").backend for name in names}
+        flat = import_module("flashi2v_npu_ops.backends.flat")
+        ours |= {"taps": flat.taps, "unfold": flat.unfold}
         ours["reference"] = reference
         others: dict[str, Backend] = {}
         for entry in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):

@@ -68,6 +68,11 @@ def main() -> None:
             "calls": [made.operator for made in recorder.calls],
             "state": describe(state["exp_avg"]),
         }
+        half = torch.empty(2, 7, 3, 16, device="npu", dtype=torch.bfloat16)
+        mask = torch.ones(2, 1, 7, 7, device="npu", dtype=torch.bool)
+        with torch.no_grad(), Recorder() as recorder:
+            results["inference"] = describe(attention(half, half, half, mask=mask, backend="ascend"))
+        results["calls of inference"] = [(made.operator, made.arguments) for made in recorder.calls]
     results["auto"] = explain("attention", Case("npu", torch.bfloat16)).backend
 
     failures = {}

@@ -43,10 +43,12 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if
 ASCEND_ENVIRONMENT = {
     "ASCEND_SLOG_PRINT_TO_STDOUT": "0",
     "ASCEND_GLOBAL_LOG_LEVEL": "3",  # errors
-    "TASK_QUEUE_ENABLE": "1",  # asynchronous dispatch
+    "TASK_QUEUE_ENABLE": "2",  # asynchronous dispatch, of work in workspaces too
     "COMBINED_ENABLE": "1",  # pairs of operators on non-contiguous tensors
     "CPU_AFFINITY_CONF": "1",  # processes are bound to cores
     "HCCL_CONNECT_TIMEOUT": "1200",  # seconds; the default of 120 is short for many machines
+    "HCCL_OP_EXPANSION_MODE": "AIV",  # collectives are laid out by vector cores, not by the host
+    "MULTI_STREAM_MEMORY_REUSE": "2",  # what FSDP2 gathers on one stream is free again as events tell
     "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
 }
 

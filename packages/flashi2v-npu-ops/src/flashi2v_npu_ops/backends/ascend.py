@@ -4,9 +4,14 @@ Limits and meanings are those of Ascend's operator pages (op-plugin, torch_npu A
 those that all torch_npu since 2.6 share. `device` is what imports torch_npu.
 """
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from flashi2v_npu_ops.backends.flat import by_patches, by_taps, is_patches
 from flashi2v_npu_ops.backends.half_spectrum import REAL_DFT, splitter
 from flashi2v_npu_ops.backends.torch import folded_modulate, fused_residual
 from flashi2v_npu_ops.registry import Backend, Case
@@ -20,6 +25,17 @@ def _dtype_obstacle(case: Case) -> str | None:
     return None if case.dtype in _DTYPES else f"Ascend kernels take fp32, bf16 and fp16, got {case.dtype}"
 
 
+def _needs(name: str, obstacle: Callable[[Case], str | None] = _dtype_obstacle) -> Callable[[Case], str | None]:
+    """Return an obstacle that also names a kernel which the torch_npu that is loaded lacks."""
+
+    def obstacle_or_lack(case: Case) -> str | None:
+        if "torch_npu" in sys.modules and not hasattr(torch.ops.npu, name):
+            return f"this torch_npu has no {name}: install a newer one"
+        return obstacle(case)
+
+    return obstacle_or_lack
+
+
 def _attention_obstacle(case: Case) -> str | None:
     if case.num_heads > 256:
         return f"npu_fusion_attention takes up to 256 heads, got {case.num_heads}"
@@ -28,7 +44,7 @@ def _attention_obstacle(case: Case) -> str | None:
     return _dtype_obstacle(case)
 
 
-@backend.serves("attention", obstacle=_attention_obstacle)
+@backend.serves("attention", obstacle=_needs("npu_fusion_attention", _attention_obstacle))
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     batch, num_queries, num_heads, _ = query.shape  # BSND
     masked_out, dead = None, None
@@ -39,7 +55,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
         masked_out = ~(mask | dead)
         per_sample, per_head = (batch, num_heads) if mask.shape[1] > 1 else (mask.shape[0], 1)
         masked_out = masked_out.expand(per_sample, per_head, num_queries, key.shape[1])
-    out: Tensor = torch.ops.npu.npu_fusion_attention(
+    if _only_infers(query, key, value, mask):
+        out: Tensor = torch.ops.npu.npu_fused_infer_attention_score(
+            query, key, value, atten_mask=masked_out, num_heads=num_heads, scale=scale, input_layout="BSND"
+        )[0]
+        return out if dead is None else out.masked_fill(dead.transpose(1, 2), 0.0)
+    out = torch.ops.npu.npu_fusion_attention(
         query,
         key,
         value,
@@ -54,7 +75,14 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     return out if dead is None else out.masked_fill(dead.transpose(1, 2), 0.0)
 
 
-@backend.serves("rms_norm", obstacle=_dtype_obstacle)
+def _only_infers(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Say whether the kernel without gradients, which keeps no statistics of the rows, serves a call."""
+    differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    fits = query.dtype != torch.float32 and query.shape[-1] <= 512 and query.shape[-1] % 16 == 0
+    return not differentiates and fits and (mask is None or mask.shape[1] == 1)
+
+
+@backend.serves("rms_norm", obstacle=_needs("npu_rms_norm"))
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     # Half-precision input with fp32 weight is served as it is; other mixtures are not.
     if weight.dtype != x.dtype:
@@ -64,7 +92,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype)
 
 
-@backend.serves("gelu_tanh", obstacle=_dtype_obstacle)
+@backend.serves("gelu_tanh", obstacle=_needs("npu_gelu"))
 def _gelu_tanh(x: Tensor) -> Tensor:
     out: Tensor = torch.ops.npu.npu_gelu(x, approximate="tanh")
     return out
@@ -86,7 +114,7 @@ def _rope_obstacle(case: Case) -> str | None:
     return _dtype_obstacle(case)
 
 
-@backend.serves("apply_rope", obstacle=_rope_obstacle)
+@backend.serves("apply_rope", obstacle=_needs("npu_rotary_mul", _rope_obstacle))
 def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # With half-precision input the kernel would round the tables to that precision, too.
     cos, sin = (part.float().repeat_interleave(2, -1)[None, :, None] for part in (cos, sin))  # (1, N, 1, d)
@@ -100,6 +128,14 @@ def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned: Tensor = torch.ops.npu.npu_rotary_mul(x, cos, sin, rotary_mode="interleave")
     return turned
+
+
+@backend.serves("conv3d", obstacle=_dtype_obstacle)
+def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    # 3-D convolutions fail in bf16 on some chips, and in fp32 most of their time goes into changing formats.
+    if is_patches(weight, *settings):
+        return by_patches(x, weight, bias)
+    return by_taps(x, weight, bias, *settings)
 
 
 # FFT kernels are missing or slow on some chips and CANN versions; matrix products are what the hardware is best at.

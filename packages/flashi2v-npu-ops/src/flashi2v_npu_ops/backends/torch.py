@@ -1,5 +1,7 @@
 """PyTorch's own fused paths, on any device."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,6 +71,16 @@ def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @backend.serves("gelu_tanh")
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
+
+
+def _conv3d_obstacle(case: Case) -> str | None:
+    fails = case.device == "npu" and case.dtype == torch.bfloat16
+    return "3-D convolutions in bf16 fail on some NPUs" if fails else None
+
+
+@backend.serves("conv3d", obstacle=_conv3d_obstacle)
+def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    return F.conv3d(x, weight, bias, *settings)
 
 
 def _fft_obstacle(case: Case) -> str | None:

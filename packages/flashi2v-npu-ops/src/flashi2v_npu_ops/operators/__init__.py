@@ -2,6 +2,7 @@
 
 from flashi2v_npu_ops.operators.activation import gelu_tanh
 from flashi2v_npu_ops.operators.attention import attention
+from flashi2v_npu_ops.operators.convolution import conv3d, route_conv3d
 from flashi2v_npu_ops.operators.fourier import split_frequencies
 from flashi2v_npu_ops.operators.modulation import gated_residual, layer_norm_modulate
 from flashi2v_npu_ops.operators.norm import rms_norm
@@ -10,9 +11,11 @@ from flashi2v_npu_ops.operators.rope import apply_rope
 __all__ = [
     "apply_rope",
     "attention",
+    "conv3d",
     "gated_residual",
     "gelu_tanh",
     "layer_norm_modulate",
     "rms_norm",
+    "route_conv3d",
     "split_frequencies",
 ]

@@ -18,7 +18,18 @@ of arguments, shapes and dtypes of results and gradients. Values are not compute
     assert recorder.calls[0].arguments["gamma"] == {"shape": [8], "dtype": "float32", "on": "npu"}
     assert not schema_faults(["npu_rms_norm(Tensor input, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)"])
 
-For values, `emulate` lets a function of yours stand for an operator on the CPU, under the schema of any torch_npu.
+Values, too, where the CPU stands for the NPU: in `stub_cann(tmp_path, devices=2, compute=True)` tensors on `npu` have
+memory, all operators of PyTorch compute by the CPU's kernels on it, Ascend's own by emulations, and processes reach
+each other by torch_npu's own process group. So whole programs run with `--device npu`, two processes included:
+
+    environment = stub_cann(tmp_path, devices=2, compute=True)
+    subprocess.run(["torchrun", "--nproc-per-node", "2", "train.py", "--device", "npu"], env=environment, check=True)
+
+What Ascend refuses is refused with a `RefusedError` (fp64, complex numbers, Conv3d in bf16, operands on two devices,
+limits of fused operators, operators that no kernel serves), and so is a collective in which ranks differ. It is no
+hardware: it shows nothing of speed, of memory, or of errors in Ascend's kernels.
+
+`emulate` lets a function of yours stand for an operator on the CPU, under the schema of any torch_npu.
 """
 
 import importlib
@@ -26,16 +37,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashi2v_npu_ops.testing.calls import Call, Recorder, describe
+    from flashi2v_npu_ops.testing.cpu_kernels import compute_on_cpu, operators_used
+    from flashi2v_npu_ops.testing.emulations import RefusedError
     from flashi2v_npu_ops.testing.schemas import breaking_changes, emulate, schema_faults
     from flashi2v_npu_ops.testing.stubs import stub_cann
 
-__all__ = ["Call", "Recorder", "breaking_changes", "describe", "emulate", "schema_faults", "stub_cann"]
-
 _HOMES = {
     "calls": ("Call", "Recorder", "describe"),
+    "cpu_kernels": ("compute_on_cpu", "operators_used"),
+    "emulations": ("RefusedError",),
     "schemas": ("breaking_changes", "emulate", "schema_faults"),
     "stubs": ("stub_cann",),
 }
+
+__all__ = [
+    "Call",
+    "Recorder",
+    "RefusedError",
+    "breaking_changes",
+    "compute_on_cpu",
+    "describe",
+    "emulate",
+    "operators_used",
+    "schema_faults",
+    "stub_cann",
+]
 
 
 def __getattr__(name: str) -> Any:

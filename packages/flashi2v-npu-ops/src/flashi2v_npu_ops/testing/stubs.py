@@ -12,17 +12,25 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 # The C interfaces of CANN: AscendCL, HCCL, the profiler and the runtime.
 _CANN_SYMBOL = re.compile(r"(acl|Hccl|Msprof|rt[A-Z])\w+")
-_BEHAVIOUR = Path(__file__).with_name("stub_cann.c")
+_BEHAVIOUR = tuple(str(Path(__file__).with_name(f"stub_{name}.c")) for name in ("cann", "hccl"))
 _LIBRARY = "libstub_cann.so"
 # What torch_npu wants to exist under ASCEND_HOME_PATH.
 _INSTALLATION = ("runtime", "compiler", "opp")
+_SITE = """from flashi2v_npu_ops.testing.stubs import compute_after_import
+
+compute_after_import()
+"""
 
 
-def stub_cann(out: Path) -> dict[str, str]:
+def stub_cann(out: Path, *, devices: int = 1, compute: bool = False) -> dict[str, str]:
     """Build stubs of CANN for the torch_npu of this interpreter, and return the environment in which they are found.
 
     The environment is for subprocesses: it is `os.environ`, changed. They import torch, then torch_npu. Whatever points
@@ -30,13 +38,55 @@ def stub_cann(out: Path) -> dict[str, str]:
 
     Args:
         out: where the libraries go; it stands for CANN's directory. What it holds under the same names is replaced.
+        devices: how many NPUs there seem to be. Processes reach each other by HCCL, on one machine.
+        compute: let the CPU compute what the NPUs are asked for (`compute_on_cpu`) in every process that imports
+            torch_npu, by a sitecustomize module; one that the interpreter has is not run.
 
     Raises:
         RuntimeError: torch_npu is not installed or is not whole, a tool is missing (cc, ldd, nm, readelf), or there is
             a CANN that the loader finds.
     """
-    _build(_directory("torch_npu"), _directory("torch") / "lib", out.resolve())
-    return _environment(out.resolve())
+    out = out.resolve()
+    _build(_directory("torch_npu"), _directory("torch") / "lib", out)
+    environment = _environment(out) | {"STUB_CANN_DEVICES": str(devices)}
+    if compute:
+        (out / "python").mkdir(exist_ok=True)
+        (out / "python/sitecustomize.py").write_text(_SITE)
+        path = [str(out / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(path)
+    return environment
+
+
+def compute_after_import() -> None:
+    """Let `compute_on_cpu` run as soon as torch_npu has been imported."""
+    # Kernels of the CPU are done when they return: what HCCL is asked for must not wait in torch_npu's queue meanwhile.
+    os.environ["TASK_QUEUE_ENABLE"] = "0"
+    sys.meta_path.insert(0, _ComputeAfterImport())
+
+
+class _ComputeAfterImport:
+    """Finds torch_npu as others do, and adds a step to its loading."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "torch_npu":
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:  # whoever only asks whether there is a torch_npu does not load it
+            sys.meta_path.insert(0, self)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_compute(module: ModuleType) -> None:
+            load(module)
+            from flashi2v_npu_ops.testing.cpu_kernels import compute_on_cpu
+
+            compute_on_cpu()
+
+        spec.loader.exec_module = load_and_compute  # type: ignore[method-assign]
+        return spec
 
 
 def _directory(package: str) -> Path:
@@ -68,7 +118,7 @@ def _build(torch_npu_dir: Path, torch_lib: Path, out: Path) -> None:
     zeros = out / "zeros.c"
     # Weak, so that the definitions with behaviour win.
     zeros.write_text("".join(f"__attribute__((weak)) long {name}(void) {{ return 0; }}\n" for name in symbols))
-    _run("cc", "-shared", "-fPIC", "-o", str(out / _LIBRARY), str(_BEHAVIOUR), str(zeros))
+    _run("cc", "-shared", "-fPIC", "-o", str(out / _LIBRARY), *_BEHAVIOUR, str(zeros))
     for name in missing:
         # The loader knows a library by its inode: all names lead to one copy, in which every dlsym finds everything.
         link = out / name

@@ -1,0 +1,80 @@
+"""Convolution over frames, rows and columns.
+
+B batch, C channels, O channels of the result, F frames, H W rows and columns, kf kh kw the kernel.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashi2v_npu_ops.registry import check_floating, dispatch, reference
+
+Triple = tuple[int, int, int]
+_ONES: Triple = (1, 1, 1)
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Triple = _ONES,
+    padding: Triple = (0, 0, 0),
+    dilation: Triple = _ONES,
+    groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Return what `torch.nn.functional.conv3d` returns.
+
+    Args:
+        x: (B, C, F, H, W), any floating dtype.
+        weight: (O, C / groups, kf, kh, kw), of the same dtype.
+        bias: (O,), of the same dtype.
+        stride: by frames, rows and columns.
+        padding: zeros on both sides of frames, rows and columns.
+        dilation: distance between the kernel's elements.
+        groups: parts of the channels that are convolved by themselves.
+        backend: "auto" or one of `backends("conv3d")`.
+
+    Returns:
+        (B, O, F', H', W') in the dtype of `x`; sums are fp32 or better.
+
+    Raises:
+        ValueError: shapes or dtypes do not match.
+        UnsupportedError: the named backend cannot serve this call.
+    """
+    check_floating("conv3d", x)
+    if x.dim() != 5 or weight.dim() != 5 or weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
+        raise ValueError(f"weight {tuple(weight.shape)} with {groups} groups does not match input {tuple(x.shape)}")
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(f"input and weights must have one dtype, got {x.dtype} and {weight.dtype}")
+    out: Tensor = dispatch("conv3d", backend, x, weight, bias, stride, padding, dilation, groups)
+    return out
+
+
+def route_conv3d(module: nn.Module) -> None:
+    """Let `conv3d` serve every `nn.Conv3d` in a module, subclasses too: another library's VAE, say.
+
+    Weights, names, hooks, and what a subclass does around the convolution stay as they are.
+
+    Raises:
+        ValueError: a convolution pads with something other than zeros, or by a word.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Conv3d):
+            if part.padding_mode != "zeros" or isinstance(part.padding, str):
+                raise ValueError(f"{name} pads by {part.padding_mode!r}, {part.padding!r}: conv3d pads with zeros")
+            settings = (part.stride, part.padding, part.dilation, part.groups)
+            part._conv_forward = partial(_convolve, settings)  # type: ignore[method-assign]
+
+
+def _convolve(settings: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return conv3d(x, weight, bias, *settings)
+
+
+@reference.serves("conv3d")
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return F.conv3d(x.to(exact), weight.to(exact), None if bias is None else bias.to(exact), *settings).to(x.dtype)

@@ -1,0 +1,181 @@
+"""The network on an NPU that is made of CPU: what it asks for, and that what Ascend refuses does not pass unseen."""
+
+import os
+import time
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKLWan
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flashi2v_model import FlashI2VTransformer3DModel, layers, transformer
+from flashi2v_npu_ops import route_conv3d
+from flashi2v_npu_ops.testing import RefusedError
+
+EMULATED = "STUB_CANN_DEVICES" in os.environ
+only_emulated = pytest.mark.skipif(not EMULATED, reason="on an NPU such a program may hang, or compute nonsense")
+
+TINY = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "freq_dim": 32, "text_dim": 16}
+TINY |= {"num_layers": 2, "in_channels": 16, "out_channels": 16}
+# What the numbers of an NPU may differ by from those of the CPU.
+CLOSE = {
+    torch.float32: {"atol": 1e-5, "rtol": 1e-4} if EMULATED else {"atol": 2e-3, "rtol": 2e-3},
+    torch.bfloat16: {"atol": 5e-2, "rtol": 5e-2},
+}
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+
+
+class Watch(TorchDispatchMode):
+    """Notes what brings numbers of the device to the host, and what is neither fp32 nor half on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.strange = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_leaves(part) if isinstance(x, torch.Tensor)] for part in (args, out))
+        leaves = any(x.device.type == "npu" for x in given) and any(x.device.type == "cpu" for x in made)
+        if func._opname in READS or leaves:
+            self.reads.append(str(func))
+        self.strange += [
+            str(func) for x in made if x.device.type == "npu" and (x.dtype == torch.float64 or x.is_complex())
+        ]
+        return out
+
+
+def make(dtype=torch.float32, device="npu"):
+    torch.manual_seed(0)
+    network = FlashI2VTransformer3DModel(**TINY)
+    with torch.no_grad():
+        for parameter in network.parameters():  # none starts at zero, so that all of them count
+            parameter.copy_(torch.randn_like(parameter) / 10)
+    return network.to(device, dtype)
+
+
+def arguments(device="npu"):
+    numbers = torch.Generator().manual_seed(1)
+    parts = {
+        "hidden_states": torch.randn(1, 16, 2, 8, 8, generator=numbers),
+        "encoder_hidden_states": torch.randn(1, 5, 16, generator=numbers),
+        "condition": torch.randn(1, 16, 1, 8, 8, generator=numbers),
+    }
+    return {name: part.to(device) for name, part in parts.items()} | {"timestep": torch.tensor([700.0])}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_pass_reads_nothing_from_the_device_and_is_the_cpus(dtype):
+    expected = make(dtype, "cpu")(**arguments("cpu")).sample
+    network, given = make(dtype), arguments()
+    network(**given)  # makes the tables that are kept
+    with Watch() as watch:
+        out = network(**given).sample
+        out.square().mean().backward()
+    assert watch.reads == watch.strange == []
+    torch.testing.assert_close(out.cpu(), expected, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_vae_encodes_and_decodes_as_on_the_cpu(dtype):
+    """With its causal cache: of nine frames the first is coded alone, then four at a time."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=8, num_res_blocks=1).requires_grad_(False).eval()
+    video = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected = vae.encode(video).latent_dist.mode()
+    decoded = vae.decode(expected).sample
+    route_conv3d(vae)
+    vae.to("npu", dtype)
+    close = CLOSE[dtype]
+    torch.testing.assert_close(vae.encode(video.to("npu", dtype)).latent_dist.mode().float().cpu(), expected, **close)
+    torch.testing.assert_close(vae.decode(expected.to("npu", dtype)).sample.float().cpu(), decoded, **close)
+
+
+def fp64_tables(monkeypatch):
+    whole = layers.rope_tables
+
+    def exact(grid, head_dim, device):
+        return tuple(part.double().to(device) for part in whole(grid, head_dim, torch.device("cpu")))
+
+    monkeypatch.setattr(transformer, "rope_tables", exact)
+
+
+def a_device_named_for_cuda(monkeypatch):
+    whole = layers.LatentShift.forward
+    monkeypatch.setattr(layers.LatentShift, "forward", lambda self, x, num: whole(self, x.cuda(), num))
+
+
+def bf16_convolutions_in_three_dimensions(monkeypatch):
+    monkeypatch.setattr(transformer, "route_conv3d", lambda module: None)
+
+
+def complex_numbers(monkeypatch):
+    whole = transformer.split_frequencies
+    monkeypatch.setattr(
+        transformer,
+        "split_frequencies",
+        lambda x, *rest, **more: whole(torch.fft.ifft2(torch.fft.fft2(x)).real, *rest, **more),
+    )
+
+
+BREAKS = {
+    fp64_tables: (RefusedError, "float64"),
+    a_device_named_for_cuda: (AssertionError, "CUDA"),
+    bf16_convolutions_in_three_dimensions: (RefusedError, "Conv3d in bf16"),
+    complex_numbers: (RefusedError, "complex"),
+}
+
+
+@only_emulated
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_broken_copy_fails(broken, monkeypatch):
+    broken(monkeypatch)
+    error, words = BREAKS[broken]
+    with pytest.raises(error, match=words):
+        make(torch.bfloat16)(**arguments())
+
+
+def join(rank, directory, size=2):
+    torch.npu.set_device(rank)
+    store = dist.FileStore(f"{directory}/store", size)
+    dist.init_process_group("cpu:gloo,npu:hccl", store=store, rank=rank, world_size=size)
+
+
+def reduces_another_dtype(rank, directory):
+    join(rank, directory)
+    number = torch.ones(1, device="npu", dtype=torch.int32 if rank else torch.float32)
+    with pytest.raises(RuntimeError, match="all ranks must do the same"):
+        dist.all_reduce(number)
+    os._exit(0)  # whose processes are no longer in step
+
+
+def waits_for_nobody(rank, directory):
+    os.environ["HCCL_EXEC_TIMEOUT"] = "1"
+    join(rank, directory)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="rank 1 did not take part within HCCL_EXEC_TIMEOUT"):
+            dist.all_reduce(torch.ones(1, device="npu"))
+        Path(directory, "done").touch()
+    while not Path(directory, "done").exists():
+        time.sleep(0.05)
+    os._exit(0)
+
+
+def casts_what_is_sharded(rank, directory):
+    """Older torch_npu had no way to do so; this one has."""
+    join(rank, directory)
+    weight = DTensor.from_local(torch.full((2, 2), rank + 0.5, device="npu"), init_device_mesh("npu", (2,)), [Shard(0)])
+    cast = weight.to(torch.bfloat16)
+    assert cast.dtype == cast.to_local().dtype == torch.bfloat16
+    assert cast.full_tensor().tolist() == [[0.5, 0.5]] * 2 + [[1.5, 1.5]] * 2
+    dist.destroy_process_group()
+
+
+@only_emulated
+@pytest.mark.parametrize("broken", [reduces_another_dtype, waits_for_nobody, casts_what_is_sharded])
+def test_what_two_processes_may_do_and_what_they_are_told(broken, tmp_path):
+    forked.call("flashi2v-train", 2, broken, str(tmp_path))
