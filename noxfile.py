@@ -185,7 +185,7 @@ def conformance(session: nox.Session) -> None:
     pytest = ("python", "-m", "pytest", "--durations=10")
     session.run(*pytest, "packages/flashi2v-npu-ops/tests/conformance", *session.posargs, env=alone)
     emulated = ("python", "-m", "flashi2v_npu_ops.testing", "--devices", "2")
-    session.run(*emulated, *pytest, "tests/ascend", *session.posargs, env=alone)
+    session.run(*emulated, *pytest, "-m", "not slow", "tests/ascend", *session.posargs, env=alone)
 
 
 @nox.session
