@@ -126,6 +126,7 @@ def runs(world, page, free_ports, tmp_path_factory) -> dict[tuple[str, str], Pat
                 eval_iters=2,
                 eval_videos=1,
                 eval_steps=2,
+                distributed_timeout_minutes=5,  # where one process fails, the other waits for it no longer
                 **degrees,
             )
             cases.append(Case(f"{name}, {parallel}", num_processes, next(ports), options))
