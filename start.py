@@ -35,8 +35,11 @@ def main() -> None:
     """Install what is missing, and run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=sorted(COSTS), help="what to do once all is installed")
+    parser.add_argument("paths", nargs="*", help="files or folders of tests (default: all)")
     parser.add_argument("--torch", metavar="BUILD", help="build of torch: auto, cpu, cu128, ... (default: auto)")
     options = parser.parse_args()
+    if options.paths and options.what != "tests":
+        parser.error("paths are of tests: leave them out")
     if sys.version_info < (3, 10):  # noqa: UP036  what is tried first
         sys.exit(f"start.py needs Python 3.10 or newer; this is {sys.version.split()[0]}")
     os.chdir(ROOT)
@@ -48,7 +51,7 @@ def main() -> None:
         run(sys.executable, "-m", "venv", ".venv")
     run(python, "-m", "pip", "install", "--quiet", "nox[uv]>=2025.2")
     if options.what == "tests":
-        run(python, "-m", "nox", "-s", "tests")
+        run(python, "-m", "nox", "-s", "tests", *(["--", *options.paths] if options.paths else []))
         return
     packages = [part for name in PACKAGES for part in ("-e", f"packages/flashi2v-{name}")]
     run(str(SCRIPTS / "uv"), "pip", "install", "--python", python, "-c", ".ci/constraints.txt", *packages)

@@ -33,12 +33,13 @@ def test_two_lines_set_everything_up_in_both_shells():
     assert re.findall(r"^python3 (start\.py \w+)$", README, re.MULTILINE) == ["start.py demo", "start.py tests"]
     for what in ("demo", "tests"):
         assert f"`python start.py {what}`" in README  # PowerShell
-    assert "eval \"$(grep -m 1 '^python3 start.py demo' README.md)\"" in (ROOT / ".ci/run").read_text()
+        assert f"$(grep -m 1 '^python3 start.py {what}$' README.md)" in (ROOT / ".ci/run").read_text()
 
 
 def test_help_and_wrong_words():
     assert "start.py tests" in run("start.py", "--help").stdout
     assert run("start.py", "nonsense").returncode == 2
+    assert run("start.py", "demo", "packages").returncode == 2
 
 
 def test_without_settings_of_pip_torch_is_the_build_that_fits_the_machine():

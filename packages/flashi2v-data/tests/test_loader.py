@@ -408,7 +408,7 @@ def test_a_clip_that_hangs_or_kills_its_reader_costs_one_sample(
     trapped, trap, reason, num_workers, tmp_path, store_path
 ):
     expected = list(islice(trapped(0, _nothing), 3))
-    batches = list(islice(trapped(num_workers, trap, decode_timeout_seconds=5), 3))
+    batches = list(islice(trapped(num_workers, trap, decode_timeout_seconds=15), 3))
     path = open_store(store_path)[5]["path"]
     for one, other in zip(expected, batches):
         for place, index in enumerate(one["index"].tolist()):
