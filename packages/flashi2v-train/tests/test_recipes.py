@@ -16,7 +16,7 @@ from PIL import Image
 import flashi2v_train
 from flashi2v_data.errors import InputError
 from flashi2v_data.store.reader import open_store, write_store
-from flashi2v_model.cli import convert
+from flashi2v_model.cli import convert, inspect
 from flashi2v_model.errors import InputError as ModelInputError
 from flashi2v_model.weights.reading import read_state_dict
 from flashi2v_train import encode
@@ -181,7 +181,7 @@ def test_a_run_remembers_its_recipe_and_resumes_with_it_alone(runs, world, page,
     assert {*read_state_dict(run)} > ADDED
 
 
-def test_a_variant_is_converted_and_sampled_by_its_class_alone(runs, inputs, page, tmp_path, monkeypatch):
+def test_a_variant_is_converted_and_sampled_by_its_class_alone(runs, inputs, page, tmp_path, monkeypatch, capsys):
     run, model = runs["motion", "one"], tmp_path / "model"
     monkeypatch.chdir(page)
     with pytest.raises(ModelInputError, match=r"is of a 'MotionTransformer'.*--recipe"):
@@ -190,6 +190,10 @@ def test_a_variant_is_converted_and_sampled_by_its_class_alone(runs, inputs, pag
         convert(run, tmp_path / "npu.pt", to="npu", recipe="motion:MotionTransformer")
     convert(run, model, to="diffusers", encoders=inputs / "model", recipe="motion:MotionTransformer")
     assert {*read_state_dict(model)} > ADDED
+    with pytest.raises(ModelInputError, match="is of a 'MotionTransformer'"):
+        inspect(model / "transformer")
+    inspect(model / "transformer", recipe="motion:MotionTransformer")
+    assert "layout               diffusers\n" in capsys.readouterr().out
     monkeypatch.syspath_prepend(page)
     from sample import load, sample
 

@@ -8,12 +8,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError
 
 import flashi2v_model
 from flashi2v_model.errors import InputError, StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flashi2v_model import FlashI2VTransformer3DModel
 
 _TRUNK = " (text-to-video trunk, without the layers of FlashI2V)"
 _OF_NEW_LAYERS = ("conv3x3x3_proj", "low_freq_proj", "fft_return_abs")
@@ -30,7 +35,7 @@ app = App(
 
 
 @app.command
-def inspect(path: Path, *, num_heads: int | None = None) -> None:
+def inspect(path: Path, *, num_heads: int | None = None, recipe: str | None = None) -> None:
     """Print a model's layout, architecture and size.
 
     Example: flashi2v-model inspect flashi2v_1_3B.pt
@@ -41,14 +46,17 @@ def inspect(path: Path, *, num_heads: int | None = None) -> None:
         a .safetensors or .pt file, a diffusers directory, or a run of flashi2v-train
     num_heads
         number of attention heads, if no config.json says it and heads are not 128 wide
+    recipe
+        module:Class of a variant of the network, or of the recipe that it was trained by (default: FlashI2V's own)
     """
-    from flashi2v_model.weights import convert_state_dict, detect_layout, model_arguments, read_state_dict, weight_files
+    from flashi2v_model.variants import transformer_class
+    from flashi2v_model.weights import detect_layout, read_state_dict, weight_files
     from flashi2v_model.weights.checkpoint import checkpoint_directory, has_ema, is_checkpoint
     from flashi2v_model.weights.key_names import is_trunk
 
     state_dict = read_state_dict(path, device="meta")
     layout = detect_layout(state_dict)
-    arguments, assumed = model_arguments(path, convert_state_dict(state_dict, layout), num_heads)
+    _, arguments, assumed = _understood(path, state_dict, "diffusers", transformer_class(recipe), num_heads)
     files = weight_files(path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
     trunk = is_trunk(state_dict)
@@ -126,9 +134,8 @@ def convert(
     from flashi2v_model.encoders import DTYPES
     from flashi2v_model.presets import save_pipeline
     from flashi2v_model.variants import transformer_class
-    from flashi2v_model.weights import as_model, convert_state_dict, model_arguments, read_state_dict, write_file
+    from flashi2v_model.weights import as_model, convert_state_dict, read_state_dict, write_file
     from flashi2v_model.weights.checkpoint import checkpoint_directory, is_checkpoint
-    from flashi2v_model.weights.conversion import check_variant_layout, variant_arguments
     from flashi2v_model.weights.key_names import is_trunk
     from flashi2v_model.weights.libraries import quieten
     from flashi2v_model.weights.settings import stored_settings, unusual
@@ -141,13 +148,9 @@ def convert(
     quieten()
     is_variant = (network := transformer_class(recipe)) is not FlashI2VTransformer3DModel
     stored_settings(source, network)  # refuses another variant before its weights are looked at
-    ours = read_state_dict(source, ema=weights == "ema")
-    if not is_variant:
-        ours = convert_state_dict(ours)
-        arguments, assumed = model_arguments(source, ours, num_heads)
-    else:
-        check_variant_layout(ours, to, network)
-        arguments, assumed = variant_arguments(source, network), []
+    ours, arguments, assumed = _understood(
+        source, read_state_dict(source, ema=weights == "ema"), to, network, num_heads
+    )
     if dtype is not None:
         for key in ours:  # one by one, so that there is no second copy of all
             ours[key] = ours[key].to(DTYPES[dtype])
@@ -168,6 +171,36 @@ def convert(
         print(f"assumed, as neither the weights nor a config.json say: {', '.join(values)}")
     if destination.suffix in TORCH_SUFFIXES and (found := unusual(arguments)):
         print(f"a {destination.suffix} carries no settings: set {', '.join(found)} where you load it")
+
+
+def _understood(
+    path: Path,
+    state_dict: dict[str, "Tensor"],
+    to: str,
+    network: "type[FlashI2VTransformer3DModel]",
+    num_heads: int | None,
+) -> tuple[dict[str, "Tensor"], dict[str, Any], list[str]]:
+    """Return weights under diffusers' names, the network's arguments, and which of them are assumed.
+
+    Args:
+        path: the weights'.
+        state_dict: as they are stored.
+        to: the layout that they are for.
+        network: their class.
+        num_heads: as the user says.
+
+    Raises:
+        InputError: these are not the weights of such a network, or the layout has no place for them.
+    """
+    from flashi2v_model import FlashI2VTransformer3DModel
+    from flashi2v_model.weights import convert_state_dict, model_arguments
+    from flashi2v_model.weights.conversion import check_variant_layout, variant_arguments
+
+    if network is not FlashI2VTransformer3DModel:
+        check_variant_layout(state_dict, to, network)
+        return state_dict, variant_arguments(path, network), []
+    ours = convert_state_dict(state_dict)
+    return ours, *model_arguments(path, ours, num_heads)
 
 
 def _check_destination(destination: Path, to: str) -> None:
