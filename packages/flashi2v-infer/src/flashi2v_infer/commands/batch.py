@@ -244,16 +244,13 @@ def read_back(job: Job) -> Frames | None:
     return frames if frames.shape[1:] == job.image.shape else None
 
 
-def write_together(batch: Batch, drawn: Sequence[Job] = ()) -> list[Job]:
+def write_together(batch: Batch) -> list[Job]:
     """Write what shows all videos of a batch: the grid, and film strips; return the jobs that are not finished.
 
-    Args:
-        batch: its videos lie in their files.
-        drawn: jobs that have drawn their film strips.
+    All of it is drawn from the files, so that a batch that was resumed ends as one that was not.
     """
     assert batch.directory is not None
     jobs = {job.request.index: job for job in batch.jobs}
-    has_strip = {job.request.index for job in drawn}
     missing: list[Job] = []
 
     def videos() -> Iterator[Frames | None]:
@@ -262,7 +259,7 @@ def write_together(batch: Batch, drawn: Sequence[Job] = ()) -> list[Job]:
             frames = None if job is None else read_back(job)
             if job is not None and frames is None:
                 missing.append(job)
-            elif job is not None and frames is not None and job.strip is not None and index not in has_strip:
+            elif job is not None and frames is not None and job.strip is not None:
                 write_picture(job.strip, film_strip(job.image, frames), read_record(job.path))
             yield frames
 

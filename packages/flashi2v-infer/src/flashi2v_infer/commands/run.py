@@ -124,7 +124,7 @@ def sample(
                 print(comparison(planned, meter.read()))
         processes.barrier()
         if processes.is_first:
-            missing = [] if is_one else write_together(batch, drawn=jobs)
+            missing = [] if is_one else write_together(batch)
             if len(batch.jobs) > len(missing):
                 print(one_line(f"wrote {batch.describe(len(jobs) - len(missing), len(batch.jobs) - len(jobs))}"))
             batch.raise_faults(missing)
@@ -187,7 +187,7 @@ def sample_jobs(
                     if processes.writes:
                         record = job.origin | facts | _measured(pipeline, made)
                         save_video(job.path, made.frames, job.request.fps, record)
-                        if job.strip is not None:
+                        if is_one and job.strip is not None:
                             write_picture(job.strip, film_strip(job.image, made.frames), record)
                     if processes.is_first:
                         for remark in model.remarks(job.request.prompt, made.vae_psnr):
