@@ -53,10 +53,13 @@ def inspect(path: Path, *, num_heads: int | None = None, recipe: str | None = No
     from flashi2v_model.weights import detect_layout, read_state_dict, weight_files
     from flashi2v_model.weights.checkpoint import checkpoint_directory, has_ema, is_checkpoint
     from flashi2v_model.weights.key_names import is_trunk
+    from flashi2v_model.weights.settings import stored_settings
 
+    network = transformer_class(recipe)
+    stored_settings(path, network)  # refuses another variant before its weights are looked at
     state_dict = read_state_dict(path, device="meta")
     layout = detect_layout(state_dict)
-    _, arguments, assumed = _understood(path, state_dict, "diffusers", transformer_class(recipe), num_heads)
+    _, arguments, assumed = _understood(path, state_dict, "diffusers", network, num_heads)
     files = weight_files(path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
     trunk = is_trunk(state_dict)
