@@ -79,7 +79,7 @@ def main() -> None:
     cases: dict[str, Callable[[], None]] = {
         bare: lambda: network(2 * NUM_STEPS),
         f"plain loop of {NUM_STEPS} guided steps, nothing kept": plain_loop,
-        "the same, text, time and features once": loop,
+        "the same, text computed once": loop,
         "the same, both branches in one batch": lambda: loop(cfg_batch=True),
         "pipeline to latents": lambda: whole("latent"),
         "pipeline to images (VAE decoding)": lambda: whole("pil"),
