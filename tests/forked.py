@@ -185,21 +185,10 @@ def _lease(address: str) -> socket.socket | None:
     return connection if alive else None
 
 
-def warm_up() -> None:
-    """Let libraries fill their caches: transformers compiles a thousand regular expressions before its first model."""
-    import transformers
-    import world
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.UMT5EncoderModel.from_pretrained(world.made() / "model/text_encoder")
-
-
 def serve(address: str, group: str) -> Request:
     """Fork for everyone who connects; return in the forked processes, with what they are to be."""
     for module in PRELOADED[group]:
         importlib.import_module(module)
-    if group == "others":
-        warm_up()
     gc.freeze()  # what is there is shared with all forks, and stays so
     Path(address).unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX)

@@ -5,6 +5,7 @@ It is made once for all processes of a run, and for later runs as long as the so
 
 import contextlib
 import hashlib
+import io
 import shutil
 import time
 from collections.abc import Iterator
@@ -79,4 +80,5 @@ def _make(directory: Path) -> None:
     limits = FilterConfig(**FILTER)
     entries = read_entries(Annotation(str(directory / "shapes"), str(directory / "shapes/videos.json")))
     write_store(directory / "store/clips.lmdb", filter_records(entries, limits), limits.model_dump())
-    init(directory / "model", preset="tiny")
+    with contextlib.redirect_stdout(io.StringIO()):  # the command's word on it
+        init(directory / "model", preset="tiny")
