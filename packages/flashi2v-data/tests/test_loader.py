@@ -402,7 +402,7 @@ def _nothing():
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize(
-    ("trap", "reason"), [(_hang, "no answer within 5 seconds"), (_die, "ended the process that read it 2 times")]
+    ("trap", "reason"), [(_hang, "no answer within 15 seconds"), (_die, "ended the process that read it 2 times")]
 )
 def test_a_clip_that_hangs_or_kills_its_reader_costs_one_sample(
     trapped, trap, reason, num_workers, tmp_path, store_path
