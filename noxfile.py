@@ -39,6 +39,7 @@ TEST_TOOLS = (
     "hypothesis>=6.100",
     "peft>=0.15",
     "matplotlib>=3.8",
+    "pip",  # with which tests install distributions of their own
 )
 # What `lowest` runs: what leans on other libraries most, where it is quick. And what it leaves as pip finds it: what is
 # built for one torch or for other machines, or only talks to a service.
