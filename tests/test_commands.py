@@ -20,54 +20,6 @@ from PIL import Image
 
 # A name that no file has, and no terminal should be given as it is.
 ABSENT = "absent\x1b[2J\n夜" + "/deep" * 300
-MODEL = {
-    "load_video_features": False,
-    "task": "t2v",
-    "ae": {"model_id": "wan_video_vae", "from_pretrained": "model/vae", "do_sample": True},
-    "text_encoder": {"model_id": "UMT5", "from_pretrained": "model/text_encoder", "dtype": "fp32"},
-    "diffusion": {"model_id": "flow_matching"},
-    "predictor": {
-        "model_id": "flashi2vdit",
-        "dtype": "fp32",
-        "hidden_size": 48,
-        "num_heads": 2,
-        "num_layers": 1,
-        "ffn_dim": 64,
-        "freq_dim": 32,
-        "text_dim": 64,
-        "text_len": 16,
-    },
-}
-DATA = {
-    "dataset_param": {
-        "dataset_type": "flashi2v",
-        "metafile_or_dir_path": "store",
-        "text_tokenizer_path": "model/tokenizer",
-        "sample_height": world.SIZE,
-        "sample_width": world.SIZE,
-        "sample_num_frames": world.NUM_FRAMES,
-        "train_fps": 16,
-        "text_drop_ratio": 0.1,
-        "tokenizer_max_length": 16,
-        "return_prompt_mask": True,
-        "transform_pipeline": {
-            "video": [
-                {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [world.SIZE, world.SIZE]}},
-                {"trans_type": "ToTensorVideo"},
-                {"trans_type": "norm_fun", "param": {"mean": 0.5, "std": 0.5}},
-            ]
-        },
-    },
-    "dataloader_param": {
-        "dataloader_mode": "sampler",
-        "sampler_type": "StatefulDistributedSampler",
-        "collate_param": {"model_name": "flashi2v"},
-        "shuffle": True,
-        "drop_last": True,
-        "pin_memory": False,
-        "num_workers": 0,
-    },
-}
 CONFIGS = ("--mm-model", "model.json", "--mm-data", "data.json", "--device", "cpu")
 SIZES = ("--num-frames", "5", "--height", "32", "--width", "32", "--num-inference-steps", "1", "--device", "cpu")
 
@@ -116,8 +68,8 @@ def place(tmp_path_factory) -> Path:
     """A directory with all that the commands name."""
     place = world.copy_into(tmp_path_factory.mktemp("commands"))
     (place / "filter.yaml").write_text(json.dumps(world.FILTER | {"save_path": "new"}))
-    (place / "model.json").write_text(json.dumps(MODEL))
-    (place / "data.json").write_text(json.dumps(DATA))
+    (place / "model.json").write_text(json.dumps(world.model_settings(Path())))
+    (place / "data.json").write_text(json.dumps(world.data_settings(Path())))
     Image.new("RGB", (48, 48), "pink").save(place / "image.png")
     return place
 

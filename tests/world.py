@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -55,6 +56,70 @@ def made() -> Path:
             _make(place)
             (place / "whole").touch()
     return place
+
+
+def model_settings(directory: Path) -> dict[str, Any]:
+    """Return the contents of a model file for training in a world in a directory, which may be a relative one."""
+    return {
+        "load_video_features": False,
+        "task": "t2v",
+        "ae": {"model_id": "wan_video_vae", "from_pretrained": str(directory / "model/vae"), "do_sample": True},
+        "text_encoder": {
+            "model_id": "UMT5",
+            "from_pretrained": str(directory / "model/text_encoder"),
+            "dtype": "fp32",
+        },
+        "diffusion": {
+            "model_id": "flow_matching",
+            "use_dynamic_shifting": True,
+            "use_logitnorm_time_sampling": True,
+        },
+        "predictor": {
+            "model_id": "flashi2vdit",
+            "dtype": "fp32",
+            "hidden_size": 48,
+            "num_heads": 2,
+            "num_layers": 2,
+            "ffn_dim": 64,
+            "freq_dim": 32,
+            "text_dim": 64,
+            "text_len": 16,
+        },
+    }
+
+
+def data_settings(directory: Path) -> dict[str, Any]:
+    """Return the contents of a data file for a world in a directory, which may be a relative one."""
+    return {
+        "dataset_param": {
+            "dataset_type": "flashi2v",
+            "metafile_or_dir_path": str(directory / "store"),
+            "text_tokenizer_path": str(directory / "model/tokenizer"),
+            "sample_height": SIZE,
+            "sample_width": SIZE,
+            "sample_num_frames": NUM_FRAMES,
+            "train_fps": 16,
+            "text_drop_ratio": 0.1,
+            "tokenizer_max_length": 16,
+            "return_prompt_mask": True,
+            "transform_pipeline": {
+                "video": [
+                    {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [SIZE, SIZE]}},
+                    {"trans_type": "ToTensorVideo"},
+                    {"trans_type": "norm_fun", "param": {"mean": 0.5, "std": 0.5}},
+                ]
+            },
+        },
+        "dataloader_param": {
+            "dataloader_mode": "sampler",
+            "sampler_type": "StatefulDistributedSampler",
+            "collate_param": {"model_name": "flashi2v"},
+            "shuffle": True,
+            "drop_last": True,
+            "pin_memory": False,
+            "num_workers": 0,
+        },
+    }
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import world
 from hypothesis import settings
-from world import NUM_FRAMES, SIZE
 
 # No example has to be quick, and a failure on one machine is one on all.
 settings.register_profile("every machine", deadline=None, derandomize=True, database=None)
@@ -31,62 +30,8 @@ class Workspace:
             "data.dataset_param.load_video_features": True,
             "data.dataset_param.load_text_features": True,
         }
-        self.model = {
-            "load_video_features": False,
-            "task": "t2v",
-            "ae": {"model_id": "wan_video_vae", "from_pretrained": str(inputs / "model/vae"), "do_sample": True},
-            "text_encoder": {
-                "model_id": "UMT5",
-                "from_pretrained": str(inputs / "model/text_encoder"),
-                "dtype": "fp32",
-            },
-            "diffusion": {
-                "model_id": "flow_matching",
-                "use_dynamic_shifting": True,
-                "use_logitnorm_time_sampling": True,
-            },
-            "predictor": {
-                "model_id": "flashi2vdit",
-                "dtype": "fp32",
-                "hidden_size": 48,
-                "num_heads": 2,
-                "num_layers": 2,
-                "ffn_dim": 64,
-                "freq_dim": 32,
-                "text_dim": 64,
-                "text_len": 16,
-            },
-        }
-        self.data = {
-            "dataset_param": {
-                "dataset_type": "flashi2v",
-                "metafile_or_dir_path": str(inputs / "store"),
-                "text_tokenizer_path": str(inputs / "model/tokenizer"),
-                "sample_height": SIZE,
-                "sample_width": SIZE,
-                "sample_num_frames": NUM_FRAMES,
-                "train_fps": 16,
-                "text_drop_ratio": 0.1,
-                "tokenizer_max_length": 16,
-                "return_prompt_mask": True,
-                "transform_pipeline": {
-                    "video": [
-                        {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [SIZE, SIZE]}},
-                        {"trans_type": "ToTensorVideo"},
-                        {"trans_type": "norm_fun", "param": {"mean": 0.5, "std": 0.5}},
-                    ]
-                },
-            },
-            "dataloader_param": {
-                "dataloader_mode": "sampler",
-                "sampler_type": "StatefulDistributedSampler",
-                "collate_param": {"model_name": "flashi2v"},
-                "shuffle": True,
-                "drop_last": True,
-                "pin_memory": False,
-                "num_workers": 0,
-            },
-        }
+        self.model = world.model_settings(inputs)
+        self.data = world.data_settings(inputs)
 
     def files(self, changes: dict[str, Any] | None = None) -> dict[str, Path]:
         """Write both files; changes are dotted keys, first part `model` or `data`."""
