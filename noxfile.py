@@ -31,7 +31,7 @@ CONSTRAINTS = ROOT / ".ci/constraints.txt"
 
 # In the order of the arrows: each needs only those before it.
 PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-train", "flashi2v-infer")
-EXTRAS = {"flashi2v-train": "[wandb]", "flashi2v-data": "[decord,plots,tokenizer,torchcodec]"}
+EXTRAS = {"flashi2v-train": "[wandb]", "flashi2v-data": "[decord,parquet,plots,tokenizer,torchcodec]"}
 TEST_TOOLS = (
     "pytest>=8",
     "pytest-timeout>=2.3",

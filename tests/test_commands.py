@@ -36,7 +36,9 @@ COMMANDS = {
     "flashi2v-data filter": Command(
         ("--filter_config", ABSENT), ("--filter_config", "filter.yaml"), ("--filter_config", "filter.yaml")
     ),
+    "flashi2v-data export": Command((ABSENT, "-o", "new.parquet"), writes=("store", "-o", "new.parquet")),
     "flashi2v-data inspect": Command((ABSENT,), ("store",)),
+    "flashi2v-data meta": Command((ABSENT,), writes=("captioned", "-o", "new.json")),
     "flashi2v-data shapes": Command(
         ("new", "--size", ABSENT), writes=("new", "--num", "2", "--size", "32x32", "--frames", "5")
     ),
@@ -71,6 +73,9 @@ def place(tmp_path_factory) -> Path:
     (place / "model.json").write_text(json.dumps(world.model_settings(Path())))
     (place / "data.json").write_text(json.dumps(world.data_settings(Path())))
     Image.new("RGB", (48, 48), "pink").save(place / "image.png")
+    captioned = Path(shutil.copytree(place / "shapes", place / "captioned"))
+    for clip in json.loads((captioned / "videos.json").read_text()):
+        (captioned / clip["path"]).with_suffix(".txt").write_text(clip["cap"] * 10)
     return place
 
 

@@ -18,6 +18,7 @@ from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.curation.probing import PROBE_TIMEOUT_SECONDS
 from flashi2v_data.curation.report import FilterReport, check_plots
 from flashi2v_data.errors import InputError
+from flashi2v_data.records import printable
 from flashi2v_data.settings import load_config
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,65 @@ def _refuse(reason: str, options: Mapping[str, bool]) -> None:
 def _warn_of_none(report: FilterReport) -> None:
     if report.kept == 0:
         logger.warning("none of %s clips were kept: the report says which limits dropped them", f"{report.total:,}")
+
+
+@app.command(name="meta")
+def meta_command(
+    directory: Path,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("meta.json"),
+) -> None:
+    """Write the meta JSON of a folder of videos and images with captions beside them.
+
+    The caption of clip.mp4 stands in clip.txt or clip.json beside it, or in a table: metadata.jsonl, CSV, or Parquet,
+    with columns such as file_name and text. What has no caption is listed, and left out.
+
+    Example: flashi2v-data meta videos -o meta.json
+
+    Parameters
+    ----------
+    directory
+        A folder; folders in it are looked through, too.
+    output
+        The file to write, or to replace; beside it, as .txt, the annotation file for ann_txt_path.
+    """
+    from flashi2v_data.curation.folder import read_folder, write_meta
+
+    folder = read_folder(directory)
+    annotation = write_meta(output, folder.entries)
+    for path in folder.without_caption:
+        print(escaped(f"no caption: {printable(path)}"))
+    left_out = f"{len(folder.without_caption)} without a caption left out"
+    print(
+        escaped(f"{len(folder.entries)} clips in {output}, {left_out}; filter them with ann_txt_path: '{annotation}'")
+    )
+
+
+@app.command(name="export")
+def export_command(
+    path: Path,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+) -> None:
+    """Write an LMDB, or a folder of them, as a Parquet table.
+
+    Example: flashi2v-data export data/filtered_samples_1200.lmdb -o clips.parquet
+
+    Parameters
+    ----------
+    path
+        An LMDB written by `flashi2v-data filter` or by the public code, or a folder of them.
+    output
+        A file that ends in .parquet, which may take the place of a meta JSON.
+    """
+    from flashi2v_data.store.reader import open_store
+    from flashi2v_data.store.table import export_parquet
+
+    store = open_store(path)
+    export_parquet(store, output)
+    print(escaped(f"{len(store)} clips in {output}"))
 
 
 @app.command(name="inspect")

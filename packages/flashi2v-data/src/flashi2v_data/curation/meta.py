@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal
 import msgspec
 import zstandard
 
+from flashi2v_data.curation.tables import is_table, read_rows
 from flashi2v_data.errors import InputError
 from flashi2v_data.records import Annotation, PlainEntry
 from flashi2v_data.textfile import open_regular
@@ -80,8 +81,8 @@ def _read_again(annotation: Annotation, is_lines: bool, is_last: bool, end: int,
 def read_entries(annotation: Annotation) -> Iterator[Any]:
     """Yield the entries of a meta JSON, their paths joined to the root; memory use does not grow with the file.
 
-    The file is one JSON array, or JSON lines, plain or compressed by gzip or zstd. Entries are whatever the file holds:
-    checking them is the filter's job.
+    The file is one JSON array, or JSON lines, plain or compressed by gzip or zstd, or a table (see `tables`). Entries
+    are whatever the file holds: checking them is the filter's job.
 
     Raises:
         InputError: the file is not valid JSON, or cannot be read.
@@ -100,13 +101,25 @@ def read_pieces(annotation: Annotation) -> Iterator[Piece]:
     with open(open_regular(annotation.meta), "rb") as file:
         before = os.fstat(file.fileno())
         try:
-            for piece in _cut(annotation, file):
+            for piece in _rows(annotation, file) if is_table(annotation.meta) else _cut(annotation, file):
                 now = os.fstat(file.fileno())
                 if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                     raise BrokenMetaError(f"{annotation.meta}: was changed while it was read: begin anew")
                 yield piece
         except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise BrokenMetaError(f"{annotation.meta}: cannot be decompressed, is it whole? {error}") from None
+
+
+def _rows(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
+    """Write the rows of a table as JSON Lines, which are then read as any others."""
+    end = 0
+    try:
+        for rows, end in read_rows(annotation.meta, file):
+            yield Piece(annotation, True, False, end, _table_encoder.encode_lines(rows), None)
+    except InputError as error:
+        raise BrokenMetaError(str(error)) from None
+    if not end:
+        raise BrokenMetaError(f"{annotation.meta}: has no rows")
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
@@ -199,6 +212,8 @@ def _check_entry(annotation: Annotation, num_bytes: int) -> None:
         )
 
 
+# What Parquet has beyond JSON becomes text: a date as the standard has it, bytes in base64.
+_table_encoder = msgspec.json.Encoder(enc_hook=str)
 _decoder = msgspec.json.Decoder()
 _plain_decoder = msgspec.json.Decoder(PlainEntry)
 _plain_array_decoder = msgspec.json.Decoder(list[PlainEntry])

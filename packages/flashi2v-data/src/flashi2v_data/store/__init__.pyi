@@ -5,3 +5,4 @@ from .features import (
     video_key as video_key,
 )
 from .reader import LmdbStore as LmdbStore, open_store as open_store, write_store as write_store
+from .table import export_parquet as export_parquet

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import lmdb
 import msgspec
@@ -91,14 +91,22 @@ class LmdbStore:
         """Return the number of records."""
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Record:
-        """Return record number `index`.
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        """Return record number `index`, or the records of a slice, counted from the end where numbers are negative.
 
         Raises:
             IndexError: there is no such record.
             RecordError: it is damaged, a pickle that might run code, or no clip.
             InputError: the store has been removed.
         """
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
         ends = self._ends
         if not 0 <= index < ends[-1]:
             raise IndexError(f"record {index} of {len(self)}")
