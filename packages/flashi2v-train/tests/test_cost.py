@@ -24,6 +24,7 @@ from flashi2v_train.cost import (
     peak_flops,
     predict,
 )
+from flashi2v_train.dry_run import missing_files
 from flashi2v_train.engines import make_schedule
 from flashi2v_train.options import TrainOptions
 from flashi2v_train.parallelise import build_stages
@@ -343,6 +344,44 @@ def test_a_dry_run_says_what_would_happen_and_leaves_nothing(workspace, monkeypa
     assert "GiB" in out
     assert '"global_batch_size": 4' in out
     assert not (workspace.directory / "run").exists()
+
+
+def test_a_dry_run_needs_no_files_but_names_all_that_are_missing(workspace, monkeypatch, capsys):
+    changes = {
+        "model.ae.from_pretrained": "/absent/vae",
+        "model.text_encoder.from_pretrained": "/absent/text_encoder",
+        "model.predictor.from_pretrained": "absent.pt",
+        "data.dataset_param.text_tokenizer_path": "absent/tokenizer",
+        "data.dataset_param.metafile_or_dir_path": "absent.lmdb",
+    }
+    for words in ([*workspace.arguments(changes), "--dry-run"], workspace.arguments(changes)):
+        monkeypatch.setattr("sys.argv", ["flashi2v-train", *words])
+        with pytest.raises(SystemExit) as stop:
+            launcher.main()
+        told = capsys.readouterr()
+        assert stop.value.code == 2
+        assert told.err.splitlines()[-1].startswith("flashi2v-train: --dry-run")
+        if "--dry-run" not in words:
+            assert told.out == ""
+            continue
+        plan, missing = told.out.split("missing      5 ")
+        assert "GiB per process" in plan
+        assert all(f" = {path}\n" in missing for path in changes.values())
+        assert missing.count("    from: ") == 5
+        assert "in bf16" in missing
+    assert not (workspace.directory / "run").exists()
+
+
+def test_a_dry_run_of_the_reference_says_where_its_weights_come_from(workspace, monkeypatch, capsys):
+    config = full_size(workspace, "1.3B")
+    ae = config.model.ae.model_copy(update={"from_pretrained": "/absent/Wan/vae"})
+    predictor = config.model.predictor.model_copy(update={"from_pretrained": "absent.pt", "text_dim": 4096})
+    config = replace(config, model=config.model.model_copy(update={"ae": ae, "predictor": predictor}))
+    told = missing_files(config)
+    assert "Wan2.1's VAE, 0.5 GB" in told
+    assert "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --include 'vae/*' --local-dir /absent/Wan" in told
+    assert "weights of the transformer (1.3B), 2.8" in told
+    assert "hf download yunyangge/FlashI2V-1.3B" in told
 
 
 def test_a_split_is_suggested_as_it_is_to_be_written(workspace):

@@ -19,9 +19,9 @@ from flashi2v_model.config import (
     PredictorConfig,
     Settings,
     TextEncoderConfig,
-    check_pretrained,
 )
 from flashi2v_model.variants import load_class
+from flashi2v_train.downloads import find_missing
 from flashi2v_train.options import TrainOptions
 from flashi2v_train.parallel_dims import ParallelDims, plan_parallel_dims
 
@@ -228,13 +228,13 @@ def read_run_config(options: TrainOptions, *, recipe: "RecipeClass | None" = Non
         raise InputError("--feature-cache-gib has no effect where all features are loaded: leave it out")
     dataset.transform_pipeline.check_range()
     check_directory(options.save, "--save")
-    check_pretrained(model.ae.from_pretrained, f"{options.mm_model}: ae.from_pretrained")
-    check_pretrained(model.text_encoder.from_pretrained, f"{options.mm_model}: text_encoder.from_pretrained")
-    weights = model.predictor.from_pretrained
-    if weights is not None and not encodes and not Path(weights).exists():
-        raise InputError(f"{options.mm_model}: predictor.from_pretrained: {weights} does not exist")
     read_eval_data(options, data)
     config = RunConfig(options, model, data, _find_recipe(options, recipe))
+    # A question about the run is answered without its files.
+    if not (options.dry_run or options.suggest_split) and (missing := find_missing(config, encodes=encodes)):
+        names = ", ".join(f"{item.key} = {item.path}" for item in missing)
+        one = len(missing) == 1
+        raise InputError(str(missing[0]) if one else f"--dry-run says where what is missing comes from: {names}")
     if encodes:
         return config
     if config.recipe_class is not None:

@@ -5,10 +5,22 @@ from dataclasses import fields
 
 from flashi2v_train.config import RunConfig
 from flashi2v_train.cost import Memory, count_parameters, count_recomputed, num_tokens, operations_of, predict
+from flashi2v_train.downloads import find_missing, hub_ids
 from flashi2v_train.parallel_dims import ParallelDims
 from flashi2v_train.splits import bubble
 
 _GIB = 2**30
+
+
+def missing_files(config: RunConfig) -> str | None:
+    """Return which files of the run are not here, what they are, how large, and where from; None where all are."""
+    missing = find_missing(config, num_parameters=sum(count_parameters(config).values()))
+    if not missing:
+        return None
+    lines = [f"missing      {len(missing)} of the files and directories that a run needs"]
+    for item in missing:
+        lines += [f"  {item.key} = {item.path}", f"    {item.what}, {item.size}", f"    from: {item.source}"]
+    return "\n".join(lines)
 
 
 def describe_run(config: RunConfig, dims: ParallelDims) -> str:
@@ -44,4 +56,5 @@ def describe_run(config: RunConfig, dims: ParallelDims) -> str:
         sizes = [getattr(cost.memory, kind) / _GIB for kind in [*kinds, "total"]]
         lines.append(f"{name:<16}{cost.parameters / 1e6:>10.1f} M" + "".join(f"{size:>13.2f}" for size in sizes))
     lines.append("activations are what autograd keeps; kernels' own memory and the frozen encoders come on top")
+    lines += [f"{name} is no directory here: it is looked up on the hub at the start" for name in hub_ids(config)]
     return "\n".join(lines)

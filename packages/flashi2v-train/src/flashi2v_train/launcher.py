@@ -75,9 +75,12 @@ def _answer(config: RunConfig, dims: ParallelDims) -> None:
 
     quieten()
     if config.options.dry_run:
-        from flashi2v_train.dry_run import describe_run
+        from flashi2v_train.dry_run import describe_run, missing_files
 
         print(describe_run(config, dims))
+        if (missing := missing_files(config)) is not None:
+            print(f"\n{missing}")
+            raise InputError("--dry-run: files are missing: they are listed below the plan")
     if config.options.suggest_split:
         print(suggest_split(config, dims))
 
