@@ -31,13 +31,16 @@ CONSTRAINTS = ROOT / ".ci/constraints.txt"
 
 # In the order of the arrows: each needs only those before it.
 PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-train", "flashi2v-infer")
-EXTRAS = {"flashi2v-train": "[wandb]", "flashi2v-data": "[decord,parquet,plots,tokenizer,torchcodec]"}
+EXTRAS = {
+    "flashi2v-train": "[wandb]",
+    "flashi2v-data": "[decord,parquet,plots,tokenizer,torchcodec]",
+    "flashi2v-model": "[lora]",
+}
 TEST_TOOLS = (
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.7",
     "hypothesis>=6.100",
-    "peft>=0.15",
     "matplotlib>=3.8",
     "pip",  # with which tests install distributions of their own
 )

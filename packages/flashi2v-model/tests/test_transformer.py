@@ -6,11 +6,10 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from golden import SMALL, number, small_model, tensor, weight
-from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashi2v_model import FlashI2VTransformer3DModel, InputError
+from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.caching import text_kept
 from flashi2v_model.layers import rope_tables, timestep_embedding
 from flashi2v_npu_ops import split_frequencies
@@ -135,37 +134,6 @@ def test_saved_and_loaded_is_the_same_model(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
 
 
-def test_peft_lora_finds_the_trunk_by_diffusers_names():
-    peft = pytest.importorskip("peft")
-    model = small_model()
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    adapted = [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
-    assert len(adapted) == 3 * 2 * 4
-
-
-def test_an_adapter_is_loaded_whole_or_refused(tmp_path):
-    pytest.importorskip("peft")
-    model, batch = small_model().eval(), inputs()
-    width = model.blocks[0].attn1.to_q.in_features
-    q = {"lora_A.weight": torch.randn(2, width), "lora_B.weight": torch.randn(width, 2)}
-    adapter = {f"transformer.blocks.0.attn1.to_q.{part}": tensor for part, tensor in q.items()}
-    before = model(*batch).sample
-    for odd in (
-        "transformer.blocks.99.attn1.to_q.lora_A.weight",
-        "blocks.0.attn1.to_q.lora_A.weight",
-        "transformer.blocks.0.norm2.diff_b",
-        "unet.lora_A.weight",
-    ):
-        with pytest.raises(InputError, match=rf"no adapter of this transformer .*unexpected {odd}"):
-            model.load_lora_adapter({**adapter, odd: torch.zeros(2, width)})
-        assert torch.equal(model(*batch).sample, before)  # nothing of it stays
-    with pytest.raises(InputError, match="it is empty"):
-        model.load_lora_adapter({})
-    save_file(adapter, tmp_path / "adapter.safetensors")
-    model.load_lora_adapter(tmp_path / "adapter.safetensors")
-    assert not torch.allclose(model(*batch).sample, before)
-
-
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_model_runs_after_it_was_exported(strict):
     rope_tables.__wrapped__.cache_clear()
@@ -239,16 +207,3 @@ def test_texts_that_are_kept_over_the_steps_change_no_number(way):
     assert len(calls) == 2
     model(latents, batch, text, condition)
     assert len(calls) == 3, "nothing is kept behind the run"
-
-
-def test_adapters_are_weighed_by_attention_kwargs():
-    peft = pytest.importorskip("peft")
-    model, arguments = small_model(), inputs()
-    plain = model(*arguments).sample
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    whole, half, none = (model(*arguments, attention_kwargs={"scale": scale}).sample for scale in (1.0, 0.5, 0.0))
-    torch.testing.assert_close(none, plain)
-    assert 0 < (half - plain).norm() < (whole - plain).norm()
-    assert torch.equal(model(*arguments).sample, whole)
-    with pytest.raises(ValueError, match="only 'scale', not 'scales'"):
-        model(*arguments, attention_kwargs={"scales": 1.0})

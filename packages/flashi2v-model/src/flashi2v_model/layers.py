@@ -134,6 +134,7 @@ class Block(nn.Module):
         super().__init__()
         self.eps = eps
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = nn.Identity()  # where an adapter changes the table
         self.attn1 = Attention(dim, num_heads, qk_norm, eps)
         self.norm2 = FP32LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
         self.attn2 = Attention(dim, num_heads, qk_norm, eps)
@@ -141,7 +142,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Take x (B, N, D), text (B, L, D) and time modulation (B, 6, D); return (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, time)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.modulation(self.scale_shift_table), time)
         x = gated_residual(x, self.attn1(layer_norm_modulate(x, shift1, scale1, self.eps), rope=rope), gate1)
         x = x + self.attn2(self.norm2(x), text=text)
         return gated_residual(x, self.ffn(layer_norm_modulate(x, shift2, scale2, self.eps)), gate2)

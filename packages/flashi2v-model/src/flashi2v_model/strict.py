@@ -5,25 +5,17 @@ And what would have no effect on it is refused too, rather than taken in silence
 
 import inspect
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import PeftAdapterMixin, WanLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from flashi2v_model.errors import InputError
+from flashi2v_model.lora import AdapterModel
 from flashi2v_model.weights.comparing import FLOATS, fault_phrases
 from flashi2v_model.weights.reading import read_state_dict
-
-# Where the name of an adapter's part begins, behind that of its layer.
-_OF_ADAPTER = re.compile(r"\.(?:lora(?:_A|_B|_down|_up|_embedding|_magnitude|\.down|\.up)|lokr_|alpha$)")
-_FETCHING = (
-    *("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder"),
-    *("weight_name", "use_safetensors"),
-)
 
 
 def constructor_defaults(model: type[Any]) -> dict[str, Any]:
@@ -63,7 +55,7 @@ def check_class(where: str, name: Any, model: type[Any]) -> None:
         )
 
 
-class StrictModel(ModelMixin, PeftAdapterMixin):
+class StrictModel(ModelMixin, AdapterModel):
     """A model of diffusers that loads exactly or not at all."""
 
     @staticmethod
@@ -113,38 +105,6 @@ class StrictModel(ModelMixin, PeftAdapterMixin):
         if faults:
             raise InputError(f"{path} does not fit the transformer: {'; '.join(faults)}")
         return (model, report) if wants_report else model
-
-    def load_lora_adapter(
-        self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer", **kwargs: Any
-    ) -> None:
-        """Load a LoRA adapter, exactly or not at all.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: file, directory, hub id or state dict; a file may be in ComfyUI's
-                spelling or another that diffusers knows for Wan.
-            prefix: that the keys of a state dict begin with; None for none.
-            kwargs: as of `diffusers.loaders.PeftAdapterMixin.load_lora_adapter`.
-
-        Raises:
-            InputError: listing every key that this model has no place for.
-        """
-        adapter = pretrained_model_name_or_path_or_dict
-        if not isinstance(adapter, dict):
-            fetching = {key: kwargs.pop(key) for key in _FETCHING if key in kwargs}
-            adapter = WanLoraLoaderMixin.lora_state_dict(adapter, **fetching)
-        start = f"{prefix}." if prefix else ""
-        modules = dict(self.named_modules())
-        unread = [
-            key
-            for key in adapter
-            if not key.startswith(start)
-            or (part := _OF_ADAPTER.split(key.removeprefix(start), maxsplit=1))[0] not in modules
-            or len(part) == 1
-        ]
-        if unread or not adapter:
-            faults = "; ".join(fault_phrases(unexpected=unread)) or "it is empty"
-            raise InputError(f"this is no adapter of this transformer (prefix {prefix!r}): {faults}")
-        super().load_lora_adapter(adapter, prefix=prefix, **kwargs)
 
     def set_attention_backend(self, backend: str) -> None:
         """Refuse one of diffusers' attention backends: attention here is an operator of `flashi2v_npu_ops`."""

@@ -4,19 +4,18 @@ B batch, C latent channels, F frames, H W latent grid, N tokens, L text tokens, 
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from einops import rearrange
 from torch import Tensor, nn
 
 from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, modulation, rope_tables
+from flashi2v_model.lora_layers import adapters_scaled
 from flashi2v_model.strict import StrictModel
 from flashi2v_npu_ops import layer_norm_modulate, route_conv3d, split_frequencies
 
@@ -116,6 +115,7 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
         )
         self.proj_out = FP32Linear(dim, out_channels * patch[0] * patch[1] * patch[2])
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = nn.Identity()  # where an adapter changes the table
         self.reset_parameters()
         route_conv3d(self)
 
@@ -175,7 +175,7 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
         more = dict(conditioning or {})
         if sorted(more) != sorted(self.conditioning_names):
             raise ValueError(f"conditioning must name {self.conditioning_names} here, got {sorted(more)}")
-        with _adapters_scaled(self, attention_kwargs):
+        with adapters_scaled(self, attention_kwargs):
             x, text, time, modulation = self.embed(
                 hidden_states, timestep, encoder_hidden_states, condition, low_freq_energy_ratio, **more
             )
@@ -257,7 +257,7 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
 
     def project(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Return the velocity, (B, C, F, H, W) in fp32, of the tokens (B, N, D) at times (B, D)."""
-        shift, scale = modulation(self.scale_shift_table, time[:, None])
+        shift, scale = modulation(self.modulation(self.scale_shift_table), time[:, None])
         head = layer_norm_modulate(x.to(shift.dtype), shift, scale, self.config.eps)
         out = self.proj_out(head)  # (B, N, C*patch)
         frames, height, width = grid
@@ -299,20 +299,3 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
 def _check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
     if tensor.shape != torch.Size(expected):
         raise ValueError(f"{name} must be {tuple(expected)} beside these hidden_states, got {tuple(tensor.shape)}")
-
-
-@contextmanager
-def _adapters_scaled(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
-    """Weigh the adapters of a model, if it has any, while the block runs."""
-    given = dict(attention_kwargs or {})
-    scale = given.pop("scale", 1.0)
-    if given:
-        raise ValueError(f"attention_kwargs: there is only 'scale', not {', '.join(map(repr, given))}")
-    if scale == 1.0:
-        yield
-        return
-    scale_lora_layers(model, scale)
-    try:
-        yield
-    finally:
-        unscale_lora_layers(model, scale)

@@ -96,6 +96,11 @@ def is_trunk(names: Iterable[str]) -> bool:
     return not any(name.startswith(NEW_LAYERS) for name in names)
 
 
+def modules(layout: str) -> list[str]:
+    """Return the names of a layout's modules and bare parameters; "#" is the number of a block."""
+    return [row[_COLUMN[layout]] for row in _NAMES]
+
+
 def translate(names: Iterable[str], source: str, target: str) -> dict[str, str]:
     """Map the names of one layout to those of another; names that `source` does not know are left out."""
     modules = {row[_COLUMN[source]]: row[_COLUMN[target]] for row in _NAMES}

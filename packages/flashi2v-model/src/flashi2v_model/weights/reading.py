@@ -73,7 +73,7 @@ def read_state_dict(
         return {weight_name(key): tensor for key, tensor in stored.items()}
     state_dict: dict[str, Tensor] = {}
     for file in weight_files(path, variant):
-        tensors = _read_header(file) if device == "meta" and file.suffix == _SAFETENSORS else _read_file(file)
+        tensors = _read_header(file) if device == "meta" and file.suffix == _SAFETENSORS else read_tensors(file)
         if twice := tensors.keys() & state_dict.keys():
             raise InputError(f"{path} is damaged: {file.name} and another file both hold {sorted(twice)[0]}")
         state_dict.update(tensors)
@@ -121,7 +121,7 @@ def weight_files(path: Path, variant: str | None = None) -> list[Path]:
     return [path / name for name in names]
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     check_file(path)
     try:
         if path.suffix == _SAFETENSORS:
