@@ -29,6 +29,7 @@ from flashi2v_infer.decoding import decode_within_memory
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.files.inputs import tidy
 from flashi2v_infer.files.pictures import AnyImage, as_pixels
+from flashi2v_infer.lora import LoraMixin
 from flashi2v_infer.model_index import check_model_index
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model import FlashI2VTransformer3DModel
@@ -60,7 +61,7 @@ class FlashI2VPipelineOutput(BaseOutput):
     decoding: str | None = None
 
 
-class FlashI2VPipeline(DiffusionPipeline):
+class FlashI2VPipeline(DiffusionPipeline, LoraMixin):
     """Samples videos that start with an image and follow a prompt.
 
     Args:

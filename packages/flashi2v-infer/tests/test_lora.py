@@ -1,0 +1,182 @@
+"""LoRA adapters in sampling: from wherever they lie, weighed, swapped, fused, saved, and told in the record."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from flashi2v_infer import FlashI2VPipeline
+from flashi2v_infer import InputError as ChoiceError
+from flashi2v_infer.adapters import AdapterChoice, read_choices
+from flashi2v_model import InputError
+from flashi2v_model.weights.adapter_spellings import read_adapter, spell
+
+peft = pytest.importorskip("peft")
+
+
+def make_adapter(transformer, rank: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """An adapter of the blocks' matrices, weighed by alpha, with a difference of each cross attention's norm."""
+    random = torch.Generator().manual_seed(seed)
+    adapter = {}
+    for path, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and path.startswith("blocks."):
+            adapter[f"{path}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=random) / 5
+            adapter[f"{path}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=random) / 5
+            adapter[f"{path}.alpha"] = torch.tensor(rank / 2)
+        elif path.endswith("norm2"):
+            adapter[f"{path}.lora_diff.weight"] = torch.randn(module.weight.shape, generator=random) / 5
+    return adapter
+
+
+@pytest.fixture
+def own(shared_pipe):
+    """A pipeline whose transformer is this test's own."""
+    kept = shared_pipe.transformer
+    shared_pipe.register_modules(transformer=copy.deepcopy(kept))
+    yield shared_pipe
+    shared_pipe.register_modules(transformer=kept)
+
+
+@pytest.fixture
+def adapter(own, tmp_path, monkeypatch) -> dict[str, torch.Tensor]:
+    """In ComfyUI's spelling; it lies in style.safetensors here."""
+    monkeypatch.chdir(tmp_path)
+    adapter, _ = spell(make_adapter(own.transformer), "comfyui")
+    save_file(adapter, "style.safetensors")
+    return adapter
+
+
+def test_an_adapter_is_found_wherever_it_lies(own, adapter, sampled, photograph):
+    plain = sampled(image=photograph)
+    own.load_lora_weights(adapter)
+    styled = sampled(image=photograph)
+    assert (styled - plain).norm() > 0.01 * plain.norm()
+    repository = Path("hub/models--someone--style")
+    places = {
+        "a file": ("style.safetensors", {}),
+        "a directory": ("only", {}),
+        "one of several": ("several", {"weight_name": "style.safetensors"}),
+        "a subfolder": ("several", {"subfolder": "deep"}),
+        "a hub id": ("someone/style", {"cache_dir": "hub", "local_files_only": True}),
+        "a file of the hub": ("someone/style/style.safetensors", {"cache_dir": "hub", "local_files_only": True}),
+    }
+    for name in ("only", "several", "several/deep", repository / "snapshots/123"):
+        Path(name).mkdir(parents=True, exist_ok=True)
+        shutil.copy("style.safetensors", name)
+    shutil.copy("style.safetensors", "several/other.safetensors")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("123")
+    for where, arguments in places.values():
+        own.unload_lora_weights()
+        assert torch.equal(sampled(image=photograph), plain)
+        own.load_lora_weights(where, **arguments)
+        assert torch.equal(sampled(image=photograph), styled)
+    for where, words in (
+        ("nowhere.safetensors", "no LoRA adapter at nowhere.safetensors"),
+        ("several", "name one of other.safetensors, style.safetensors"),
+        ("several/none", r"neither here nor on the hub|no LoRA adapter"),
+    ):
+        with pytest.raises(InputError, match=words):
+            own.load_lora_weights(where, local_files_only=True)
+    assert torch.equal(sampled(image=photograph), styled)
+
+
+def test_what_diffusers_does_with_adapters_works(own, adapter, sampled, photograph):
+    plain, other = sampled(image=photograph), make_adapter(own.transformer, rank=5, seed=1)
+    own.load_lora_weights("style.safetensors", adapter_name="style")
+    own.load_lora_weights(other, adapter_name="other")
+    assert own.get_list_adapters() == {"transformer": ["style", "other"]}
+    own.set_adapters(["style", "other"], [0.5, 0.25])
+    both = sampled(image=photograph)
+    own.fuse_lora()
+    torch.testing.assert_close(sampled(image=photograph), both, atol=1e-4, rtol=0)
+    own.unfuse_lora()
+    torch.testing.assert_close(sampled(image=photograph), both, atol=1e-4, rtol=0)
+    own.disable_lora()
+    torch.testing.assert_close(sampled(image=photograph), plain, atol=1e-4, rtol=0)
+    own.enable_lora()
+    own.delete_adapters("other")
+    own.set_adapters("style")
+    style = sampled(image=photograph)
+    assert (style - both).norm() > 0.01 * both.norm()
+    own.load_lora_weights(other, adapter_name="style", hotswap=True)
+    swapped = sampled(image=photograph)
+    own.unload_lora_weights()
+    own.load_lora_weights(other)
+    torch.testing.assert_close(sampled(image=photograph), swapped, atol=1e-5, rtol=0)
+
+
+def test_a_saved_adapter_is_the_same_adapter(own, adapter, sampled, photograph):
+    own.load_lora_weights(adapter, adapter_name="style")
+    style = sampled(image=photograph)
+    own.save_lora_weights(
+        "saved",
+        peft.get_peft_model_state_dict(own.transformer, adapter_name="style"),
+        transformer_lora_adapter_metadata=own.transformer.peft_config["style"].to_dict(),
+    )
+    own.transformer.save_lora_adapter("of_transformer", adapter_name="style")
+    for where in ("saved", "of_transformer"):
+        own.unload_lora_weights()
+        own.load_lora_weights(where)
+        torch.testing.assert_close(sampled(image=photograph), style, atol=1e-5, rtol=0)
+    written = load_file("saved/pytorch_lora_weights.safetensors")
+    assert torch.equal(
+        written["transformer.blocks.0.norm2.lora_diff.weight"], adapter["diffusion_model.blocks.0.norm3.diff"]
+    )
+    state_dict, config = FlashI2VPipeline.lora_state_dict("saved", return_lora_metadata=True)
+    assert state_dict.keys() == written.keys()
+    assert config["transformer.lora_alpha"] == 1.5
+
+
+def test_what_does_not_fit_leaves_the_pipeline_as_it_was(own, adapter, sampled, photograph):
+    own.load_lora_weights(adapter, adapter_name="style")
+    before, style = {key: t.clone() for key, t in own.transformer.state_dict().items()}, sampled(image=photograph)
+    with pytest.raises(InputError, match=r"does not fit the transformer: unexpected blocks\.9\.attn1\.to_q"):
+        own.load_lora_weights({key.replace("blocks.3", "blocks.9"): t for key, t in adapter.items()})
+    with pytest.raises(InputError, match="one transformer"):
+        own.load_lora_weights(adapter, load_into_transformer_2=True)
+    after = own.transformer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert torch.equal(sampled(image=photograph), style)
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_adapters_come_to_an_offloaded_transformer(kind, own, adapter, sampled, photograph):
+    own.load_lora_weights(adapter)
+    style, cpu = sampled(image=photograph), torch.device("cpu")
+    own.unload_lora_weights()
+    own.transformer.enable_group_offload(cpu, cpu, offload_type=kind, num_blocks_per_group=1)
+    own.load_lora_weights(adapter)
+    torch.testing.assert_close(sampled(image=photograph), style, atol=1e-5, rtol=0)
+
+
+def test_choices_are_files_and_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("odd:2").touch()
+    texts = ("a.safetensors", "a.safetensors:0.8", "b:-1e-1", "odd:2", "12:30.safetensors", "owner/name:0.5")
+    assert read_choices(texts) == (
+        AdapterChoice("a.safetensors"),
+        AdapterChoice("a.safetensors", 0.8),
+        AdapterChoice("b", -0.1),
+        AdapterChoice("odd:2"),
+        AdapterChoice("12:30.safetensors"),
+        AdapterChoice("owner/name", 0.5),
+    )
+    for text in ("", ":0.5", "a:nan", "a:inf"):
+        with pytest.raises(ChoiceError, match="FILE or FILE:SCALE"):
+            read_choices([text])
+
+
+def test_a_hidden_alpha_is_read_from_the_file(own, adapter, tmp_path):
+    """peft and diffusers keep it beside the tensors."""
+    state_dict, header = spell(read_adapter(adapter), "diffusers")
+    assert "transformer.lora_alpha" in json.loads(header["lora_adapter_metadata"])
+    save_file(state_dict, "diffusers.safetensors", metadata=header)
+    own.load_lora_weights("diffusers.safetensors")
+    assert own.transformer.blocks[0].attn1.to_q.scaling["default_0"] == 0.5
