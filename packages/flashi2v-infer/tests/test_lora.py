@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flashi2v_infer import FlashI2VPipeline
-from flashi2v_infer import InputError as ChoiceError
-from flashi2v_infer.adapters import AdapterChoice, read_choices
 from flashi2v_model import InputError
 from flashi2v_model.weights.adapter_spellings import read_adapter, spell
 
@@ -154,23 +152,6 @@ def test_adapters_come_to_an_offloaded_transformer(kind, own, adapter, sampled, 
     own.transformer.enable_group_offload(cpu, cpu, offload_type=kind, num_blocks_per_group=1)
     own.load_lora_weights(adapter)
     torch.testing.assert_close(sampled(image=photograph), style, atol=1e-5, rtol=0)
-
-
-def test_choices_are_files_and_weights(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("odd:2").touch()
-    texts = ("a.safetensors", "a.safetensors:0.8", "b:-1e-1", "odd:2", "12:30.safetensors", "owner/name:0.5")
-    assert read_choices(texts) == (
-        AdapterChoice("a.safetensors"),
-        AdapterChoice("a.safetensors", 0.8),
-        AdapterChoice("b", -0.1),
-        AdapterChoice("odd:2"),
-        AdapterChoice("12:30.safetensors"),
-        AdapterChoice("owner/name", 0.5),
-    )
-    for text in ("", ":0.5", "a:nan", "a:inf"):
-        with pytest.raises(ChoiceError, match="FILE or FILE:SCALE"):
-            read_choices([text])
 
 
 def test_a_hidden_alpha_is_read_from_the_file(own, adapter, tmp_path):

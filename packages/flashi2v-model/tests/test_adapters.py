@@ -3,19 +3,23 @@
 import copy
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from flashi2v_model import FlashI2VTransformer3DModel, InputError
+from flashi2v_model import FlashI2VTransformer3DModel, InputError, cli
+from flashi2v_model.adapter_choice import AdapterChoice, read_choices
 from flashi2v_model.weights.adapter_spellings import CONFIG, SPELLINGS, read_adapter, spell, spelling_of
 from flashi2v_model.weights.adapters import merge
 
@@ -357,3 +361,66 @@ def test_adapters_are_weighed_by_attention_kwargs(trained, model):
     assert distance(half, output(_merged(trained.adapter, 0.5))) < 1e-6
     with pytest.raises(InputError, match="only 'scale', not 'scales'"):
         output(model, attention_kwargs={"scales": 1.0})
+
+
+def test_choices_are_files_and_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("odd:2").touch()
+    texts = ("a.safetensors", "a.safetensors:0.8", "b:-1e-1", "odd:2", "12:30.safetensors", "owner/name:0.5")
+    assert read_choices(texts) == (
+        AdapterChoice("a.safetensors"),
+        AdapterChoice("a.safetensors", 0.8),
+        AdapterChoice("b", -0.1),
+        AdapterChoice("odd:2"),
+        AdapterChoice("12:30.safetensors"),
+        AdapterChoice("owner/name", 0.5),
+    )
+    for text in ("", ":0.5", "a:nan", "a:inf"):
+        with pytest.raises(InputError, match="FILE or FILE:SCALE"):
+            read_choices([text])
+
+
+def test_the_command_line_says_what_an_adapter_is_and_rewrites_it(distilled, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state_dict, _ = spell(distilled, "comfyui")
+    save_file(state_dict, "style.safetensors", metadata={"format": "pt", "ss_steps": "2"})
+    cli.inspect(Path("style.safetensors"))
+    told = capsys.readouterr().out
+    for words in (
+        r"kind +LoRA adapter of \d+ layers\n",
+        r"spelling +comfyui \(diffusion_model\.\*\.lora_down\.weight, Wan2\.1's names of layers\)\n",
+        r"rank +4 in \d+ layers, 2 in 2 layers\n",
+        r"alpha +8 \(weight 2\) in \d+ layers, 3 \(weight 0\.75\) in 4 layers, 8 \(weight 4\) in 2 layers\n",
+        r"width +24\n",
+        r"parameters +[\d,]+ in float32\n",
+        r"pairs +blocks\.0-1\.attn1\.to_k, .*learnable_proj\.proj\.0\n",
+        r"differences +.*blocks\.0-1\.norm2 \(bias\), .*modulation \(weight\), patch_embedding \(weight\)",
+    ):
+        assert re.search(words, told), words
+    for name in SPELLINGS:
+        between, back = Path("peft" if name == "peft" else f"{name}.safetensors"), Path(f"{name}-back.safetensors")
+        if name != "comfyui":
+            cli.convert(Path("style.safetensors"), between, to=name)
+            cli.convert(between, back, to="comfyui")
+            assert equal(load_file(back), state_dict)
+            with safe_open(back, "pt") as file:
+                assert file.metadata() == {"format": "pt", "ss_steps": "2"}
+    assert json.loads(Path("peft/adapter_config.json").read_text())["peft_type"] == "LORA"
+    new_model().save_pretrained("model")
+    cli.convert(Path("model"), Path("merged"), to="diffusers", lora=["style.safetensors:0.5", "style.safetensors:0.2"])
+    assert (
+        distance(output(FlashI2VTransformer3DModel.from_pretrained("merged")), output(_merged(distilled, 0.7))) < 1e-6
+    )
+    for arguments, words in (
+        (("style.safetensors", "x", "npu"), "--to npu is a layout of models"),
+        (("style.safetensors", "x", "kohya"), "x: kohya is written as a new file that ends in .safetensors"),
+        (("style.safetensors", "x.safetensors", "peft"), "peft is written as a new directory"),
+        (("model", "x.safetensors", "kohya"), "--to kohya is a spelling of LoRA adapters"),
+    ):
+        with pytest.raises(InputError, match=words):
+            cli.convert(*map(Path, arguments[:2]), to=arguments[2])
+    with pytest.raises(InputError, match="--dtype: of a model, and the source is a LoRA adapter"):
+        cli.convert(Path("style.safetensors"), Path("x.safetensors"), to="kohya", dtype="bf16")
+    with pytest.raises(InputError, match=r"--lora nothing\.safetensors: no LoRA adapter at"):
+        cli.convert(Path("model"), Path("x"), to="diffusers", lora=["nothing.safetensors"])
+    assert not list(Path().glob("x*"))

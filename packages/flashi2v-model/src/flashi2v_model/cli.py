@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -36,25 +36,29 @@ app = App(
 
 @app.command
 def inspect(path: Path, *, num_heads: int | None = None, recipe: str | None = None) -> None:
-    """Print a model's layout, architecture and size.
+    """Print a model's layout, architecture and size; of a LoRA adapter spelling, rank, alpha and layers.
 
     Example: flashi2v-model inspect flashi2v_1_3B.pt
 
     Parameters
     ----------
     path
-        a .safetensors or .pt file, a diffusers directory, or a run of flashi2v-train
+        a .safetensors or .pt file, a diffusers directory, or a run of flashi2v-train; or a LoRA adapter
     num_heads
         number of attention heads, if no config.json says it and heads are not 128 wide
     recipe
         module:Class of a variant of the network, or of the recipe that it was trained by (default: FlashI2V's own)
     """
+    from flashi2v_model.adapter_commands import describe, find_adapter
     from flashi2v_model.variants import transformer_class
     from flashi2v_model.weights import detect_layout, read_state_dict, weight_files
     from flashi2v_model.weights.checkpoint import checkpoint_directory, has_ema, is_checkpoint
     from flashi2v_model.weights.key_names import is_trunk
     from flashi2v_model.weights.settings import stored_settings
 
+    if (adapter := find_adapter(path)) is not None:
+        _print_facts(describe(adapter))
+        return
     network = transformer_class(recipe)
     stored_settings(path, network)  # refuses another variant before its weights are looked at
     state_dict = read_state_dict(path, device="meta")
@@ -79,8 +83,7 @@ def inspect(path: Path, *, num_heads: int | None = None, recipe: str | None = No
             facts[name] = (
                 f"{value}{'  (assumed: neither the weights nor a config.json say)' if name in assumed else ''}"
             )
-    for name, fact in facts.items():
-        print(f"{name:<20} {fact}")
+    _print_facts(facts)
     if layout == "main" and arguments["conv3x3x3_proj"]:
         print(
             "note: the code of the FSDP2 release projects one frame and repeats the result; with 3x3x3 convolutions "
@@ -88,12 +91,18 @@ def inspect(path: Path, *, num_heads: int | None = None, recipe: str | None = No
         )
 
 
+def _print_facts(facts: Mapping[str, object]) -> None:
+    for name, fact in facts.items():
+        print(f"{name:<20} {fact}")
+
+
 @app.command
 def convert(
     source: Path,
     destination: Path,
     *,
-    to: Literal["diffusers", "wan", "npu", "main"],
+    to: Literal["diffusers", "wan", "npu", "main", "bare", "peft", "comfyui", "comfyui-ab", "kohya"],
+    lora: list[str] | None = None,
     weights: Literal["ema", "raw"] = "ema",
     encoders: Path | None = None,
     shift: float | None = None,
@@ -104,20 +113,31 @@ def convert(
 ) -> None:
     """Rewrite a model's weights in another published layout, or turn a training run into a model.
 
+    A LoRA adapter is rewritten in another spelling.
+
     Examples: flashi2v-model convert flashi2v_1_3B.pt FlashI2V-1.3B/transformer --to diffusers
 
     flashi2v-model convert runs/first my-model --to diffusers --encoders Wan2.1-T2V-1.3B-Diffusers
 
     flashi2v-model convert my-model my-model.pt --to npu
 
+    flashi2v-model convert style.safetensors style-comfyui.safetensors --to comfyui
+
+    flashi2v-model convert my-model/transformer styled --to diffusers --lora style.safetensors:0.8
+
     Parameters
     ----------
     source
-        a .safetensors or .pt file, a diffusers directory, or a run of flashi2v-train (its newest checkpoint)
+        a .safetensors or .pt file, a diffusers directory, or a run of flashi2v-train (its newest checkpoint); or a
+        LoRA adapter
     destination
-        a new directory for diffusers; otherwise a new .safetensors or .pt file (MindSpeed-MM loads npu as .pt)
+        a new directory for diffusers; otherwise a new .safetensors or .pt file (MindSpeed-MM loads npu as .pt). Of an
+        adapter a new .safetensors file; for peft a new directory
     to
-        the layout to write
+        the layout to write: diffusers, wan, npu or main; of an adapter the spelling: diffusers (transformer.*), wan and
+        bare (names alone), peft, comfyui (lora_down), comfyui-ab (lora_A) or kohya
+    lora
+        an adapter to merge into the model, FILE or FILE:SCALE; again for another
     weights
         of a run: the moving average where it kept one, or the raw weights
     encoders
@@ -134,6 +154,8 @@ def convert(
         module:Class of a variant of the network, or of the recipe that it was trained by (default: FlashI2V's own)
     """
     from flashi2v_model import FlashI2VTransformer3DModel
+    from flashi2v_model.adapter_choice import read_choices
+    from flashi2v_model.adapter_commands import check_spelling, find_adapter, merged, write_adapter
     from flashi2v_model.encoders import DTYPES
     from flashi2v_model.presets import save_pipeline
     from flashi2v_model.variants import transformer_class
@@ -144,6 +166,16 @@ def convert(
     from flashi2v_model.weights.settings import stored_settings, unusual
     from flashi2v_model.weights.writing import TORCH_SUFFIXES, independent
 
+    if destination.exists():
+        raise InputError(f"{destination} exists: name a new place, or remove it first")
+    if (adapter := find_adapter(source)) is not None:
+        options = {"--lora": lora, "--encoders": encoders, "--shift": shift, "--dtype": dtype, "--recipe": recipe}
+        check_spelling(destination, to, options | {"--max-shard-size": max_shard_size, "--num-heads": num_heads})
+        with _appearing_whole(destination) as temporary:
+            write_adapter(adapter, temporary, to)
+        print(f"wrote {destination} (LoRA adapter, {to})")
+        return
+    adapters = read_choices(lora or ())
     _check_destination(destination, to)
     _check_directory_options(to, encoders, shift, max_shard_size)
     if weights == "raw" and not is_checkpoint(checkpoint_directory(source)):
@@ -154,6 +186,7 @@ def convert(
     ours, arguments, assumed = _understood(
         source, read_state_dict(source, ema=weights == "ema"), to, network, num_heads
     )
+    ours = merged(ours, adapters)
     if dtype is not None:
         for key in ours:  # one by one, so that there is no second copy of all
             ours[key] = ours[key].to(DTYPES[dtype])
@@ -207,10 +240,11 @@ def _understood(
 
 
 def _check_destination(destination: Path, to: str) -> None:
+    from flashi2v_model.weights.key_names import LAYOUTS
     from flashi2v_model.weights.writing import TORCH_SUFFIXES
 
-    if destination.exists():
-        raise InputError(f"{destination} exists: name a new place, or remove it first")
+    if to not in LAYOUTS:
+        raise InputError(f"--to {to} is a spelling of LoRA adapters: a model is written as {', '.join(LAYOUTS)}")
     is_file = destination.suffix in (".safetensors", *TORCH_SUFFIXES)
     if to != "diffusers" and not is_file:
         raise InputError(f"{destination}: the {to} layout is written as one file that ends in .safetensors or .pt")

@@ -17,8 +17,8 @@ from flashi2v_model.weights.adapter_spellings import CONFIG, Header
 from flashi2v_model.weights.reading import read_json, read_tensors
 
 # The names that diffusers and peft write; peft's has its configuration beside it.
-_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-_PEFT_CONFIG = "adapter_config.json"
+NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PEFT_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w.-]+?)(/(?P<file>.+\.safetensors))?")
 _FILES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -77,7 +77,7 @@ def adapter_file(path: Path, weight_name: str | None = None) -> Path:
     if weight_name is not None:
         return path / weight_name
     files = sorted(file.name for file in path.iterdir() if file.suffix == ".safetensors")
-    found = [name for name in _NAMES if name in files] or files
+    found = [name for name in NAMES if name in files] or files
     if len(found) != 1:
         what = f"several: name one of {', '.join(found)}" if found else "no .safetensors file"
         raise InputError(f"{path} is to hold a LoRA adapter, and holds {what}")
@@ -99,8 +99,8 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="numpy") as file:
             header = dict(file.metadata() or {})
-    beside = path.parent / _PEFT_CONFIG
-    if CONFIG not in header and path.name == _NAMES[1] and beside.is_file():
+    beside = path.parent / PEFT_CONFIG
+    if CONFIG not in header and path.name == NAMES[1] and beside.is_file():
         config = read_json(beside)
         if config.get("peft_type", "LORA") != "LORA":
             raise InputError(f"{beside}: peft_type is {config['peft_type']!r}: only LORA is read")
@@ -116,11 +116,11 @@ def _from_hub(repository: str, weight_name: str | None, subfolder: str | None, h
             names = HfApi(token=how.token).list_repo_files(repository, revision=how.revision)
             files = [name.removeprefix(folder) for name in names if name.startswith(folder)]
             files = [name for name in files if name.endswith(".safetensors") and "/" not in name]
-            found = [name for name in _NAMES if name in files] or files
+            found = [name for name in NAMES if name in files] or files
             if len(found) != 1:
                 raise InputError(f"{repository}: name the file, as weight_name, of {', '.join(found) or 'none there'}")
             weight_name = found[0]
-        wanted = [f"{folder}{weight_name or '*.safetensors'}", f"{folder}{_PEFT_CONFIG}"]
+        wanted = [f"{folder}{weight_name or '*.safetensors'}", f"{folder}{PEFT_CONFIG}"]
         root = Path(
             snapshot_download(
                 repository,

@@ -22,7 +22,7 @@ from flashi2v_model.weights.key_names import modules, translate
 Header = Mapping[str, str]  # of a safetensors file
 
 CONFIG = "lora_adapter_metadata"  # where diffusers writes peft's configuration, as JSON
-_ALPHA_DTYPE = "flashi2v_alpha_dtype"
+ALPHA_DTYPE = "flashi2v_alpha_dtype"  # of the tensors that it was; "none" of an adapter without
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,12 @@ def peft_config(header: Header | None) -> dict[str, Any]:
 
 def _alphas(adapter: Adapter, header: Header | None) -> Adapter:
     """Return the alphas that a configuration says; what tensors say goes before."""
-    config = peft_config(header)
-    if not config:
+    config, written = peft_config(header), (header or {}).get(ALPHA_DTYPE, "float32")
+    if not config or written == "none":
         return {}
     alphas: Adapter = {}
     try:
-        dtype = getattr(torch, (header or {}).get(_ALPHA_DTYPE, "float32"))
+        dtype = getattr(torch, written)
         for layer, parts in by_layer(adapter).items():
             if "lora_A.weight" not in parts:
                 continue
@@ -273,11 +273,12 @@ def spell(adapter: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], 
             f"take {'diffusers' if name in _WITH_ALPHAS else 'comfyui'}"
         )
     alphas = [tensor for key, tensor in adapter.items() if key.endswith(".alpha")]
-    if name in _WITH_ALPHAS or not alphas:
+    if name in _WITH_ALPHAS or (not alphas and name != "peft"):
         return state_dict, {}
     prefix = SPELLINGS["diffusers"].prefix if name == "diffusers" else ""
     config = {f"{prefix}{key}": value for key, value in make_config(adapter).items()}
-    return state_dict, {CONFIG: json.dumps(config), _ALPHA_DTYPE: str(alphas[0].dtype).removeprefix("torch.")}
+    dtype = str(alphas[0].dtype).removeprefix("torch.") if alphas else "none"
+    return state_dict, {CONFIG: json.dumps(config), ALPHA_DTYPE: dtype}
 
 
 def _their_name(layer: str, part: str, name: str, scale: float | None) -> str | None:

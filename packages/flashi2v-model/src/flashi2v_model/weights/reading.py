@@ -73,12 +73,10 @@ def read_state_dict(
         return {weight_name(key): tensor for key, tensor in stored.items()}
     state_dict: dict[str, Tensor] = {}
     for file in weight_files(path, variant):
-        tensors = _read_header(file) if device == "meta" and file.suffix == _SAFETENSORS else read_tensors(file)
+        tensors = read_tensors(file, device)
         if twice := tensors.keys() & state_dict.keys():
             raise InputError(f"{path} is damaged: {file.name} and another file both hold {sorted(twice)[0]}")
         state_dict.update(tensors)
-    if device == "meta":
-        state_dict = {key: tensor.to("meta") for key, tensor in state_dict.items()}
     return _without_prefix(path, state_dict)
 
 
@@ -121,7 +119,22 @@ def weight_files(path: Path, variant: str | None = None) -> list[Path]:
     return [path / name for name in names]
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read the tensors of one file, under its own names.
+
+    Args:
+        path: a `.safetensors` or `torch.save` file.
+        device: "cpu", or "meta" for names, shapes and dtypes alone.
+
+    Raises:
+        InputError: it is not there, unreadable, or holds anything but named tensors.
+    """
+    if device == "meta" and path.suffix == _SAFETENSORS:
+        return _read_header(path)
+    return {key: tensor.to(device) for key, tensor in _read_file(path).items()}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     check_file(path)
     try:
         if path.suffix == _SAFETENSORS:

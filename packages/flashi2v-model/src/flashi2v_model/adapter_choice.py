@@ -1,11 +1,11 @@
-"""The LoRA adapters that a run is asked for. Nothing heavy is imported, so that a mistake is reported at once."""
+"""The LoRA adapters that a command is asked for. Nothing heavy is imported, so that a mistake is reported at once."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashi2v_data.errors import InputError
+from flashi2v_model.errors import InputError
 
 
 @dataclass(frozen=True)
