@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flashi2v_infer import FlashI2VPipeline
+from flashi2v_data import read_frames
+from flashi2v_infer import FlashI2VPipeline, cli, read_record
 from flashi2v_model import InputError
 from flashi2v_model.weights.adapter_spellings import read_adapter, spell
 
@@ -152,6 +155,80 @@ def test_adapters_come_to_an_offloaded_transformer(kind, own, adapter, sampled, 
     own.transformer.enable_group_offload(cpu, cpu, offload_type=kind, num_blocks_per_group=1)
     own.load_lora_weights(adapter)
     torch.testing.assert_close(sampled(image=photograph), style, atol=1e-5, rtol=0)
+
+
+def command(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["flashi2v-infer", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
+
+
+def test_commands_sample_with_adapters_and_say_so(own, adapter, job, model_directory, monkeypatch, capsys):
+    """One video; a batch that names them in its file, and one whose file's are replaced; a plan that counts them."""
+    model = ("--model", model_directory, "--image", "first.png", "--prompt", "a star", "--seed", "3")
+    one = (
+        *model,
+        "--num-frames",
+        "5",
+        "--height",
+        "32",
+        "--width",
+        "48",
+        "--num-inference-steps",
+        "2",
+        "--device",
+        "cpu",
+    )
+    assert command(monkeypatch, *one, "-o", "plain.mp4") == 0
+    assert command(monkeypatch, *one, "-o", "half.mp4", "--lora", "style.safetensors:0.5") == 0
+    two = ("--lora", "style.safetensors:0.75", "--lora", "style.safetensors:-0.25")
+    assert command(monkeypatch, *one, "-o", "both.mp4", *two) == 0
+    plain, half, both = (read_frames(f"{name}.mp4", range(5)).astype(int) for name in ("plain", "half", "both"))
+    assert abs(half - plain).mean() > 1
+    assert abs(half - both).max() <= 2
+    record = read_record("both.mp4")
+    assert record["lora"] == ["style.safetensors:0.75", "style.safetensors:-0.25"]
+    assert [scale for _, scale in record["model_settings"]["lora"]] == [0.75, -0.25]
+    assert "lora" not in read_record("plain.mp4")
+    capsys.readouterr()
+    plans = []
+    for lora in ((), ("--lora", "style.safetensors")):
+        assert command(monkeypatch, *one, *lora, "-o", "x.mp4", "--plan", "--dry-run") == 0
+        plans.append(capsys.readouterr().out)
+    sizes = [float(re.search(r"parameters: transformer ([\d.]+) million", plan)[1]) for plan in plans]
+    numbers = sum(tensor.numel() for key, tensor in adapter.items() if not key.endswith("alpha"))
+    assert sizes[1] - sizes[0] == pytest.approx(numbers / 1e6, abs=0.011)
+
+    file = job(lora=["style.safetensors:0.5"])
+    assert command(monkeypatch, "--mm-model", file) == 0
+    assert read_record("samples/video_0.mp4")["lora"] == ["style.safetensors:0.5"]
+    Path("style.safetensors").rename("renamed.safetensors")
+    assert command(monkeypatch, "--mm-model", file, "--resume", "--lora", "renamed.safetensors:0.5") == 0
+    capsys.readouterr()
+    assert command(monkeypatch, "--mm-model", file, "--resume", "--lora", "renamed.safetensors") == 2
+    assert "model_settings.lora was" in capsys.readouterr().err
+    assert command(monkeypatch, "--mm-model", job(), "--resume") == 2
+    assert "model_settings.lora was" in capsys.readouterr().err
+
+
+def test_an_adapter_that_does_not_fit_is_one_line_before_a_weight_is_read(own, adapter, job, monkeypatch, capsys):
+    (wider, _), file = spell({"blocks.9.ffn.net.2.lora_diff.bias": torch.zeros(3)}, "comfyui"), job()
+    save_file(wider, "wider.safetensors")
+    Path("damaged.safetensors").write_bytes(b"\0" * 40)
+    for lora, words in (
+        (
+            "wider.safetensors",
+            "--lora wider.safetensors: this adapter does not fit the transformer: unexpected blocks.9.",
+        ),
+        ("damaged.safetensors", "--lora damaged.safetensors: damaged.safetensors is damaged"),
+        ("nowhere.safetensors:2", "--lora nowhere.safetensors: no LoRA adapter at nowhere.safetensors"),
+        (":2", "':2' is to be FILE or FILE:SCALE"),
+    ):
+        for more in ((), ("--dry-run",)):
+            assert command(monkeypatch, "--mm-model", file, "--lora", lora, *more) == 2
+            assert words in capsys.readouterr().err
+    assert not Path("samples").exists()
 
 
 def test_a_hidden_alpha_is_read_from_the_file(own, adapter, tmp_path):

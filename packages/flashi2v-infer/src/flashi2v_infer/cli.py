@@ -17,6 +17,7 @@ from flashi2v_infer import __version__, demo
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.settings import Request, SamplingSettings
+from flashi2v_model.adapter_choice import read_choices
 from flashi2v_model.config import SchedulerName
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,8 @@ class CommonOptions:
     Attributes:
         strip: Also draw some frames in a row: into this .png for one video; into this directory, as video_0.png, ...,
             for a batch (default: not).
+        lora: A LoRA adapter, FILE or FILE:SCALE, of any published spelling; a directory or a hub id does as well. Again
+            for another (default: what the file says).
         seed: Of the noise (default: what the file says; 0 for one video).
         plan: Print what the run will take (memory, operations) before anything is loaded, and at its end what it took.
         dry_run: Check everything that is given, and sample nothing. With --plan, --model needs no image, prompt and
@@ -141,6 +144,7 @@ class CommonOptions:
     """
 
     strip: Path | None = None
+    lora: list[str] | None = None
     seed: int | None = None
     plan: _Flag = False
     dry_run: _Flag = False
@@ -202,7 +206,7 @@ def infer(
         from flashi2v_infer.commands.run import print_plan, sample
         from flashi2v_infer.load import ModelDirectory
 
-    model = ModelDirectory(video.model, execution, video.scheduler)
+    model = ModelDirectory(video.model, execution, video.scheduler, read_choices(common.lora or ()))
     if request is None:
         print_plan(model, settings)
         return
@@ -214,11 +218,12 @@ def _sample_batch(file: Path, resume: bool, video: VideoOptions, common: CommonO
     if given := video.given():
         raise InputError(f"{', '.join(given)}: not together with --mm-model, whose file holds these settings")
     config = load_config(file, InferenceConfig)
+    lora = None if common.lora is None else read_choices(common.lora)
     with _importing():
         from flashi2v_infer.commands.run import sample_batch
 
     options = {"resume": resume, "plan": common.plan, "dry_run": common.dry_run}
-    sample_batch(config, execution, common.seed, strips=common.strip, **options)
+    sample_batch(config, execution, common.seed, strips=common.strip, lora=lora, **options)
 
 
 @contextmanager

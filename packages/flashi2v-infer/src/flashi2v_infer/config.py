@@ -8,6 +8,7 @@ from flashi2v_data.loading.config import TransformPipeline
 from flashi2v_data.settings import Settings
 from flashi2v_infer.execution import DTypes, Execution
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
+from flashi2v_model.adapter_choice import read_choices
 from flashi2v_model.config import AEConfig, DiffusionConfig, DType, PredictorConfig, SchedulerName, TextEncoderConfig
 
 
@@ -60,6 +61,13 @@ class InferenceConfig(Settings):
     seed: int = 0
     negative_prompt: str = ""
     conditioning: dict[str, float | list[float]] = Field({}, description="what a variant of the network asks for")
+    lora: list[str] = Field([], description="LoRA adapters, FILE or FILE:SCALE")
+
+    @field_validator("lora")
+    @classmethod
+    def _check_lora(cls, lora: list[str]) -> list[str]:
+        read_choices(lora)  # raises what is wrong with them
+        return lora
 
     @model_validator(mode="after")
     def _fill_in_dtypes(self) -> "InferenceConfig":

@@ -17,10 +17,12 @@ from flashi2v_infer import demo
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.execution import DTypes, Execution, Settled
 from flashi2v_infer.files.records import Source
+from flashi2v_infer.lora import load_adapters
 from flashi2v_infer.model_index import check_model_index
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import home, place
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
+from flashi2v_model.adapter_choice import AdapterChoice, read_choices
 from flashi2v_model.config import AEConfig, PredictorConfig, SchedulerName, check_pretrained
 from flashi2v_model.encoders import DTYPES, load_pretrained, load_text_encoder, load_vae
 from flashi2v_model.errors import named
@@ -94,6 +96,7 @@ class Model(ABC):
         scheduler: the sampler; None is the model's own.
         dtypes: that a configuration file names.
         ae: settings of the VAE's tiles, where a configuration file has some.
+        lora: adapters of the transformer.
     """
 
     execution: Execution
@@ -101,6 +104,7 @@ class Model(ABC):
     scheduler: SchedulerName | None = None
     dtypes: DTypes | None = None
     ae: AEConfig | None = None
+    lora: tuple[AdapterChoice, ...] = ()
 
     def settle(self, device: torch.device | None = None) -> Settled:
         """Decide what is left open of how to compute, on a device, or on the one that is found by its name.
@@ -134,7 +138,21 @@ class Model(ABC):
         """Return what a record says of the execution."""
         recipe = self.execution.recipe
         # Tiles that were asked for are a setting like others; what the free memory decides is compared with nothing.
-        return {"vae_tiling": self.execution.vae_tiling, "network": {"recipe": recipe} if recipe else {}}
+        settings = {"vae_tiling": self.execution.vae_tiling, "network": {"recipe": recipe} if recipe else {}}
+        adapters = [[fingerprint(choice.source), choice.scale] for choice in self.lora]
+        return settings | ({"lora": adapters} if adapters else {})
+
+    def check_adapters(self) -> None:
+        """Refuse adapters that do not fit, before the weights are read: they are loaded into a model without numbers.
+
+        Raises:
+            InputError: naming the adapter.
+        """
+        config = self.part_configs()[0]
+        if self.lora and config is not None:
+            with torch.device("meta"):
+                network = transformer_class(self.execution.recipe).from_config(config)
+            load_adapters(network, self.lora)
 
     def remarks(self, prompt: str, vae_psnr: float) -> list[str]:
         """Return what to tell whoever asks the model for more than it knows; arguments as of `demo.notes`."""
@@ -147,10 +165,14 @@ class ConfiguredModel(Model):
     Args:
         config: of inference_model.json.
         execution: how to compute; what it leaves open is as the file says.
+        lora: adapters; None are the file's.
     """
 
-    def __init__(self, config: InferenceConfig, execution: Execution) -> None:
+    def __init__(
+        self, config: InferenceConfig, execution: Execution, lora: tuple[AdapterChoice, ...] | None = None
+    ) -> None:
         self.config, self.execution = config.computed_by(execution), execution
+        self.lora = read_choices(config.lora) if lora is None else lora
         self.device_name = execution.device or config.device
         self.scheduler, self.ae, self.dtypes = config.diffusion.scheduler, self.config.ae, self.config.dtypes
 
@@ -162,6 +184,7 @@ class ConfiguredModel(Model):
         check_pretrained(config.ae.from_pretrained, "ae.from_pretrained")
         _check_tokenizer(config.tokenizer.from_pretrained)
         check_degree(self.execution.context_parallel_size, config.predictor.num_heads)
+        self.check_adapters()
 
     def part_configs(self) -> tuple[PartConfig, PartConfig, PartConfig]:
         encoder, ae = self.config.text_encoder.from_pretrained, self.config.ae.from_pretrained
@@ -179,7 +202,9 @@ class ConfiguredModel(Model):
             logger.warning("%s is slow on most CPUs: set predictor.dtype to fp32", predictor.dtype)
         for note in predictor.notes():
             logger.info(note)
+        self.check_adapters()
         transformer = _load_transformer(predictor, where, transformer_class(settled.execution.recipe))
+        load_adapters(transformer, self.lora)
         tokenizer = _load_tokenizer(config.tokenizer.from_pretrained)
         text_encoder = load_text_encoder(config.text_encoder, where)
         vae = load_vae(config.ae, where)
@@ -209,7 +234,8 @@ class ConfiguredModel(Model):
             "tokenizer": config.tokenizer.from_pretrained,
         }
         settings = {**config.model_settings, **self._settings()}
-        return Source(parts["predictor"], settings, {part: fingerprint(path) for part, path in parts.items()})
+        weights = {part: fingerprint(path) for part, path in parts.items()}
+        return Source(parts["predictor"], settings, weights, tuple(map(str, self.lora)))
 
 
 class ModelDirectory(Model):
@@ -219,14 +245,22 @@ class ModelDirectory(Model):
         name: its directory, or a hub id.
         execution: how to compute.
         scheduler: the sampler; None is the model's own.
+        lora: adapters.
     """
 
-    def __init__(self, name: str, execution: Execution, scheduler: SchedulerName | None = None) -> None:
-        self.name, self.execution, self.scheduler = name, execution, scheduler
+    def __init__(
+        self,
+        name: str,
+        execution: Execution,
+        scheduler: SchedulerName | None = None,
+        lora: tuple[AdapterChoice, ...] = (),
+    ) -> None:
+        self.name, self.execution, self.scheduler, self.lora = name, execution, scheduler, lora
         self.device_name = execution.device or "auto"
 
     def check(self) -> None:
         self.directory()
+        self.check_adapters()
 
     def directory(self) -> Path | None:
         """Return the directory, or None for what has the form of a hub id.
@@ -262,6 +296,7 @@ class ModelDirectory(Model):
                 for name in ("tokenizer", "scheduler"):
                     if (directory / name).is_dir():
                         check_directory(directory / name)
+        self.check_adapters()
         where = home(settled.execution, settled.device)
 
         def part(cls: Any, name: str, dtype: str) -> Any:
@@ -273,6 +308,7 @@ class ModelDirectory(Model):
             "text_encoder": part(UMT5EncoderModel, "text_encoder", settled.dtypes.text_encoder),
             "vae": part(AutoencoderKLWan, "vae", settled.dtypes.vae),
         }
+        load_adapters(parts["transformer"], self.lora)
         try:
             pipeline: FlashI2VPipeline = FlashI2VPipeline.from_pretrained(self.name, **parts)
         except Exception as error:  # whatever the libraries raise on what they cannot read
@@ -292,7 +328,7 @@ class ModelDirectory(Model):
             **self._settings(),
             "scheduler": {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__},
         }
-        return Source(self.name, settings, {"pipeline": fingerprint(self.name)})
+        return Source(self.name, settings, {"pipeline": fingerprint(self.name)}, tuple(map(str, self.lora)))
 
     def remarks(self, prompt: str, vae_psnr: float) -> list[str]:
         return demo.notes(prompt, vae_psnr) if Path(self.name) == demo.DIRECTORY else []

@@ -6,8 +6,8 @@ from typing import Any
 
 from diffusers.loaders import WanLoraLoaderMixin
 
-from flashi2v_model.adapter_choice import AdapterChoice
 from flashi2v_model import FlashI2VTransformer3DModel
+from flashi2v_model.adapter_choice import AdapterChoice
 from flashi2v_model.errors import InputError, named
 from flashi2v_model.weights.adapter_files import open_adapter
 from flashi2v_model.weights.adapter_spellings import CONFIG, read_adapter, spell

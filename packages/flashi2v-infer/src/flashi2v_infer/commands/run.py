@@ -30,6 +30,7 @@ from flashi2v_infer.plan.plan import Plan, make_plan, target_device
 from flashi2v_infer.plan.skeleton import parts_of
 from flashi2v_infer.processes import Processes, join_processes
 from flashi2v_infer.settings import Request, SamplingSettings
+from flashi2v_model.adapter_choice import AdapterChoice
 from flashi2v_model.weights.libraries import quieten
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def sample_batch(
     seed: int | None = None,
     *,
     strips: Path | None = None,
+    lora: tuple[AdapterChoice, ...] | None = None,
     resume: bool = False,
     plan: bool = False,
     dry_run: bool = False,
@@ -54,11 +56,12 @@ def sample_batch(
         execution: how to compute.
         seed: instead of the file's.
         strips: a directory for film strips of the videos.
+        lora: adapters, instead of the file's.
         resume: as of `sample`, and `plan` and `dry_run` likewise.
         plan: likewise.
         dry_run: likewise.
     """
-    model = ConfiguredModel(config, execution)
+    model = ConfiguredModel(config, execution, lora)
 
     def read() -> Batch:
         return read_batch(model.config, model.source(), seed, strips)

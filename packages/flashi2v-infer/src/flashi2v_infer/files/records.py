@@ -11,8 +11,8 @@ from flashi2v_infer.settings import Request
 _PACKAGES = ("flashi2v-infer", "flashi2v-model", "flashi2v-npu-ops", "torch", "diffusers", "transformers")
 
 # Names, by which the same things may go elsewhere: their contents count.
-_NAMES = ("image", "model")
-_KNOWN_BEFORE = ("settings.conditioning.", "model_settings.network.")
+_NAMES = ("image", "model", "lora")
+_KNOWN_BEFORE = ("settings.conditioning.", "model_settings.network.", "model_settings.lora")
 
 
 def versions() -> dict[str, str]:
@@ -28,15 +28,18 @@ class Source:
         name: of the model, as it was given.
         settings: of its parts.
         weights: fingerprints of its parts.
+        lora: its adapters, as they were given.
     """
 
     name: str
     settings: Mapping[str, Any]
     weights: Mapping[str, str]
+    lora: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """Return what a record says of the model, as JSON gives it back."""
-        return _as_json({"model": self.name, "model_settings": self.settings, "weights": self.weights})
+        facts = {"model": self.name, "model_settings": self.settings, "weights": self.weights}
+        return _as_json(facts | ({"lora": self.lora} if self.lora else {}))
 
 
 def origin(request: Request, image_contents: str, source: Source | None = None) -> dict[str, Any]:
