@@ -167,6 +167,15 @@ def test_a_file_that_changes_while_it_is_read_says_so(tmp_path, monkeypatch, cha
         list(entries)
 
 
+def test_a_piece_that_changes_before_it_is_parsed_says_so(tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text('[{"path": "a.mp4"}]')
+    (piece,) = read_pieces(Annotation("", str(path)))
+    path.write_text('[{"path": "bb.mp4"}]')
+    with pytest.raises(InputError, match="was changed while it was read"):
+        piece.bracketed()
+
+
 def test_lists_of_objects_within_entries_are_read_to_their_end(tmp_path, monkeypatch):
     monkeypatch.setattr(meta, "PIECE_BYTES", 200)
     entries = [{"path": f"/{n}.mp4", "shots": [{"at": m} for m in range(20)]} for n in range(100)]

@@ -240,6 +240,28 @@ def test_a_record_under_the_key_of_another_is_noticed(tmp_path):
         open_store(path)[1]
 
 
+def test_further_keys_are_read_whichever_records_have_them(tmp_path):
+    plain = _records(3)
+    (tmp_path / "mixed").mkdir()
+    mixed = [
+        plain[0],
+        {**plain[1], "score": [1, None]},
+        {**plain[2], "resolution": {**plain[2]["resolution"], "depth": 8}},
+    ]
+    for number, records in enumerate((mixed, mixed[1:], mixed[2:])):
+        path = write_store(tmp_path / "mixed" / f"{number}.lmdb", records, {})
+        assert list(open_store(path)) == records
+    assert list(open_store(tmp_path / "mixed")) == mixed + mixed[1:] + mixed[2:]
+
+
+def test_a_size_that_is_said_twice_is_no_clip(tmp_path):
+    path = write_store(tmp_path / "a.lmdb", _records(1), {})
+    value = ValueCodec().pack(_records(1)[0]).replace(b"\xa5width", b"\xa6height")
+    _put(path, b"%012d" % 0, environments.seal(b"%012d" % 0, value))
+    with pytest.raises(RecordError, match="record 0 is not a clip"):
+        open_store(path)[0]
+
+
 def test_a_store_without_checksums_is_read_with_one_warning(tmp_path, caplog):
     header = {"schema": 1, "count": 2, "compression": None, "config": {}}
     with lmdb.open(str(tmp_path / "old.lmdb")) as environment, environment.begin(write=True) as transaction:

@@ -85,8 +85,10 @@ _SAFE_WORD = re.compile(
     "[a-zA-Z\u03b1-\u03c9\u0410-\u044f\u05d0-\u05ea\u0621-\u063a\u0641-\u064a\u0904-\u0939\uac00-\ud7a3]{2,}"
 )
 _UNSAFE_WORDS = {"png", "jpg", "jpeg", "bmp", "webp", "eps", "pdf", "apk", "mp4", "image", "images", "page"}
-# A caption that begins so is kept at least so far. Nearly all do, and this is the quickest way to see it.
-plain_start = re.compile(rf"\s*(?:[a-zA-Z] )?(?!(?i:{'|'.join(sorted(_UNSAFE_WORDS))}) )[a-zA-Z]{{2,}} ").match
+# A caption that begins so is kept at least so far. Nearly all do, and this is the quickest way to see it: words are
+# looked up only where one of those begins with the same letter.
+_UNSAFE_WORD = f"(?=[{''.join(word[0] for word in sorted(_UNSAFE_WORDS))}])(?:{'|'.join(sorted(_UNSAFE_WORDS))}) "
+plain_start = re.compile(rf"\s*(?:[a-zA-Z] |)(?!(?i:{_UNSAFE_WORD}))[a-zA-Z]{{2,}} ").match
 # Of unspaced letters: kana, Chinese characters and Thai, but no mark or sign.
 _SAFE_LETTER = re.compile("[\u0e01-\u0e30\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff]")
 

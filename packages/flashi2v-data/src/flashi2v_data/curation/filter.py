@@ -127,7 +127,7 @@ def _purpose(config: FilterConfig, annotations: list[Annotation]) -> dict[str, A
         [*annotation, os.stat(annotation.meta).st_size, os.stat(annotation.meta).st_mtime_ns]
         for annotation in annotations
     ]
-    return {**config.model_dump(exclude={"probe_cache_path"}), "piece size": PIECE_BYTES, "meta JSON": files}
+    return {**config.model_dump(exclude={"probe_cache_path"}), "size of pieces": PIECE_BYTES, "meta JSON": files}
 
 
 def _cache(config: FilterConfig) -> Path:

@@ -1,7 +1,7 @@
 """Judging entries of meta JSON: by their schema, by what their videos say, and by the limits."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -13,6 +13,7 @@ from flashi2v_data.curation.rules import (
     LENGTH_RULES,
     MOTION_RULES,
     REASONS,
+    REJECTIONS,
     SIZE_RULES,
     Length,
     Motion,
@@ -101,10 +102,11 @@ def complete(clip: Entry, info: VideoInfo, config: FilterConfig) -> Rejection | 
 
 def _misplaced(clip: Entry) -> str | None:
     """Return the reason where a cut or a crop is empty, or exceeds the picture."""
-    if clip.cut is not UNSET and len(clip.cut) > 1 and clip.cut[1] <= clip.cut[0]:
+    cut, crop = clip.cut, clip.crop
+    if cut is not UNSET and len(cut) > 1 and cut[1] <= cut[0]:
         return "invalid_cut"
-    if clip.crop is not UNSET:
-        left, right, top, bottom = clip.crop
+    if crop is not UNSET:
+        left, right, top, bottom = crop
         size = clip.resolution
         if left >= right or top >= bottom or (size is not UNSET and (bottom > size.height or right > size.width)):
             return "invalid_crop"
@@ -131,18 +133,29 @@ class Judge:
         """Judge a clip; what its entry leaves out is filled in from `info`."""
         if info is not None and (rejection := complete(clip, info, self._config)) is not None:
             return rejection
-        if (clip.cut is not UNSET or clip.crop is not UNSET) and (reason := _misplaced(clip)) is not None:
-            return Rejection(reason)
-        if self._drops_empty and self.audit.nothing_left(clip.cap):
-            return Rejection("empty_cap")
-        if clip.resolution is UNSET or clip.fps is UNSET or clip.num_frames is UNSET:
-            return "incomplete"
-        size = self._size(clip.resolution.height, clip.resolution.width)
-        length = self._length(clip.fps, clip.num_frames)
-        motion = None if clip.motion is UNSET else self._motion(clip.motion)
-        if size is None and length is None and motion is None:
-            return "kept"
-        return first_rejection([part for part in (size, length, motion) if part is not None])
+        return next(self.verdicts([clip]))
+
+    def verdicts(self, clips: Iterable[Entry]) -> Iterator[Verdict]:
+        """Judge clips one by one, without the cost of a call for each."""
+        judge_size, judge_length = self._size, self._length
+        for clip in clips:
+            cut = clip.cut
+            is_ordered = cut is UNSET or len(cut) == 1 or cut[0] < cut[1]
+            resolution, fps, num_frames, score = clip.resolution, clip.fps, clip.num_frames, clip.motion
+            if not (is_ordered and clip.crop is UNSET) and (reason := _misplaced(clip)) is not None:
+                yield REJECTIONS[reason]
+            elif self._drops_empty and self.audit.nothing_left(clip.cap):
+                yield REJECTIONS["empty_cap"]
+            elif resolution is UNSET or fps is UNSET or num_frames is UNSET:
+                yield "incomplete"
+            else:
+                size = judge_size(resolution.height, resolution.width)
+                length = judge_length(fps, num_frames)
+                motion = None if score is UNSET else self._motion(score)
+                if motion is None and (size is None or length is None):  # as for most
+                    yield size or length or "kept"
+                else:
+                    yield first_rejection(size, length, motion)
 
     def explain(self, entry: Any, probe: Callable[[str], VideoInfo]) -> Iterator[str]:
         """Yield one line for every rule that was reached: passed or failed, with the value and the limit.

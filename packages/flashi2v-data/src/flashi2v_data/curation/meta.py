@@ -10,9 +10,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import msgspec
 import zstandard
@@ -31,6 +31,7 @@ MAX_ENTRY_BYTES = 16 << 20
 # Where an array may be cut: between a closing brace and an opening one. So many spaces are enough for any indentation.
 _between = re.compile(rb"\}[ \t\r\n]{0,256},(?=[ \t\r\n]{0,256}\{)")
 _BETWEEN_BYTES = 2 * 256 + 3
+_line_end = re.compile(rb"\n")
 
 
 def _parse_int(digits: str) -> int:
@@ -49,6 +50,14 @@ class BrokenMetaError(InputError):
     """A meta JSON must be changed before it can be read: what an unfinished run made of it is worth nothing."""
 
 
+class Span(NamedTuple):
+    """Where a piece lies in a plain file, and size and time of that file."""
+
+    begin: int
+    end: int
+    status: tuple[int, int]
+
+
 @dataclass
 class Piece:
     """Consecutive entries of a meta JSON as they are written, behind the opening bracket of an array."""
@@ -57,25 +66,33 @@ class Piece:
     is_lines: bool  # JSON Lines, else part of an array
     is_last: bool
     end: int  # how far the file has been read, in bytes as they lie on the disk
-    text: bytes
-    offset: int | None  # in a plain file; None in a compressed one
+    content: bytes | Span
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to another process as a place in the file, where it can be: reading it again costs less."""
-        whole = (self.annotation, self.is_lines, self.is_last, self.end)
-        if self.offset is None:
-            return Piece, (*whole, self.text, None)
-        return _read_again, (*whole, self.offset, len(self.text))
+    def text(self, before: bytes = b"") -> bytearray:
+        """Return the piece as it is written, behind a few other bytes.
 
-    def bracketed(self) -> bytes:
+        Of a plain file it is read only now, by whoever parses it, which costs less than handing it over.
+
+        Raises:
+            BrokenMetaError: the file has changed.
+        """
+        if isinstance(self.content, bytes):
+            return bytearray().join((before, self.content))
+        begin, end, status = self.content
+        text = bytearray(len(before) + end - begin)
+        text[: len(before)] = before
+        with open(open_regular(self.annotation.meta), "rb", buffering=0) as file:
+            _check_unchanged(self.annotation, file, status)
+            file.seek(begin)
+            file.readinto(memoryview(text)[len(before) :])
+        return text
+
+    def bracketed(self) -> bytearray:
         """Return the text between brackets, which is JSON where the piece was cut well out of an array."""
-        # The last one has the array's closing bracket, the others end in a comma.
-        return b"[" + self.text if self.is_last else b"".join((b"[", memoryview(self.text)[:-1], b"]"))
-
-
-def _read_again(annotation: Annotation, is_lines: bool, is_last: bool, end: int, offset: int, num_bytes: int) -> Piece:
-    with open(open_regular(annotation.meta), "rb", buffering=0) as file:
-        return Piece(annotation, is_lines, is_last, end, os.pread(file.fileno(), num_bytes, offset), offset)
+        text = self.text(b"[")
+        if not self.is_last:  # which has the array's closing bracket, where the others end in a comma
+            text[-1:] = b"]"
+        return text
 
 
 def read_entries(annotation: Annotation) -> Iterator[Any]:
@@ -99,15 +116,23 @@ def read_pieces(annotation: Annotation) -> Iterator[Piece]:
         InputError: the file is empty, or its compression is damaged, or it cannot be read, or has changed meanwhile.
     """
     with open(open_regular(annotation.meta), "rb") as file:
-        before = os.fstat(file.fileno())
+        before = _status(file)
         try:
             for piece in _rows(annotation, file) if is_table(annotation.meta) else _cut(annotation, file):
-                now = os.fstat(file.fileno())
-                if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                    raise BrokenMetaError(f"{annotation.meta}: was changed while it was read: begin anew")
+                _check_unchanged(annotation, file, before)
                 yield piece
         except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise BrokenMetaError(f"{annotation.meta}: cannot be decompressed, is it whole? {error}") from None
+
+
+def _status(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_unchanged(annotation: Annotation, file: BinaryIO, before: tuple[int, int]) -> None:
+    if _status(file) != before:
+        raise BrokenMetaError(f"{annotation.meta}: was changed while it was read: begin anew")
 
 
 def _rows(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
@@ -115,7 +140,7 @@ def _rows(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
     end = 0
     try:
         for rows, end in read_rows(annotation.meta, file):
-            yield Piece(annotation, True, False, end, _table_encoder.encode_lines(rows), None)
+            yield Piece(annotation, True, False, end, _table_encoder.encode_lines(rows))
     except InputError as error:
         raise BrokenMetaError(str(error)) from None
     if not end:
@@ -175,33 +200,53 @@ def _cut(annotation: Annotation, file: BinaryIO) -> Iterator[Piece]:
     is_lines = not text.startswith(b"[")
     if not is_lines:
         text = text[1:]
-    is_plain = _compression(file) is None
+    if _compression(file) is None:
+        yield from _cut_plain(annotation, file, file.tell() - len(text), is_lines)
+        return
     num_searched = 0
     for block in blocks:
         text += block
-        end = _last_cut(text, num_searched, is_lines)
+        end = _last_cut(text.__getitem__, num_searched, len(text), is_lines)
         if end:
-            offset = file.tell() - len(text) if is_plain else None
-            yield Piece(annotation, is_lines, False, file.tell(), text[:end], offset)
+            yield Piece(annotation, is_lines, False, file.tell(), text[:end])
             text = text[end:]
         else:
             _check_entry(annotation, len(text))
         num_searched = len(text)
     _check_entry(annotation, len(text))
-    yield Piece(annotation, is_lines, True, file.tell(), text, file.tell() - len(text) if is_plain else None)
+    yield Piece(annotation, is_lines, True, file.tell(), text)
 
 
-def _last_cut(text: bytes, num_searched: int, is_lines: bool) -> int:
-    """Return where text may be cut last, or 0; in its beginning, already searched, it may not."""
-    if is_lines:
-        return text.rfind(b"\n", num_searched) + 1
-    begin, num_bytes = len(text), 4096
+def _cut_plain(annotation: Annotation, file: BinaryIO, begin: int, is_lines: bool) -> Iterator[Piece]:
+    """Cut what is not compressed: all that is read of it here is where it may be cut."""
+    status = _status(file)
+    searched = begin
+    for limit in range(begin + PIECE_BYTES, status[0], PIECE_BYTES):
+
+        def read(part: slice, begin: int = begin) -> bytes:
+            return os.pread(file.fileno(), part.stop - part.start, begin + part.start)
+
+        end = begin + _last_cut(read, searched - begin, limit - begin, is_lines)
+        if end > begin:
+            yield Piece(annotation, is_lines, False, end, Span(begin, end, status))
+            begin = end
+        else:
+            _check_entry(annotation, limit - begin)
+        searched = limit
+    _check_entry(annotation, status[0] - begin)
+    yield Piece(annotation, is_lines, True, status[0], Span(begin, status[0], status))
+
+
+def _last_cut(read: Callable[[slice], bytes], num_searched: int, num_bytes: int, is_lines: bool) -> int:
+    """Return where so much text may be cut last, or 0; in its beginning, already searched, it may not."""
+    begin, num_read = num_bytes, 4096
     while begin > num_searched:
-        begin = max(0, num_searched - _BETWEEN_BYTES, len(text) - num_bytes)
-        cuts = [match.end() for match in _between.finditer(text, begin)]
+        begin = max(0, num_searched - _BETWEEN_BYTES, num_bytes - num_read)
+        text = read(slice(begin, num_bytes))
+        cuts = [match.end() for match in (_line_end if is_lines else _between).finditer(text)]
         if cuts:
-            return cuts[-1]
-        num_bytes *= 8
+            return begin + cuts[-1]
+        num_read *= 8
     return 0
 
 
@@ -220,25 +265,19 @@ _plain_array_decoder = msgspec.json.Decoder(list[PlainEntry])
 
 
 def parse_plain(piece: Piece) -> list[PlainEntry] | None:
-    """Return the entries of a piece if it was cut well and all are plain, else None."""
+    """Return the entries of a piece, their paths as they stand there, if it was cut well and all are plain."""
     try:
         if piece.is_lines:
-            entries = _plain_decoder.decode_lines(piece.text)
-        else:
-            entries = _plain_array_decoder.decode(piece.bracketed())
+            return _plain_decoder.decode_lines(piece.text())
+        return _plain_array_decoder.decode(piece.bracketed())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    prefix = os.path.join(piece.annotation.root, "")
-    for entry in entries:
-        if not entry.path.startswith("/"):
-            entry.path = prefix + entry.path
-    return entries
 
 
 def parse_whole(piece: Piece) -> list[Any] | None:
     """Return the entries of a piece if it was cut well and is strict JSON, else None: `MetaParser` then reads it."""
     try:
-        entries = _decoder.decode_lines(piece.text) if piece.is_lines else _decoder.decode(piece.bracketed())
+        entries = _decoder.decode_lines(piece.text()) if piece.is_lines else _decoder.decode(piece.bracketed())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     _join(entries, piece.annotation.root)
@@ -247,7 +286,7 @@ def parse_whole(piece: Piece) -> list[Any] | None:
 
 def count_lines(piece: Piece) -> int:
     """Return the number of lines that end in a piece, empty ones included, by which a fault is found."""
-    return piece.text.count(b"\n")
+    return piece.text().count(b"\n")
 
 
 def _join(entries: list[Any], root: str) -> None:
@@ -296,7 +335,7 @@ class MetaParser:
 
     def _parse_lines(self, piece: Piece) -> list[Any]:
         entries = []
-        for line in piece.text.splitlines():
+        for line in piece.text().splitlines():
             self._number += 1
             text = line.decode("utf-8", "surrogateescape").strip()
             if text:
@@ -309,7 +348,7 @@ class MetaParser:
         return entries
 
     def _parse_array(self, piece: Piece) -> list[Any]:
-        text = (self._rest + piece.text).decode("utf-8", "surrogateescape").rstrip()
+        text = (self._rest + piece.text()).decode("utf-8", "surrogateescape").rstrip()
         closing = len(text) - 1 if piece.is_last and text.endswith("]") else len(text)
         entries: list[Any] = []
         begin = _skip_space(text, 0)

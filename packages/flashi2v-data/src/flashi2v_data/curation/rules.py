@@ -48,6 +48,9 @@ class Rejection(NamedTuple):
     near_miss: NearMiss | None = None
 
 
+REJECTIONS = {reason: Rejection(reason) for reason in REASONS}
+
+
 class Length(NamedTuple):
     """Of the clip."""
 
@@ -215,8 +218,9 @@ def _apply(rules: tuple[Rule[Part], ...], part: Part, limits: FilterConfig, clip
     return None
 
 
-def first_rejection(rejections: list[Rejection]) -> Rejection:
+def first_rejection(*found: Rejection | None) -> Rejection:
     """Return the one of the first rule; where there is another, no single setting is the cause."""
+    rejections = [*filter(None, found)]
     if len(rejections) == 1:
         return rejections[0]
-    return Rejection(min((rejection.reason for rejection in rejections), key=ORDER.__getitem__))
+    return REJECTIONS[min([rejection.reason for rejection in rejections], key=ORDER.__getitem__)]

@@ -205,7 +205,8 @@ class _JudgePiece:
         gc.disable()  # entries hold no cycles; looking for some takes a third of the time
         plain = parse_plain(piece)
         if plain is not None:
-            outcome = _judge_all(((clip, None) for clip in plain), self._judge, self._pack)
+            prefix = os.path.join(piece.annotation.root, "")
+            outcome = _judge_all(plain, itertools.repeat(None), self._judge, self._pack, prefix)
         else:
             entries = parse_whole(piece)
             if entries is None:
@@ -216,19 +217,24 @@ class _JudgePiece:
 
 
 def _judge_entries(entries: list[Any], judge: Judge, pack: Pack) -> Outcome:
-    return _judge_all(((read_entry(entry), entry) for entry in entries), judge, pack)
+    read = [*map(read_entry, entries)]
+    clips = [clip for clip in read if isinstance(clip, Entry)]
+    outcome = _judge_all(clips, [entry for entry, clip in zip(entries, read) if isinstance(clip, Entry)], judge, pack)
+    outcome.report.count(0, [fault for fault in read if isinstance(fault, Rejection)])
+    return outcome
 
 
-def _judge_all(read: Iterable[tuple[Entry | Rejection, Any]], judge: Judge, pack: Pack) -> Outcome:
-    """Judge clips, or count why entries hold none."""
+def _judge_all(clips: Sequence[Entry], entries: Iterable[Any], judge: Judge, pack: Pack, prefix: str = "") -> Outcome:
+    """Judge clips, with what `record_of` makes records of; `prefix` is joined to relative paths."""
     outcome = Outcome(report=FilterReport(captions=judge.audit.new_count()))
+    kept: list[Entry] = []
     rejections: list[Rejection] = []
-    for clip, entry in read:
-        verdict = clip if isinstance(clip, Rejection) else judge(clip)
+    for clip, entry, verdict in zip(clips, entries, judge.verdicts(clips)):
         if isinstance(verdict, Rejection):
             rejections.append(verdict)
             continue
-        assert isinstance(clip, Entry)
+        if not clip.path.startswith("/"):  # here, as most clips are rejected
+            clip.path = prefix + clip.path
         if verdict == "incomplete":
             outcome.incomplete.append((len(outcome.kept), clip, entry))
             outcome.kept.append(None)
@@ -236,8 +242,9 @@ def _judge_all(read: Iterable[tuple[Entry | Rejection, Any]], judge: Judge, pack
             rejections.append(_UNSTORABLE)
         else:
             outcome.kept.append(value)
-            judge.audit.count(outcome.report.captions, clip.cap, clip.path)
-    outcome.report.count(len(outcome.kept) - len(outcome.incomplete), rejections)
+            kept.append(clip)
+    outcome.report.count(len(kept), rejections)
+    judge.audit.count(outcome.report.captions, kept)
     return outcome
 
 
@@ -256,6 +263,7 @@ def _complete(outcomes: Iterable[Outcome], judge: Judge, pack: Pack, prober: Pro
 
 
 def _settled(outcome: Outcome, probings: list[Probing], judge: Judge, pack: Pack, prober: Prober) -> Outcome:
+    kept: list[Entry] = []
     rejections: list[Rejection] = []
     for (position, clip, entry), probing in zip(outcome.incomplete, probings):
         try:
@@ -271,8 +279,9 @@ def _settled(outcome: Outcome, probings: list[Probing], judge: Judge, pack: Pack
         else:
             outcome.kept[position] = value
             outcome.report.irregular += info.is_irregular
-            judge.audit.count(outcome.report.captions, clip.cap, clip.path)
-    outcome.report.count(len(probings) - len(rejections), rejections)
+            kept.append(clip)
+    outcome.report.count(len(kept), rejections)
+    judge.audit.count(outcome.report.captions, kept)
     if probings:
         outcome.kept = [value for value in outcome.kept if value is not None]
         outcome.incomplete = []

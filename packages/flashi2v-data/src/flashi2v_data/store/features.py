@@ -200,9 +200,7 @@ class FeatureStore:
             value = _get(path, key)
             if value is not None:
                 try:
-                    return safetensors.torch.load(
-                        bytes(unseal(key, memoryview(value))) if self._is_sealed[path] else value
-                    )
+                    return safetensors.torch.load(unseal(key, value) if self._is_sealed[path] else value)
                 except (ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
                     raise InputError(f"{path}: the features {key.hex()} are damaged ({error}): {DAMAGED}") from None
         return None

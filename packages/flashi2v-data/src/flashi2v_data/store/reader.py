@@ -7,23 +7,32 @@ went. Behind every value stand 8 bytes of checksum. Stores of the public code ha
 header.
 """
 
-import bisect
+import functools
 import itertools
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import lmdb
 import msgspec
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from flashi2v_data.errors import InputError, RecordError
-from flashi2v_data.records import Index, Record, check_record
+from flashi2v_data.records import Index, PlainRecord, Record, check_record
 from flashi2v_data.store import environments
-from flashi2v_data.store.codec import ValueCodec
-from flashi2v_data.store.environments import DAMAGED, open_shared, unseal, unseal_header, warn_unsealed
+from flashi2v_data.store.codec import MAX_VALUE_BYTES, ValueCodec
+from flashi2v_data.store.environments import (
+    CHECKSUM_BYTES,
+    DAMAGED,
+    open_shared,
+    unseal,
+    unseal_header,
+    warn_unsealed,
+)
 from flashi2v_data.store.legacy import load_value
 from flashi2v_data.store.writer import HEADER, SCHEMA, StoreWriter, key_of
 
@@ -73,8 +82,8 @@ class LmdbStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.paths = _find_lmdbs(Path(path))
-        self._open = _OpenStores()
-        headers, sealed = zip(*map(_read_header, self.paths, self._transactions()))
+        self._open = _OpenStores(self.paths)
+        headers, sealed = zip(*map(_read_header, self.paths, self._open.transactions))
         warn_unsealed(
             [path for path, is_sealed in zip(self.paths, sealed) if not is_sealed], "filter again to have them"
         )
@@ -84,8 +93,9 @@ class LmdbStore:
             # Where they lie may differ; the clips in them must be alike.
             if _limits(header) != _limits(headers[0]):
                 raise InputError(f"{path} was filtered with other settings than {self.paths[0]}: filter them alike")
-        self._ends = list(itertools.accumulate(header["count"] for header in headers))
-        self._readers = [_Reader(header, is_sealed) for header, is_sealed in zip(headers, sealed)]
+        self._begins = [*itertools.accumulate((header["count"] for header in headers), initial=0)]
+        self._ends = self._begins[1:]
+        self._reads = [_Reader(header, is_sealed).read for header, is_sealed in zip(headers, sealed)]
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -105,22 +115,23 @@ class LmdbStore:
             RecordError: it is damaged, a pickle that might run code, or no clip.
             InputError: the store has been removed.
         """
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        ends = self._ends
-        if not 0 <= index < ends[-1]:
-            raise IndexError(f"record {index} of {len(self)}")
-        which = bisect.bisect_right(ends, index)
-        number = index - ends[which - 1] if which else index
-        key = key_of(number)
         try:
-            value = self._transactions()[which].get(key)
-            if value is None:
-                raise ValueError(f"is missing: {DAMAGED}")
-            return self._readers[which](key, value)
-        except (ValueError, lmdb.Error) as error:
-            if isinstance(error, InputError):
+            which = bisect_right(self._ends, index)
+        except TypeError:
+            if not isinstance(index, slice):
                 raise
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if index < 0 or which == len(self._ends):  # type: ignore[operator]  # a slice would have raised
+            raise IndexError(f"record {index} of {len(self)}")
+        number = index - self._begins[which]
+        try:
+            return self._reads[which](self._open.gets[which], key_of(number))
+        except InputError:
+            raise
+        except (ValueError, lmdb.Error) as error:
+            if self._open.generation != environments.generation:
+                self._open = _OpenStores(self.paths)  # what was open in the process that this one was forked from
+                return self[index]
             raise RecordError(str(self.paths[which]), f"record {number} {error}") from None
 
     def __iter__(self) -> Iterator[Record]:
@@ -134,22 +145,26 @@ class LmdbStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the files anew when they are needed."""
-        self.__dict__.update(state, _open=_OpenStores())
-
-    def _transactions(self) -> list[lmdb.Transaction]:
-        """Return one for each LMDB. They stay open: beginning one costs a tenth of a read, and stores never change."""
-        opened = self._open
-        if opened.generation != environments.generation:
-            opened.transactions = [open_shared(path).begin() for path in self.paths]
-            opened.generation = environments.generation
-        return opened.transactions
+        self.__dict__.update(state)
+        self._open = _OpenStores(self.paths)
 
 
 class _OpenStores(threading.local):
     """What one thread of one process has open; LMDB's transactions must not be shared."""
 
-    generation: int | None = None
-    transactions: list[lmdb.Transaction]
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+
+    @functools.cached_property
+    def transactions(self) -> list[lmdb.Transaction]:
+        """One for each LMDB. They stay open: beginning one costs a tenth of a read, and stores never change."""
+        self.generation = environments.generation
+        return [open_shared(path).begin() for path in self._paths]
+
+    @functools.cached_property
+    def gets(self) -> list[Callable[..., Any]]:
+        """Of the transactions, what returns the value of a key."""
+        return [transaction.get for transaction in self.transactions]
 
 
 def open_store(path: str | os.PathLike[str]) -> LmdbStore:
@@ -172,19 +187,43 @@ def _find_lmdbs(path: Path) -> list[Path]:
     return found
 
 
+_decode_plain: Callable[[bytes], Any] = msgspec.msgpack.Decoder(PlainRecord).decode
+# How a msgpack map of up to 15 pairs begins, less their number. With fewer keys than pairs, decoding left some out.
+_EMPTY_MAP = 0x80
+_VALUE = slice(-CHECKSUM_BYTES)
+
+
 class _Reader:
-    """Makes a record of a stored value."""
+    """Makes records of the values of one LMDB."""
 
     def __init__(self, header: dict[str, Any], is_sealed: bool) -> None:
         self._is_sealed = is_sealed
         self._unpack = _legacy_record if header["schema"] is None else ValueCodec(header["compression"]).unpack
+        # Decoded and checked at once, as long as there was none with further keys, or of an older form.
+        self._are_plain = header["schema"] is not None and not header["compression"]
 
-    def __call__(self, key: bytes, value: Any) -> Record:
+    def read(self, get: Callable[..., Any], key: bytes) -> Record:
+        """Return the record of a key.
+
+        Raises:
+            ValueError: it is missing, damaged, a pickle that might run code, or no clip.
+        """
+        value = get(key)
+        if value is None:
+            raise ValueError(f"is missing: {DAMAGED}")
         if self._is_sealed:
+            stored, value = value, value[_VALUE]
+            # As `unseal` does, but for a call that would cost a twentieth of a read.
+            if not stored.endswith(xxh3_64_digest(value, xxh3_64_intdigest(key))):
+                unseal(key, stored)
+        if self._are_plain and len(value) <= MAX_VALUE_BYTES:
             try:
-                value = unseal(key, value)
-            except ValueError as error:
-                raise ValueError(f"{error}: {DAMAGED}") from None
+                record = _decode_plain(value)
+                if value[0] == _EMPTY_MAP + len(record) and len(record["resolution"]) == 2:
+                    return record
+                self._are_plain = False
+            except (ValueError, RecursionError):
+                self._are_plain = False
         return check_record(self._unpack(value))
 
 

@@ -19,6 +19,7 @@ from flashi2v_data.store.environments import (
     check_file,
     remove_unbegun,
     seal,
+    seal_all,
     storage,
     unseal_header,
     write,
@@ -148,8 +149,7 @@ class StoreWriter:
             transaction.put(_STATE, seal(_STATE, state))
             with transaction.cursor() as cursor:
                 keys = [*map(key_of, range(first, self.count))]
-                items = zip(keys, map(seal, keys, self._waiting))
-                written = cursor.putmulti(items, append=True)
+                written = cursor.putmulti(zip(keys, seal_all(keys, self._waiting)), append=True)
             assert written == (num_values, num_values), written
             if header is not None:
                 transaction.put(HEADER, seal(HEADER, header))
