@@ -26,7 +26,7 @@ from flashi2v_train.world import World
 logger = logging.getLogger(__name__)
 
 # What the last pipeline stage has beside its blocks; the first has all the rest.
-_HEAD = ("scale_shift_table", "proj_out")
+_HEAD = ("scale_shift_table", "modulation", "proj_out")
 
 
 class Stage(nn.Module):
