@@ -34,6 +34,7 @@ from flashi2v_data.shapes.tracking import look, surroundings, track
 from flashi2v_data.video.strips import film_strip, stack
 from flashi2v_infer import FlashI2VPipeline, demo, save_video, video_grid
 from flashi2v_infer.commands.sampler import psnr
+from flashi2v_infer.defaults import settings_of
 from flashi2v_model.encoders import decode_video, encode_video
 
 SEED = 2  # of the scenes; training's are 0 and 2026
@@ -237,16 +238,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a new directory")
     parser.add_argument("--scenes", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="videos of each scene (default: %(default)s)")
-    parser.add_argument("--num-inference-steps", type=int, default=demo.SETTINGS.num_inference_steps)
-    parser.add_argument("--guidance-scale", type=float, default=demo.SETTINGS.guidance_scale)
+    parser.add_argument("--num-inference-steps", type=int, help="default: the model's own")
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
     options = parser.parse_args()
     try:
         options.output.mkdir(parents=True)
     except FileExistsError:
         sys.exit(f"{options.output} exists: name a new directory")
 
-    model = demo.DIRECTORY if options.model == demo.NAME else options.model
-    pipeline = FlashI2VPipeline.from_pretrained(model)
+    pipeline = FlashI2VPipeline.from_pretrained(options.model)
     pipeline.set_progress_bar_config(disable=True)
     half = options.scenes // 2
     scenes = [
@@ -254,7 +254,9 @@ def main() -> None:
         for i in range(options.scenes)
     ]
     prompts = [scene.caption for scene in scenes]
-    sampler = Sampler(pipeline, options.num_inference_steps, options.guidance_scale)
+    given = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+    settings = settings_of(pipeline.defaults, **given)
+    sampler = Sampler(pipeline, settings.num_inference_steps, settings.guidance_scale)
     truth = [(scene, judge(draw(scene), scene)) for scene in scenes]
     ceiling = [(scene, judge(reconstruct(pipeline, scene), scene)) for scene in scenes]
     judged, videos, rows = [], [], []
@@ -269,8 +271,8 @@ def main() -> None:
     text = report({"all": judged, "seen pairs": seen, "unseen pairs": unseen, "VAE alone": ceiling, "truth": truth})
     settings: dict[str, Any] = {
         "model": str(options.model),
-        "num_inference_steps": options.num_inference_steps,
-        "guidance_scale": options.guidance_scale,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
         "scenes": options.scenes,
         "seeds": options.seeds,
     }

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from flashi2v_infer import FlashI2VPipeline
-from flashi2v_infer.pipeline import prepare_image
+from flashi2v_infer.arguments import prepare_image
 from flashi2v_model import presets
 from flashi2v_model.encoders import encode_video
 from flashi2v_model.sampling import denoise, set_timesteps
@@ -42,7 +42,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     condition = encode_video(pipe.vae, prepare_image(image, HEIGHT, WIDTH)[None].to(device))
-    text, negative = (pipe.encode_prompt([prompt]) for prompt in ("a red circle", ""))
+    text, negative = pipe.encode_prompt("a red circle")
     noise = torch.randn(1, 16, (NUM_FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8, device=device)
 
     def network(num_calls: int) -> None:

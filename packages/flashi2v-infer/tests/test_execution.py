@@ -12,11 +12,11 @@ from diffusers import AutoencoderKLWan
 
 import flashi2v_infer.decoding
 from flashi2v_data.errors import InputError
+from flashi2v_infer.arguments import prepare_image
 from flashi2v_infer.commands.sampler import psnr
 from flashi2v_infer.decoding import Decoding, choose_decoding, decode_within_memory, decoding_as, predicted_peak
 from flashi2v_infer.execution import LOW_MEMORY_BUDGET, DTypes, Execution
 from flashi2v_infer.load import load_from_pretrained
-from flashi2v_infer.pipeline import prepare_image
 from flashi2v_infer.placement import encode_prompts, place, put_away_text_encoder
 from flashi2v_model.cost import num_bytes, tracing
 from flashi2v_model.encoders import decode_video, encode_video
@@ -250,12 +250,12 @@ def test_each_distinct_prompt_is_encoded_once(model_directory, monkeypatch):
     seen = []
     encode = pipe.encode_prompt
     monkeypatch.setattr(
-        pipe, "encode_prompt", lambda prompts, length: (seen.append(prompts), encode(prompts, length))[1]
+        pipe, "encode_prompt", lambda prompt, **options: (seen.append([prompt]), encode(prompt, **options))[1]
     )
     states = encode_prompts(pipe, ["a cat", "", "a dog", "", "a cat"], execution, CPU, 24)
     assert seen == [["a cat"], [""], ["a dog"]]
     assert {prompt: tuple(state.shape) for prompt, state in states.items()} == dict.fromkeys(states, (1, 24, 64))
-    torch.testing.assert_close(states["a dog"], encode(["a dog"], 24))
+    torch.testing.assert_close(states["a dog"], encode("a dog", max_sequence_length=24)[0])
 
 
 @pytest.mark.parametrize("offload", ["none", "model", "group"])

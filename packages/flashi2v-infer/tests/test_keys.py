@@ -109,7 +109,7 @@ PROOFS: list[tuple[str, Any, str | Callable[[Run], bool]]] = [
     ("predictor.patch_size", [2, 4, 4], "predictor.patch_size: [2, 4, 4] does not divide the latent grid [2, 4, 6]"),
     ("predictor.patch_size", [1, 4, 2], MISFIT),
     ("predictor.patch_size", [1, 0, 2], "predictor.patch_size.1: input should be greater than 0"),
-    ("predictor.text_len", 24, lambda run: run.pipe.encode_prompt(["a cat"]).shape == (1, 24, 64)),
+    ("predictor.text_len", 24, lambda run: run.pipe.encode_prompt("a cat")[0].shape == (1, 24, 64)),
     ("predictor.in_dim", 48, "in_dim 48 and out_dim 16 are both the VAE's latent channels"),
     ("predictor.hidden_size", 256, MISFIT),
     ("predictor.ffn_dim", 256, MISFIT),

@@ -42,7 +42,7 @@ class Stranger(FlowMatchEulerDiscreteScheduler):
         ({"scheduler": "stranger"}, "scheduler is to be loaded as"),
         ({"transformer": ["flashi2v_model", "InputError"]}, "transformer is to be loaded as"),
         ({"tokenizer": ["stranger", "PreTrainedTokenizerFast"]}, "a PreTrainedTokenizerBase of transformers"),
-        ({"text_encoder": ["transformers", "AutoModel"]}, "a UMT5EncoderModel of transformers"),
+        ({"text_encoder": ["transformers", "AutoModel"]}, "a UMT5EncoderModel or T5EncoderModel of transformers"),
         ({"safety": ["stranger", "Stranger"]}, "names safety, a part that a FlashI2V pipeline does not have"),
         ({"_class_name": ["stranger", "Stranger"]}, r"is of a \['stranger', 'Stranger'\], not of a FlashI2VPipeline"),
         ({"_class_name": "WanPipeline"}, "is of a 'WanPipeline', not of a FlashI2VPipeline"),

@@ -21,7 +21,7 @@ from flashi2v_infer.settings import SamplingSettings
 from flashi2v_model import layers, presets
 from flashi2v_model.caching import text_kept
 from flashi2v_model.cost import FORMULAS, num_bytes
-from flashi2v_model.sampling import velocity_field
+from flashi2v_model.sampling import VelocityField
 from flashi2v_npu_ops.backends import half_spectrum
 
 SMALL = SamplingSettings(num_frames=9, height=64, width=96, num_inference_steps=3, max_sequence_length=24)
@@ -74,7 +74,7 @@ def test_operations_are_those_that_torch_counts_in_real_steps(real, planned):
     plan = make_plan(planned, SMALL, Execution(), "cpu", None)
     latents = torch.randn(1, 16, 3, 8, 12)
     text, negative = torch.randn(2, 1, 24, 64)
-    velocity = velocity_field(real.transformer, latents[:, :, :1], text, negative, 5.0, 0.1, cfg_batch=False)
+    velocity = VelocityField(real.transformer, latents[:, :, :1], text, negative, 5.0, 0.1, cfg_batch=False)
     counts = []
     with text_kept(real.transformer), torch.no_grad():
         for timestep in (900.0, 600.0, 300.0):
@@ -161,7 +161,7 @@ import ctypes
 import torch
 from flashi2v_model.cost import num_bytes, tracing
 from flashi2v_model import FlashI2VTransformer3DModel
-from flashi2v_model.sampling import velocity_field
+from flashi2v_model.sampling import VelocityField
 from flashi2v_npu_ops.backends import half_spectrum
 from flashi2v_npu_ops.device import peak_memory, reset_peak_memory
 
@@ -179,7 +179,7 @@ def run(device):
     with tracing() as trace:
         trace.hold(num_bytes(transformer))
         text = torch.ones(1, 64, 256, device=device)
-        velocity = velocity_field(transformer, latents[:, :, :1], text, None, 1.0, 0.1, cfg_batch=False)
+        velocity = VelocityField(transformer, latents[:, :, :1], text, None, 1.0, 0.1, cfg_batch=False)
         velocity(latents, torch.tensor(500.0, device=device))
     return trace.peak
 

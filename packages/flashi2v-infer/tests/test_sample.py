@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from flashi2v_data.loading.transforms import center_crop_resize
+from flashi2v_infer.arguments import prepare_image
 from flashi2v_infer.commands.sampler import Sample, Sampler, psnr
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.pipeline import prepare_image
 from flashi2v_infer.settings import InputError, Request, SamplingSettings
 
 REQUEST = Request(
@@ -17,7 +17,9 @@ REQUEST = Request(
 
 
 def sampler_of(pipe) -> Sampler:
-    return Sampler(pipe, {prompt: pipe.encode_prompt([prompt], 24) for prompt in (REQUEST.prompt, "")})
+    return Sampler(
+        pipe, {prompt: pipe.encode_prompt(prompt, max_sequence_length=24)[0] for prompt in (REQUEST.prompt, "")}
+    )
 
 
 def test_psnr_is_that_of_the_definition():

@@ -278,7 +278,11 @@ def test_init_and_convert_make_pipelines_with_the_encoders_given(run, tmp_path):
     assert "exists" in run("init", tmp_path / "again", "--preset", "tiny", code=2)
     run("convert", tmp_path / "tiny", tmp_path / "new", "--to", "diffusers", "--encoders", tmp_path / "tiny")
     files = {str(path.relative_to(tmp_path / "tiny")) for path in (tmp_path / "tiny").rglob("*")}
-    assert {str(path.relative_to(tmp_path / "new")) for path in (tmp_path / "new").rglob("*")} == files
+    written = {str(path.relative_to(tmp_path / "new")) for path in (tmp_path / "new").rglob("*")}
+    assert written == files | {"README.md"}
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "pipeline_tag: image-to-video" in card
+    assert "- trained: not recorded" in card
     assert load_file(tmp_path / "new" / name).keys() == load_file(tmp_path / "tiny" / name).keys()
     assert json.loads((tmp_path / "new/scheduler/scheduler_config.json").read_text())["shift"] == 7
     shift = ["--shift", 2.5]

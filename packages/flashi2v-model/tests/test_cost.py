@@ -3,7 +3,7 @@ import torch
 from flashi2v_model import FlashI2VTransformer3DModel, presets
 from flashi2v_model.caching import text_kept
 from flashi2v_model.cost import count_operations, kept_bytes, tracing
-from flashi2v_model.sampling import velocity_field
+from flashi2v_model.sampling import VelocityField
 from flashi2v_model.transformer import EMBED_INPUTS
 from flashi2v_npu_ops import attention
 
@@ -14,7 +14,7 @@ def test_operations_of_the_released_model_follow_the_textbook():
         transformer = FlashI2VTransformer3DModel(**presets.TRANSFORMERS["1.3b"])
     latents = torch.empty(1, 16, 13, 60, 104, device="meta")
     context = torch.empty(1, text, 4096, device="meta")
-    velocity = velocity_field(transformer, latents[:, :, :1], context, None, 1.0, 0.1, cfg_batch=False)
+    velocity = VelocityField(transformer, latents[:, :, :1], context, None, 1.0, 0.1, cfg_batch=False)
     with text_kept(transformer), tracing() as trace:
         velocity(latents, torch.tensor(900.0, device="meta"))
         first = trace.flops

@@ -8,6 +8,7 @@ import forked
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import ContextParallelConfig
 from golden import small_model, tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -66,7 +67,10 @@ def _work(rank: int, port: int, directory: str) -> None:
     results = {}
     for size, group in ((2, pairs[rank // 2]), (4, dist.group.WORLD)):
         parallel = small_model()
-        parallelise_context(parallel, group)
+        if size == 4:
+            parallel.enable_parallelism(config=ContextParallelConfig(ulysses_degree=4))
+        else:
+            parallelise_context(parallel, group)
         for name, grid in GRIDS.items():
             shared = _run(parallel, grid)
             for key in sorted(shared.keys() - {"output"}):

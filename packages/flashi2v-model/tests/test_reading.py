@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from flashi2v_model import InputError, convert_state_dict
+from flashi2v_model.config import Defaults
 from flashi2v_model.encoders import load_pretrained
 from flashi2v_model.weights import detect_layout
 from flashi2v_model.weights.fingerprint import fingerprint
 from flashi2v_model.weights.reading import check_directory, read_json, read_state_dict
+from flashi2v_model.weights.runs import Run, run_of
 
 
 def nested(depth: int) -> bytes:
@@ -186,3 +188,18 @@ def test_an_archive_without_check_sums_is_read(tmp_path):
     (tmp_path / "a.pt").write_bytes(data)
     weight: Tensor = read_state_dict(tmp_path / "a.pt")["weight"]
     assert weight.tolist() == [0, 1, 2]
+
+
+def test_what_a_run_says_of_its_model_is_read_or_refused_in_one_line(tmp_path):
+    checkpoint = tmp_path / "run" / "iter_0000120"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / ".metadata").touch()
+    data = {"sample_num_frames": 17, "sample_height": 64, "metafile_or_dir_path": "/somewhere/clips.lmdb"}
+    settings = {"data": {"dataset_param": data}, "model": {"diffusion": {"shift": 3.0}}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    assert run_of(checkpoint) == Run(Defaults(num_frames=17, height=64), 3.0, "120 steps on `clips.lmdb`")
+    assert run_of(tmp_path) == Run()
+    data["sample_height"] = "64"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"config.json is damaged: height: Input should be a valid integer"):
+        run_of(checkpoint)

@@ -190,6 +190,11 @@ def test_a_variant_is_converted_and_sampled_by_its_class_alone(runs, inputs, pag
         convert(run, tmp_path / "npu.pt", to="npu", recipe="motion:MotionTransformer")
     convert(run, model, to="diffusers", encoders=inputs / "model", recipe="motion:MotionTransformer")
     assert {*read_state_dict(model)} > ADDED
+    data = json.loads((run / "config.json").read_text())["data"]["dataset_param"]
+    size = {"num_frames": data["sample_num_frames"], "height": data["sample_height"], "width": data["sample_width"]}
+    written = json.loads((model / "model_index.json").read_text())["defaults"]
+    assert written == {**size, "fps": 16.0, "num_inference_steps": 50, "guidance_scale": 5.0}
+    assert re.search(r"trained: \d+ steps on `", (model / "README.md").read_text())
     with pytest.raises(ModelInputError, match="is of a 'MotionTransformer'"):
         inspect(model / "transformer")
     inspect(model / "transformer", recipe="motion:MotionTransformer")

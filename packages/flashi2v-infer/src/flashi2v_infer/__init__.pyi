@@ -6,15 +6,9 @@ from .files.export import save_video as save_video
 from .files.export import write_mp4 as write_mp4
 from .files.video_grid import film_strip as film_strip
 from .files.video_grid import video_grid as video_grid
-from .pipeline import (
-    FlashI2VPipeline as FlashI2VPipeline,
-)
-from .pipeline import (
-    FlashI2VPipelineOutput as FlashI2VPipelineOutput,
-)
-from .pipeline import (
-    denoise as denoise,
-)
+from .output import FlashI2VPipelineOutput as FlashI2VPipelineOutput
+from .pipeline import FlashI2VPipeline as FlashI2VPipeline
+from .pipeline import denoise as denoise
 from .placement import place as place
 from .settings import SamplingSettings as SamplingSettings
 

@@ -15,10 +15,11 @@ from flashi2v_data.errors import InputError
 from flashi2v_data.settings import load_config
 from flashi2v_infer import __version__, demo
 from flashi2v_infer.config import InferenceConfig
+from flashi2v_infer.defaults import fps_of, read_defaults, settings_of
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.settings import Request, SamplingSettings
 from flashi2v_model.adapter_choice import read_choices
-from flashi2v_model.config import SchedulerName
+from flashi2v_model.config import Defaults, SchedulerName
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ class VideoOptions:
 
     Attributes:
         model: A pipeline directory in diffusers' layout, a hub id, or demo: the small model that comes with the
-            package, which needs no other option, and has defaults of its own (17 frames of 64x64, 25 steps, no
-            guidance).
+            package, which needs no other option. What a model says that it was trained for is the default of the
+            options below; the numbers named there are those of the released model.
         image: The first frame; any size, cropped to that of the video.
         prompt: What happens.
         output: The video: .mp4, .gif or .webp, or a directory of PNGs (frames/).
@@ -87,12 +88,12 @@ class VideoOptions:
         """Return the options that were given."""
         return [_option(field.name) for field in fields(self) if getattr(self, field.name) is not None]
 
-    def settings(self) -> SamplingSettings:
-        """Return the numbers of the run."""
+    def settings(self, defaults: Defaults) -> SamplingSettings:
+        """Return the numbers of the run: those given, else the model's."""
         names = {field.name for field in fields(SamplingSettings)} & {field.name for field in fields(self)}
-        chosen = {name: value for name in names if (value := getattr(self, name)) is not None}
+        chosen = {name: getattr(self, name) for name in names}
         chosen["conditioning"] = dict(map(_conditioning, self.conditioning or ()))
-        return replace(demo.SETTINGS if self.model == demo.NAME else SamplingSettings(), **chosen)
+        return settings_of(defaults, **chosen)
 
     def filled_in(self) -> "VideoOptions":
         """Return the options with what the demo model needs no one to say.
@@ -109,13 +110,12 @@ class VideoOptions:
             )
         return replace(
             self,
-            model=str(demo.DIRECTORY),
             image=self.image or demo.IMAGE,
             prompt=demo.PROMPT if self.prompt is None else self.prompt,
             output=self.output or demo.OUTPUT,
         )
 
-    def request(self, settings: SamplingSettings, seed: int | None) -> Request:
+    def request(self, settings: SamplingSettings, defaults: Defaults, seed: int | None) -> Request:
         """Return what to sample.
 
         Raises:
@@ -124,7 +124,7 @@ class VideoOptions:
         if self.image is None or self.prompt is None or self.output is None:
             missing = [name for name in ("image", "prompt", "output") if getattr(self, name) is None]
             raise InputError(f"--model also needs {', '.join(map(_option, missing))}")
-        fps = Request.fps if self.fps is None else self.fps
+        fps = fps_of(defaults) if self.fps is None else self.fps
         return Request(self.prompt, str(self.image), self.negative_prompt or "", seed or 0, fps=fps, settings=settings)
 
 
@@ -197,10 +197,12 @@ def infer(
         return
     if batch.resume:
         raise InputError("--resume: only together with --mm-model, of whose videos some may be finished")
-    settings, video = video.settings(), video.filled_in()
+    video = video.filled_in()
     assert video.model is not None
     only_plans = common.plan and common.dry_run and None in (video.image, video.prompt, video.output)
-    request = None if only_plans else video.request(settings, common.seed)
+    defaults = read_defaults(video.model, fetch=not only_plans)
+    settings = video.settings(defaults)
+    request = None if only_plans else video.request(settings, defaults, common.seed)
     with _importing():
         from flashi2v_infer.commands.batch import read_one
         from flashi2v_infer.commands.run import print_plan, sample

@@ -15,10 +15,11 @@ from flashi2v_data.captions.tokenizer import load_model
 from flashi2v_data.errors import InputError
 from flashi2v_infer import demo
 from flashi2v_infer.config import InferenceConfig
+from flashi2v_infer.defaults import FILE, directory_of
 from flashi2v_infer.execution import DTypes, Execution, Settled
 from flashi2v_infer.files.records import Source
 from flashi2v_infer.lora import load_adapters
-from flashi2v_infer.model_index import check_model_index
+from flashi2v_infer.model_index import check_model_index, class_of
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import home, place
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
@@ -242,7 +243,7 @@ class ModelDirectory(Model):
     """A pipeline in diffusers' layout.
 
     Args:
-        name: its directory, or a hub id.
+        name: its directory, a hub id, or "demo".
         execution: how to compute.
         scheduler: the sampler; None is the model's own.
         lora: adapters.
@@ -255,7 +256,7 @@ class ModelDirectory(Model):
         scheduler: SchedulerName | None = None,
         lora: tuple[AdapterChoice, ...] = (),
     ) -> None:
-        self.name, self.execution, self.scheduler, self.lora = name, execution, scheduler, lora
+        self.name, self.execution, self.scheduler, self.lora = str(directory_of(name)), execution, scheduler, lora
         self.device_name = execution.device or "auto"
 
     def check(self) -> None:
@@ -290,9 +291,11 @@ class ModelDirectory(Model):
         return transformer, text_encoder, vae
 
     def load(self, settled: Settled, context: dist.ProcessGroup | None = None) -> FlashI2VPipeline:
+        encoder: type | None = UMT5EncoderModel
         if (directory := self.directory()) is not None:
             with named("--model"):
                 check_model_index(directory)
+                encoder = class_of("text_encoder", read_json(directory / FILE)["text_encoder"])
                 for name in ("tokenizer", "scheduler"):
                     if (directory / name).is_dir():
                         check_directory(directory / name)
@@ -305,7 +308,7 @@ class ModelDirectory(Model):
 
         parts = {
             "transformer": part(transformer_class(settled.execution.recipe), "transformer", settled.dtypes.transformer),
-            "text_encoder": part(UMT5EncoderModel, "text_encoder", settled.dtypes.text_encoder),
+            "text_encoder": part(encoder, "text_encoder", settled.dtypes.text_encoder),
             "vae": part(AutoencoderKLWan, "vae", settled.dtypes.vae),
         }
         load_adapters(parts["transformer"], self.lora)

@@ -84,7 +84,13 @@ def encode_prompts(
     """
     if execution.offloading == "none":
         pipeline.text_encoder.to(device)
-    return {prompt: pipeline.encode_prompt([prompt], max_sequence_length).to(_CPU) for prompt in dict.fromkeys(prompts)}
+    texts = {}
+    for prompt in dict.fromkeys(prompts):
+        text, _ = pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        texts[prompt] = text.to(_CPU)
+    return texts
 
 
 def put_away_text_encoder(pipeline: FlashI2VPipeline, execution: Execution, device: torch.device) -> None:

@@ -1,43 +1,68 @@
 """What depends on the prompt alone, computed once for all steps of a sampling run.
 
-The network has no part in it: for the time of a run, something from outside answers in place of the text embedder and
-of the keys and values of cross attention. At small sizes the text is a seventh of a forward pass.
+The network has no part in it: hooks answer in place of the text embedder and of the keys and values of cross attention.
+At small sizes the text is a seventh of a forward pass.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from flashi2v_model.layers import Attention
-from flashi2v_model.transformer import FlashI2VTransformer3DModel
 
 KeysValues = tuple[Tensor, Tensor]  # (B, L, K, d) each
 _HOOK = "flashi2v_text"
+# Texts that are kept: both branches of guidance, or both in one and one of them alone.
+_MOST_TEXTS = 2
 
 
 @contextmanager
-def text_kept(transformer: FlashI2VTransformer3DModel) -> Iterator[None]:
+def text_kept(transformer: nn.Module) -> Iterator[None]:
     """Embed every text that the transformer is given only once while the block runs; no number changes.
 
-    A text is known again as the same tensor: keep one for each branch of the guidance, and do not write into it.
+    A text is known again by its memory: keep one for each branch of the guidance, and do not write into it.
+    """
+    if _registry(transformer).get_hook(_HOOK) is not None:  # by `keep_text`
+        yield
+        return
+    keep_text(transformer, with_gradients=True)
+    try:
+        yield
+    finally:
+        forget_text(transformer)
+
+
+def keep_text(transformer: nn.Module, *, with_gradients: bool = False) -> None:
+    """Do so until `forget_text`; the end of a pipeline's run lets go of the texts.
+
+    Args:
+        transformer: the velocity network.
+        with_gradients: also where gradients are computed, whose graph is used once; weights that learn change the text.
     """
     readers = []
-    for block in transformer.blocks.children():
+    for block in transformer.get_submodule("blocks").children():
         attention = block.get_submodule("attn2")
         assert isinstance(attention, Attention)
         reader = _Reader(attention.keys_values)
         attention.keys_values = reader  # type: ignore[method-assign, assignment]
-        readers.append((attention, reader))
-    registry = HookRegistry.check_if_exists_or_initialize(transformer.condition_embedder.text_embedder)
-    registry.register_hook(_TextEmbedder([reader for _, reader in readers]), _HOOK)
-    try:
-        yield
-    finally:
-        registry.remove_hook(_HOOK, recurse=False)
-        for attention, _ in readers:
-            del attention.keys_values
+        readers.append(reader)
+    _registry(transformer).register_hook(_TextEmbedder(readers, with_gradients), _HOOK)
+
+
+def forget_text(transformer: nn.Module) -> None:
+    """Undo `keep_text`."""
+    _registry(transformer).remove_hook(_HOOK, recurse=False)
+    for block in transformer.get_submodule("blocks").children():
+        del block.get_submodule("attn2").keys_values
+
+
+def _registry(transformer: nn.Module) -> HookRegistry:
+    embedder = transformer.get_submodule("condition_embedder.text_embedder")
+    return HookRegistry.check_if_exists_or_initialize(embedder)
 
 
 class _Reader:
@@ -45,29 +70,60 @@ class _Reader:
 
     def __init__(self, compute: Callable[[Tensor], KeysValues]) -> None:
         self._compute = compute
-        self.kept: list[KeysValues] = []  # one, or still none
+        self.kept: list[KeysValues] | None = None  # one, or still none; None where nothing is to be kept
 
     def __call__(self, text: Tensor) -> KeysValues:
+        if self.kept is None:
+            return self._compute(text)
         if not self.kept:
             self.kept.append(self._compute(text))
         return self.kept[0]
 
 
+@dataclass(eq=False)
+class _Known:
+    """A text, embedded, and what each reader keeps of it."""
+
+    text: Tensor
+    embedded: Tensor
+    kept: list[list[KeysValues]] = field(default_factory=list)
+
+    def is_of(self, text: Tensor) -> bool:
+        """Tell whether this is the same text; a view of the same memory is, too, as a cache that splits a batch has."""
+        if self.text is text:
+            return True
+        place, shape = text.data_ptr(), text.shape
+        return bool(place) and (place, shape) == (self.text.data_ptr(), self.text.shape)
+
+
 class _TextEmbedder(ModelHook):
     """Keeps embedded texts, and tells the cross attentions which of them a forward pass is about."""
 
-    def __init__(self, readers: list[_Reader]) -> None:
+    _is_stateful = True
+
+    def __init__(self, readers: list[_Reader], with_gradients: bool) -> None:
         super().__init__()
-        self._readers = readers
-        # (text, embedded text, what each reader keeps of it)
-        self._texts: list[tuple[Tensor, Tensor, list[list[KeysValues]]]] = []
+        self._readers, self._with_gradients = readers, with_gradients
+        self._texts: list[_Known] = []
 
     def new_forward(self, module: nn.Module, text: Tensor) -> Tensor:
-        known = next((entry for entry in self._texts if entry[0] is text), None)
-        if known is None:
+        if torch.is_grad_enabled() and not self._with_gradients:
+            for reader in self._readers:
+                reader.kept = None
             embedded: Tensor = self.fn_ref.original_forward(text)
-            known = (text, embedded, [[] for _ in self._readers])
-            self._texts.append(known)
-        for reader, kept in zip(self._readers, known[2]):
+            return embedded
+        known = next((entry for entry in self._texts if entry.is_of(text)), None)
+        if known is None:
+            known = _Known(text, self.fn_ref.original_forward(text), [[] for _ in self._readers])
+        else:
+            self._texts.remove(known)
+        self._texts = [known, *self._texts][:_MOST_TEXTS]
+        for reader, kept in zip(self._readers, known.kept):
             reader.kept = kept
-        return known[1]
+        return known.embedded
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self._texts = []
+        for reader in self._readers:
+            reader.kept = None
+        return module

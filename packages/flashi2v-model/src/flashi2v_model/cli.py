@@ -141,9 +141,10 @@ def convert(
     weights
         of a run: the moving average where it kept one, or the raw weights
     encoders
-        a directory with vae, text_encoder and tokenizer: write a whole pipeline that flashi2v-infer --model takes
+        a directory with vae, text_encoder and tokenizer: write a whole pipeline that flashi2v-infer --model takes,
+        with what the run was trained for as its defaults, and a model card
     shift
-        of such a pipeline's noise levels (default 7, as released; smaller ones suit smaller videos)
+        of such a pipeline's noise levels (default: the run's, or 7, as released; smaller ones suit smaller videos)
     dtype
         to store the transformer's weights in (default: as they are)
     max_shard_size
@@ -163,6 +164,7 @@ def convert(
     from flashi2v_model.weights.checkpoint import checkpoint_directory, is_checkpoint
     from flashi2v_model.weights.key_names import is_trunk
     from flashi2v_model.weights.libraries import quieten
+    from flashi2v_model.weights.runs import run_of
     from flashi2v_model.weights.settings import stored_settings, unusual
     from flashi2v_model.weights.writing import TORCH_SUFFIXES, independent
 
@@ -196,7 +198,16 @@ def convert(
             if encoders is None:
                 model.save_pretrained(temporary, max_shard_size=max_shard_size or "10GB")
             else:
-                save_pipeline(model, temporary, encoders, max_shard_size=max_shard_size or "10GB", shift=shift)
+                run = run_of(source)
+                save_pipeline(
+                    model,
+                    temporary,
+                    encoders,
+                    max_shard_size=max_shard_size or "10GB",
+                    shift=run.shift if shift is None else shift,
+                    defaults=run.defaults,
+                    trained_on=run.words,
+                )
     else:
         converted = convert_state_dict(ours, "diffusers", to)
         with _appearing_whole(destination) as temporary:

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that a wrong setting is reported at once.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from flashi2v_model.errors import InputError
 
@@ -31,6 +31,21 @@ class Settings(BaseModel):
     """A schema that accepts no unknown keys and converts no types (an int where a float is due is fine)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Defaults(Settings):
+    """What a model was trained for: the `defaults` of its model_index.json, which calls and commands start from.
+
+    The shift of its noise levels stands in its scheduler's configuration.
+    """
+
+    num_frames: PositiveInt | None = None
+    height: PositiveInt | None = Field(None, description="In pixels.")
+    width: PositiveInt | None = Field(None, description="In pixels.")
+    fps: PositiveFloat | None = Field(None, description="Frames per second.")
+    num_inference_steps: PositiveInt | None = None
+    guidance_scale: NonNegativeFloat | None = None
+    low_freq_energy_ratio: float | None = Field(None, ge=0, le=1)
 
 
 class TilingConfig(Settings):

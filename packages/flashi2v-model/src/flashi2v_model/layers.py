@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
-from flashi2v_model.strict import UnhookedModule
+from flashi2v_model.kernels import attention_kernel
 from flashi2v_npu_ops import apply_rope, attention, gated_residual, gelu_tanh, layer_norm_modulate, rms_norm
 from flashi2v_npu_ops.tables import computed_once
 
@@ -60,39 +60,88 @@ def use_fused_rms_norm(model: nn.Module, fused: bool) -> None:
             module.backend = "auto" if fused else "reference"
 
 
-class Attention(UnhookedModule, AttentionModuleMixin):
-    """Multi-head attention; self attention turns queries and keys by `rope`, cross attention reads `text`.
+class AttentionProcessor:
+    """How an `Attention` computes, in the place where diffusers' models have their processors.
+
+    Attributes:
+        _attention_backend: which kernel attends, as `set_attention_backend` puts it; see `kernels.attention_kernel`.
+    """
+
+    _attention_backend: str | None = None
+
+    def __call__(
+        self,
+        attn: "Attention",
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return (B, N, D); arguments as of `Attention.forward`."""
+        if encoder_hidden_states is not None:
+            query, (key, value) = attn.queries(hidden_states), attn.keys_values(encoder_hidden_states)
+        else:
+            query, key, value = attn.all_of(hidden_states)
+        if rotary_emb is not None:
+            query, key = apply_rope(query, *rotary_emb), apply_rope(key, *rotary_emb)
+        return attn.to_out[0](attn.attend(query, key, value).flatten(-2))  # (B, N, D)
+
+
+class Attention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention; self attention turns queries and keys by `rotary_emb`, cross attention reads the text.
 
     Attributes:
         attend: takes query, key, value, (B, N, K, d) each; see `flashi2v_model.parallel`.
+        is_cross_attention: as hooks of diffusers ask.
     """
 
-    _supports_qkv_fusion = False
+    _default_processor_cls = AttentionProcessor
+    use_bias = True  # of what `fuse_projections` makes
+    to_kv: nn.Module
+    to_qkv: nn.Module
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float) -> None:
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float, *, is_cross_attention: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
+        self.is_cross_attention = is_cross_attention
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = self._attend
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.processor: Callable[..., Tensor] = AttentionProcessor()
 
-    def forward(self, x: Tensor, *, text: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return self.read(x, *self.keys_values(x if text is None else text), rope)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Take tokens (B, N, D), the text (B, L, D) where they read it, and the rotary tables; return (B, N, D)."""
+        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb=rotary_emb)
+
+    def queries(self, hidden_states: Tensor) -> Tensor:
+        """Return the queries of (B, N, D): (B, N, K, d)."""
+        return self._heads(self.norm_q(self.to_q(hidden_states)))
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of (B, N, D): (B, N, K, d) each."""
-        return self._heads(self.norm_k(self.to_k(source))), self._heads(self.to_v(source))
+        key, value = (
+            self.to_kv(source).chunk(2, -1) if self.fused_projections else (self.to_k(source), self.to_v(source))
+        )
+        return self._heads(self.norm_k(key)), self._heads(value)
 
-    def read(self, x: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Return what the tokens x (B, N, D) find in keys and values: (B, N, D)."""
-        query = self._heads(self.norm_q(self.to_q(x)))  # (B, N, K, d)
-        if rope is not None:
-            query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-        return self.to_out[0](self.attend(query, key, value).flatten(-2))  # (B, N, D)
+    def all_of(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of the same tokens (B, N, D): (B, N, K, d) each."""
+        if not self.fused_projections:
+            return self.queries(hidden_states), *self.keys_values(hidden_states)
+        query, key, value = self.to_qkv(hidden_states).chunk(3, -1)
+        return self._heads(self.norm_q(query)), self._heads(self.norm_k(key)), self._heads(value)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        asked = getattr(self.processor, "_attention_backend", None)
+        return attention(query, key, value, backend=attention_kernel(asked))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -135,16 +184,26 @@ class Block(nn.Module):
         self.eps = eps
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.modulation = nn.Identity()  # where an adapter changes the table
-        self.attn1 = Attention(dim, num_heads, qk_norm, eps)
+        self.attn1 = Attention(dim, num_heads, qk_norm, eps, is_cross_attention=False)
         self.norm2 = FP32LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
-        self.attn2 = Attention(dim, num_heads, qk_norm, eps)
+        self.attn2 = Attention(dim, num_heads, qk_norm, eps, is_cross_attention=True)
         self.ffn = FeedForward(dim, ffn_dim)
 
-    def forward(self, x: Tensor, text: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Take x (B, N, D), text (B, L, D) and time modulation (B, 6, D); return (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.modulation(self.scale_shift_table), time)
-        x = gated_residual(x, self.attn1(layer_norm_modulate(x, shift1, scale1, self.eps), rope=rope), gate1)
-        x = x + self.attn2(self.norm2(x), text=text)
+    # Hooks of diffusers find the arguments by these names.
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Take tokens (B, N, D), text (B, L, D), time modulation (B, 6, D), rotary tables; return (B, N, D)."""
+        x = hidden_states
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.modulation(self.scale_shift_table), temb)
+        x = gated_residual(
+            x, self.attn1(layer_norm_modulate(x, shift1, scale1, self.eps), rotary_emb=rotary_emb), gate1
+        )
+        x = x + self.attn2(self.norm2(x), encoder_hidden_states=encoder_hidden_states)
         return gated_residual(x, self.ffn(layer_norm_modulate(x, shift2, scale2, self.eps)), gate2)
 
 

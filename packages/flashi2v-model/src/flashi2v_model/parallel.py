@@ -43,7 +43,7 @@ def parallelise_tensors(transformer: FlashI2VTransformer3DModel, mesh: DeviceMes
     check_degree(mesh.size(), transformer.config.num_attention_heads, "tensor")
     for block in transformer.blocks.children():
         plan: dict[str, Any] = {"ffn.net.0.proj": ColwiseParallel(), "ffn.net.2": RowwiseParallel()}
-        texts: dict[str, Placement] = {"text": Replicate()}
+        texts: dict[str, Placement] = {"encoder_hidden_states": Replicate()}
         for name, inputs in (("attn1", None), ("attn2", texts)):
             plan |= {
                 # Converted once for the three projections, so that their gradients are summed in one go.

@@ -8,7 +8,8 @@ from typing import Any
 from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from flashi2v_model.config import DiffusionConfig
+from flashi2v_model.card import CARD, model_card
+from flashi2v_model.config import Defaults, DiffusionConfig
 from flashi2v_model.errors import InputError
 from flashi2v_model.scheduler import euler_scheduler
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
@@ -56,8 +57,10 @@ def save_pipeline(
     *,
     max_shard_size: str = "10GB",
     shift: float | None = None,
+    defaults: Defaults | None = None,
+    trained_on: str = "",
 ) -> None:
-    """Write a transformer as a whole pipeline, with copies of the encoders' directories.
+    """Write a transformer as a whole pipeline, with copies of the encoders' directories, and its model card.
 
     Args:
         transformer: the velocity network.
@@ -65,6 +68,8 @@ def save_pipeline(
         encoders: holds `vae`, `text_encoder` and `tokenizer`.
         max_shard_size: of a file of the transformer.
         shift: of the scheduler's noise levels; None: that of the released model.
+        defaults: what it was trained for.
+        trained_on: a sentence of the model card.
 
     Raises:
         InputError: `encoders` lacks one of them, or a file of one.
@@ -88,7 +93,9 @@ def save_pipeline(
     config = directory / "tokenizer" / "tokenizer_config.json"
     if config.exists():
         config.write_text(config.read_text().replace(*_TOKENIZERS_NAMES))
-    _write_index(directory)
+    _write_index(directory, defaults)
+    card = model_card(directory.name, transformer.config, defaults or Defaults(), trained_on)
+    (directory / CARD).write_text(card, encoding="utf-8")
 
 
 def _save_sampler(
@@ -100,12 +107,14 @@ def _save_sampler(
     euler_scheduler(shift).save_pretrained(directory / "scheduler")
 
 
-def _write_index(directory: Path) -> None:
-    index = {
+def _write_index(directory: Path, defaults: Defaults | None = None) -> None:
+    index: dict[str, Any] = {
         "_class_name": "FlashI2VPipeline",
         **_COMPONENTS,
         "tokenizer": ("transformers", _tokenizer_class(directory)),
     }
+    if defaults is not None and (known := defaults.model_dump(exclude_none=True)):
+        index["defaults"] = known
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

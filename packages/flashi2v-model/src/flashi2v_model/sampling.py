@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
+from flashi2v_model.acceleration import check_guided, needs_one_call
 from flashi2v_model.caching import text_kept
 from flashi2v_model.errors import InputError
 from flashi2v_model.scheduler import NUM_TIMESTEPS, inference_sigmas
@@ -25,6 +27,9 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 # Called after each step with its number, its timestep and the state; returns the state to go on with, None to stop.
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
+
+# Older versions of diffusers tell caches nothing but the name of the branch.
+_TELLS_POSITION = "kwargs" in inspect.signature(CacheMixin.cache_context).parameters
 
 
 def set_timesteps(scheduler: SchedulerMixin, num_steps: int, device: torch.device) -> None:
@@ -124,59 +129,124 @@ def denoise(
     Raises:
         FloatingPointError: the result holds NaN or infinity.
     """
-    velocity = velocity_field(
+    field = VelocityField(
         transformer,
         condition,
         text,
-        negative_text if guidance_scale > 1 else None,
+        negative_text,
         guidance_scale,
         low_freq_energy_ratio,
         cfg_batch=cfg_batch,
         conditioning=conditioning,
     )
-    with text_kept(transformer):
-        y = integrate(scheduler, velocity, noise, generator=generator, progress=progress, on_step=on_step)
-    if not y.isfinite().all():
-        raise FloatingPointError("sampling ended in NaN or infinity: use dtype bf16 or fp32 instead of fp16")
-    return y
+    return field.follow(scheduler, noise, generator=generator, progress=progress, on_step=on_step)
 
 
-def velocity_field(
-    transformer: FlashI2VTransformer3DModel,
-    condition: Tensor,
-    text: Tensor,
-    negative_text: Tensor | None,
-    guidance_scale: float,
-    low_freq_energy_ratio: float | Tensor,
-    *,
-    cfg_batch: bool,
-    conditioning: Mapping[str, Tensor] | None = None,
-) -> Velocity:
-    """Return the field that is integrated. Arguments as of `denoise`; without `negative_text` nothing is guided."""
-    copies = 2 if cfg_batch and negative_text is not None else 1
-    texts = [text] if negative_text is None else [text, negative_text]
-    if copies == 2:
-        texts = [torch.cat(texts)]
-        condition = condition.repeat(2, 1, 1, 1, 1)
-        if isinstance(low_freq_energy_ratio, Tensor) and low_freq_energy_ratio.ndim:
-            low_freq_energy_ratio = low_freq_energy_ratio.repeat(2)
-        conditioning = {name: torch.cat((tensor, tensor)) for name, tensor in (conditioning or {}).items()}
+class VelocityField:
+    """The network as a field of velocities: what a sampling run integrates. Arguments are those of `denoise`.
 
-    network: Callable[..., Any] = transformer
-    if conditioning:
-        network = partial(transformer, conditioning=conditioning)  # type: ignore[misc]
+    Attributes:
+        text: may be changed between two steps, as the next two may.
+        negative_text: None: nothing is guided.
+        guidance_scale: up to 1 nothing is guided.
+    """
 
-    def velocity(y: Tensor, timestep: Tensor) -> Tensor:
-        noisy = y.repeat(copies, 1, 1, 1, 1) if copies > 1 else y
-        t = timestep.expand(len(noisy))
-        outputs = [network(noisy, t, states, condition, low_freq_energy_ratio, return_dict=False) for states in texts]
-        velocities = torch.cat([output[0].float() for output in outputs])
-        if negative_text is None:
-            return velocities
-        with_prompt, negative = velocities.chunk(2)
-        return guided(with_prompt, negative, guidance_scale)
+    def __init__(
+        self,
+        transformer: FlashI2VTransformer3DModel,
+        condition: Tensor,
+        text: Tensor,
+        negative_text: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        low_freq_energy_ratio: float | Tensor = 0.1,
+        *,
+        cfg_batch: bool = False,
+        conditioning: Mapping[str, Tensor] | None = None,
+        attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.text, self.negative_text, self.guidance_scale = text, negative_text, guidance_scale
+        self._transformer = transformer
+        self._condition, self._ratio, self._conditioning = condition, low_freq_energy_ratio, dict(conditioning or {})
+        self._one_call = cfg_batch or needs_one_call(transformer)
+        self._attention_kwargs = dict(attention_kwargs or {})
+        self._both: tuple[Tensor, Tensor, Tensor] | None = None  # (negative text, text, both as one batch)
+        self._step, self._sigmas = 0, list[float]()
 
-    return velocity
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is a branch with the negative text."""
+        return self.guidance_scale > 1 and self.negative_text is not None
+
+    def follow(
+        self,
+        scheduler: SchedulerMixin,
+        noise: Tensor,
+        *,
+        generator: Generators | None = None,
+        progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+        on_step: OnStep = lambda step, timestep, y: y,
+    ) -> Tensor:
+        """Return where the field leads from noise; arguments, result and errors as of `denoise`."""
+        check_guided(self._transformer, self.is_guided)
+        self._step, self._sigmas = 0, scheduler.sigmas.tolist()
+        with text_kept(self._transformer):
+            y = integrate(scheduler, self, noise, generator=generator, progress=progress, on_step=on_step)
+        if not y.isfinite().all():
+            raise FloatingPointError("sampling ended in NaN or infinity: use dtype bf16 or fp32 instead of fp16")
+        return y
+
+    def __call__(self, y: Tensor, timestep: Tensor) -> Tensor:
+        """Return the velocity, (B, C, F, H, W), of the state y at a timestep, a number."""
+        if self.negative_text is None or not self.is_guided:
+            velocity = self._call("cond", y, timestep, self.text)
+        elif self._one_call:
+            twice = self._call(
+                "cond", y.repeat(2, 1, 1, 1, 1), timestep, self._both_texts(self.negative_text), copies=2
+            )
+            negative, velocity = twice.chunk(2)
+            velocity = guided(velocity, negative, self.guidance_scale)
+        else:
+            velocity = self._call("cond", y, timestep, self.text)
+            velocity = guided(velocity, self._call("uncond", y, timestep, self.negative_text), self.guidance_scale)
+        self._step += 1
+        return velocity
+
+    def _call(self, branch: str, y: Tensor, timestep: Tensor, text: Tensor, copies: int = 1) -> Tensor:
+        condition, ratio = self._condition, self._ratio
+        inputs: dict[str, Any] = {}
+        if copies > 1:
+            condition = condition.repeat(copies, 1, 1, 1, 1)
+            if isinstance(ratio, Tensor) and ratio.ndim:
+                ratio = ratio.repeat(copies)
+        if self._conditioning:
+            inputs["conditioning"] = {name: torch.cat([x] * copies) for name, x in self._conditioning.items()}
+        if self._attention_kwargs:
+            inputs["attention_kwargs"] = self._attention_kwargs
+        # By name, and the negative text first, as hooks of diffusers expect.
+        with self._transformer.cache_context(branch, **self._position()):
+            output = self._transformer(
+                hidden_states=y,
+                timestep=timestep.expand(len(y)),
+                encoder_hidden_states=text,
+                condition=condition,
+                low_freq_energy_ratio=ratio,
+                return_dict=False,
+                **inputs,
+            )
+        return output[0].float()
+
+    def _both_texts(self, negative: Tensor) -> Tensor:
+        """Return both texts in one batch, the same one as long as they are the same."""
+        if self._both is None or self._both[0] is not negative or self._both[1] is not self.text:
+            self._both = negative, self.text, torch.cat((negative, self.text))
+        return self._both[2]
+
+    def _position(self) -> dict[str, Any]:
+        """Return what caches may want to know of where the run is."""
+        if not (_TELLS_POSITION and self._sigmas):
+            return {}
+        steps = len(self._sigmas) - 1
+        return {"step_index": self._step, "sigma": self._sigmas[self._step], "num_inference_steps": steps}
 
 
 def guided(velocity: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:

@@ -4,6 +4,7 @@ sigma runs from 0 (video) to 1 (noise); the network sees t = 1000 * sigma.  The 
 schedulers, given the sigmas of `inference_sigmas` where they take them.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -92,3 +93,19 @@ def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def target(latents: Tensor, noise: Tensor) -> Tensor:
     """Return the velocity that the network learns, noise - latents, in fp32."""
     return noise.float() - latents.float()
+
+
+def fitted(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Return a scheduler set up for the flow, where it was made from the configuration of one that is.
+
+    `UniPCMultistepScheduler.from_config(flow_scheduler.config)` knows the shift, under another name than its own, and
+    nothing says that it predicts a flow.
+    """
+    config = scheduler.config
+    unsaid = {"prediction_type", "use_flow_sigmas"} <= {*config.get("_use_default_values", ())}
+    if not (unsaid and "shift" in config and "flow_shift" in config):
+        return scheduler
+    own = inspect.signature(type(scheduler).__init__).parameters
+    chosen = {name: value for name, value in config.items() if name in own}
+    chosen |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config["shift"]}
+    return type(scheduler)(**chosen)

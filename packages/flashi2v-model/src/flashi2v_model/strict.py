@@ -1,7 +1,4 @@
-"""What our transformer does otherwise than diffusers' models: weights and adapters fit exactly or are refused.
-
-And what would have no effect on it is refused too, rather than taken in silence.
-"""
+"""What our transformer does otherwise than diffusers' models: weights and adapters fit exactly or are refused."""
 
 import inspect
 import os
@@ -10,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from torch import nn
 
 from flashi2v_model.errors import InputError
 from flashi2v_model.lora import AdapterModel
@@ -105,44 +101,6 @@ class StrictModel(ModelMixin, AdapterModel):
         if faults:
             raise InputError(f"{path} does not fit the transformer: {'; '.join(faults)}")
         return (model, report) if wants_report else model
-
-    def set_attention_backend(self, backend: str) -> None:
-        """Refuse one of diffusers' attention backends: attention here is an operator of `flashi2v_npu_ops`."""
-        raise NotImplementedError(
-            f"diffusers' attention backend {backend!r} has no effect on this transformer, whose attention is an "
-            "operator of flashi2v_npu_ops: choose its kernel by flashi2v_npu_ops.set_backend('attention', ...) or by "
-            "FLASHI2V_OPS_BACKEND=attention=...; flashi2v-npu-ops doctor lists them"
-        )
-
-    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
-        """Refuse xformers, as `set_attention_backend` does; to do without it changes nothing."""
-        if valid:
-            self.set_attention_backend("xformers")
-
-    def set_use_npu_flash_attention(self, valid: bool) -> None:
-        """Refuse diffusers' way to the NPU's attention, which is taken here by itself."""
-        if valid:
-            self.set_attention_backend("_native_npu")
-
-    def set_use_xla_flash_attention(self, use_xla_flash_attention: bool, *args: Any, **kwargs: Any) -> None:
-        """Refuse XLA's attention, as `set_attention_backend` does."""
-        if use_xla_flash_attention:
-            self.set_attention_backend("_native_xla")
-
-
-class UnhookedModule(nn.Module):
-    """A module that refuses diffusers' hooks, which would find nothing of their own in it, and say nothing."""
-
-    @property
-    def _diffusers_hook(self) -> Any:
-        raise AttributeError("there is none")
-
-    @_diffusers_hook.setter
-    def _diffusers_hook(self, registry: object) -> None:
-        raise NotImplementedError(
-            "attention broadcast and other caches of diffusers that hook into attention do not know the two branches "
-            "of guidance here, whose states they would mix up: sample without them"
-        )
 
 
 def _mistyped(directory: Path, variant: str | None) -> list[tuple[str, torch.dtype]]:

@@ -5,6 +5,7 @@ B batch, C latent channels, F frames, H W latent grid, N tokens, L text tokens, 
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
+from flashi2v_model.acceleration import Accelerated
 from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, modulation, rope_tables
 from flashi2v_model.lora_layers import adapters_scaled
 from flashi2v_model.strict import StrictModel
@@ -23,7 +25,8 @@ from flashi2v_npu_ops import layer_norm_modulate, route_conv3d, split_frequencie
 EMBED_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "condition", "low_freq_energy_ratio")
 
 
-class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffusers looks for its own in this module
+# The last two bases are there already; diffusers looks for its own in this module.
+class FlashI2VTransformer3DModel(StrictModel, Accelerated, ModelMixin, ConfigMixin):
     """Velocity network of FlashI2V.
 
     Parameter and config names follow diffusers' `WanTransformer3DModel`, plus `learnable_proj` (the latent shift phi)
@@ -54,6 +57,7 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers declares it so)
+    _supports_gradient_checkpointing = True
     _repeated_blocks = ["Block"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
     _keep_in_fp32_modules = ["time_embedder", "time_proj", "scale_shift_table", "norm2"]  # noqa: RUF012
     # `enable_layerwise_casting` stores weights in 8 bits; these layers read the dtype that they compute in off theirs.
@@ -116,6 +120,7 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
         self.proj_out = FP32Linear(dim, out_channels * patch[0] * patch[1] * patch[2])
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.modulation = nn.Identity()  # where an adapter changes the table
+        self.gradient_checkpointing = False  # by `enable_gradient_checkpointing`
         self.reset_parameters()
         route_conv3d(self)
 
@@ -251,8 +256,10 @@ class FlashI2VTransformer3DModel(StrictModel, ModelMixin, ConfigMixin):  # diffu
     def run_blocks(self, x: Tensor, text: Tensor, modulation: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Return the tokens, (B, N, D), behind all blocks; arguments as `embed` returns them."""
         rope = rope_tables(grid, self.config.attention_head_dim, x.device)
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks.children():
-            x = block(x, text, modulation, rope)
+            run = partial(self._gradient_checkpointing_func, block) if again else block
+            x = run(x, text, modulation, rope)
         return x
 
     def project(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashi2v_data.randomness import generator
+from flashi2v_infer.arguments import prepare_image
 from flashi2v_infer.decoding import decode_within_memory
 from flashi2v_infer.files.pictures import Pixels
-from flashi2v_infer.pipeline import FlashI2VPipeline, FlashI2VPipelineOutput, StepCallback, prepare_image
+from flashi2v_infer.output import FlashI2VPipelineOutput
+from flashi2v_infer.pipeline import FlashI2VPipeline, StepCallback
 from flashi2v_infer.settings import Request
 from flashi2v_model.encoders import encode_video
 

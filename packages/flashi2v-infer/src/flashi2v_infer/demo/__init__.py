@@ -9,8 +9,6 @@ import re
 from functools import cache
 from pathlib import Path
 
-from flashi2v_infer.settings import SamplingSettings
-
 NAME = "demo"
 _HERE = Path(__file__).parent
 DIRECTORY = _HERE / "model"  # a pipeline in diffusers' layout
@@ -18,7 +16,6 @@ IMAGE = _HERE / "image.png"
 PROMPT = "a large pink star moves quickly to the upper right on a dark blue background"
 OTHER_PROMPT = "a small yellow circle moves slowly down on a grey background"
 OUTPUT = "demo.mp4"
-SETTINGS = SamplingSettings(num_frames=17, height=64, width=64, num_inference_steps=25, guidance_scale=1.0)
 
 # The VAE repaints the first frames of 200 held-out scenes with 27 dB or more.
 _KNOWN_PSNR = 25.0

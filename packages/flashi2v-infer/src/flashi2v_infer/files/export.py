@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from flashi2v_data.atomic import atomic_directory, atomic_file, check_directory
 from flashi2v_data.console import machine_fault
 from flashi2v_data.errors import DecodeError, InputError, StorageError
 from flashi2v_data.video.write import write_video
-from flashi2v_infer.files.pictures import UNDECODABLE, opened
+from flashi2v_infer.files.pictures import UNDECODABLE, AnyImage, as_pixels, opened
 from flashi2v_infer.settings import check_text
 
 Frames = NDArray[np.uint8]
+AnyVideo = Sequence[AnyImage] | Sequence[Sequence[AnyImage]] | NDArray[np.generic] | Tensor
 Record = Mapping[str, Any]
 
 SUFFIXES = (".mp4", ".gif", ".webp")
@@ -133,30 +135,55 @@ def record_path(video: Path) -> Path:
     return video.with_name(f"{video.name}.json") if video.suffix in SUFFIXES else video / "record.json"
 
 
-def save_video(path: str | Path, frames: Frames, fps: float, record: Record) -> None:
-    """Write a video and then its record beside it: a record stands for a whole video, whenever a run is killed.
+def save_video(path: str | Path, frames: AnyVideo, fps: float, record: Record | None = None) -> None:
+    """Write a video, and then its record beside it: a record stands for a whole video, whenever a run is killed.
 
     Args:
-        path: as `check_output` returns it.
-        frames: (T, H, W, 3), uint8; H and W even.
+        path: .mp4, .gif or .webp; without a suffix a new directory for PNGs.
+        frames: as `as_frames` takes them; H and W even.
         fps: frames per second.
-        record: how the video was made; it also goes into the file itself.
+        record: how the video was made; it also goes into the file itself. None writes the video alone.
 
     Raises:
+        InputError: frames, fps or the name cannot be used.
         flashi2v_data.errors.StorageError: it cannot be written whole; nothing of it stays.
     """
-    path = Path(path)
+    path, pixels = Path(path), as_frames(frames)
     if path.suffix not in SUFFIXES:
-        write_frames(path, frames, record)
+        write_frames(path, pixels, record)
         return
     with _storing(path):
         record_path(path).unlink(missing_ok=True)
         if path.suffix == ".mp4":
-            write_mp4(path, frames, fps, record)
+            write_mp4(path, pixels, fps, record)
         else:
-            (_write_gif if path.suffix == ".gif" else _write_webp)(path, frames, fps, record)
-        with atomic_file(record_path(path)) as file:
-            _write_record(file, record)
+            (_write_gif if path.suffix == ".gif" else _write_webp)(path, pixels, fps, record)
+        if record is not None:
+            with atomic_file(record_path(path)) as file:
+                _write_record(file, record)
+
+
+def as_frames(video: AnyVideo) -> Frames:
+    """Return one video as (T, H, W, 3), uint8.
+
+    Args:
+        video: a list of T images; an array (T, H, W, 3) or a tensor (T, 3, H, W), uint8 or floats in [0, 1]; or a batch
+            of one of these, as the pipeline returns it.
+
+    Raises:
+        InputError: it is something else, or holds several videos.
+    """
+    if len(video) == 1 and (isinstance(video[0], (list, tuple)) or getattr(video[0], "ndim", 0) == 4):
+        video = video[0]  # type: ignore[assignment]
+    if isinstance(video, np.ndarray) and video.dtype == np.uint8:
+        return np.asarray(video, np.uint8)
+    is_list = isinstance(video, (list, tuple)) and len(video) > 0 and not isinstance(video[0], (list, tuple))
+    if is_list or (isinstance(video, (np.ndarray, Tensor)) and video.ndim == 4):
+        return np.stack([as_pixels(frame, "a frame") for frame in video])  # type: ignore[arg-type]
+    raise InputError(
+        "one video is needed, as a list of images, an array (T, H, W, 3) or a tensor (T, 3, H, W): of a batch give "
+        "one, frames[0] for example"
+    )
 
 
 @contextmanager
@@ -174,12 +201,12 @@ def _write_record(path: Path, record: Record) -> None:
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_mp4(path: Path, frames: Frames, fps: float, record: Record | None = None) -> None:
+def write_mp4(path: str | Path, frames: AnyVideo, fps: float, record: Record | None = None) -> None:
     """Write a video, with `record` as JSON in its comment; the file appears only when whole.
 
     Args:
         path: ends in .mp4.
-        frames: (T, H, W, 3); H and W even.
+        frames: as `as_frames` takes them; H and W even.
         fps: frames per second.
         record: what made the video: prompt, seed, settings, versions.
 
@@ -188,25 +215,26 @@ def write_mp4(path: Path, frames: Frames, fps: float, record: Record | None = No
         flashi2v_data.errors.StorageError: it cannot be written whole; nothing of it stays.
     """
     comment = {"comment": json.dumps(record, ensure_ascii=False)} if record else None
+    path = Path(path)
     with _storing(path):
-        write_video(path.absolute(), frames, fps, comment)  # FFmpeg reads "12:30.mp4" as an address
+        write_video(path.absolute(), as_frames(frames), fps, comment)  # FFmpeg reads "12:30.mp4" as an address
 
 
-def _write_gif(path: Path, frames: Frames, fps: float, record: Record) -> None:
+def _write_gif(path: Path, frames: Frames, fps: float, record: Record | None) -> None:
     # One palette for all frames: with one for each, still surfaces would flicker.
     sample = frames[np.unique(np.linspace(0, len(frames) - 1, 8).round().astype(int))]
     palette = Image.fromarray(np.concatenate(list(sample))).quantize(256, Image.Quantize.MEDIANCUT)
     pictures = [
         Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames
     ]
-    _write_animation(
-        path, pictures, durations(len(frames), fps, _GIF_TICK), {"comment": json.dumps(record).encode("ascii")}
-    )
+    comment = {"comment": json.dumps(record).encode("ascii")} if record else {}
+    _write_animation(path, pictures, durations(len(frames), fps, _GIF_TICK), comment)
 
 
-def _write_webp(path: Path, frames: Frames, fps: float, record: Record) -> None:
+def _write_webp(path: Path, frames: Frames, fps: float, record: Record | None) -> None:
     exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + json.dumps(record).encode("ascii")
+    if record:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + json.dumps(record).encode("ascii")
     pictures = [Image.fromarray(frame) for frame in frames]
     _write_animation(path, pictures, durations(len(frames), fps, _WEBP_TICK), {"quality": 90, "exif": exif})
 
@@ -217,12 +245,13 @@ def _write_animation(path: Path, pictures: list[Image.Image], milliseconds: list
         first.save(file, save_all=True, append_images=others, duration=milliseconds, loop=0, **options)
 
 
-def write_frames(path: Path, frames: Frames, record: Record) -> None:
+def write_frames(path: Path, frames: Frames, record: Record | None = None) -> None:
     """Write frame_0000.png, frame_0001.png, ... and record.json into a new directory, which appears only when whole."""
     with _storing(path), atomic_directory(path) as directory:
         for number, frame in enumerate(frames):
             _write_png(directory / _NAME.format(number), Image.fromarray(frame), record)
-        _write_record(record_path(directory), record)
+        if record is not None:
+            _write_record(record_path(directory), record)
 
 
 def write_picture(path: Path, picture: Image.Image, record: Record | None = None) -> None:

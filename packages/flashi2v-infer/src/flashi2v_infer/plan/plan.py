@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
+from flashi2v_infer.arguments import check_conditioning
 from flashi2v_infer.decoding import choose_decoding, decoding_as, describe
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.load import find_device
-from flashi2v_infer.pipeline import check_conditioning
 from flashi2v_infer.placement import streams
 from flashi2v_infer.plan.skeleton import Parts
 from flashi2v_infer.settings import SamplingSettings
@@ -27,7 +27,7 @@ from flashi2v_model.caching import text_kept
 from flashi2v_model.config import SchedulerName
 from flashi2v_model.cost import held_while_running, num_bytes, tracing
 from flashi2v_model.encoders import decode_video, encode_text, encode_video
-from flashi2v_model.sampling import exact_timesteps, set_timesteps, velocity_field
+from flashi2v_model.sampling import VelocityField, exact_timesteps, set_timesteps
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_npu_ops.device import free_memory, missing
 
@@ -194,7 +194,7 @@ class _Run:
         ]
         self.held = [self.latents, condition, *self.texts]
         check_conditioning(parts.transformer, settings.conditioning)
-        self._velocity = velocity_field(
+        self._velocity = VelocityField(
             parts.transformer,
             condition,
             self.texts[0],
