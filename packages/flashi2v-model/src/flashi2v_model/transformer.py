@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flashi2v_model.acceleration import Accelerated
 from flashi2v_model.layers import Block, ConditionEmbedder, FP32Linear, LatentShift, modulation, rope_tables
 from flashi2v_model.lora_layers import adapters_scaled
+from flashi2v_model.single_file import OriginalModel
 from flashi2v_model.strict import StrictModel
 from flashi2v_npu_ops import layer_norm_modulate, route_conv3d, split_frequencies
 
@@ -26,7 +27,7 @@ EMBED_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "condition
 
 
 # The last two bases are there already; diffusers looks for its own in this module.
-class FlashI2VTransformer3DModel(StrictModel, Accelerated, ModelMixin, ConfigMixin):
+class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelMixin, ConfigMixin):
     """Velocity network of FlashI2V.
 
     Parameter and config names follow diffusers' `WanTransformer3DModel`, plus `learnable_proj` (the latent shift phi)

@@ -77,7 +77,7 @@ def read_state_dict(
         if twice := tensors.keys() & state_dict.keys():
             raise InputError(f"{path} is damaged: {file.name} and another file both hold {sorted(twice)[0]}")
         state_dict.update(tensors)
-    return _without_prefix(path, state_dict)
+    return without_prefix(path, state_dict)
 
 
 def weight_files(path: Path, variant: str | None = None) -> list[Path]:
@@ -286,7 +286,7 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def _without_prefix(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take off the prefix before the transformer's names ("module."), and leave the other parts of a whole checkpoint.
 
     Raises:
