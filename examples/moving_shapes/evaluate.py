@@ -31,9 +31,9 @@ from tqdm import tqdm
 from flashi2v_data.randomness import generator
 from flashi2v_data.shapes.scenes import BACKGROUNDS, Scene, centres, render, sample_scene
 from flashi2v_data.shapes.tracking import look, surroundings, track
+from flashi2v_data.video.measures import psnr
 from flashi2v_data.video.strips import film_strip, stack
 from flashi2v_infer import FlashI2VPipeline, demo, save_video, video_grid
-from flashi2v_infer.commands.sampler import psnr
 from flashi2v_infer.defaults import settings_of
 from flashi2v_model.encoders import decode_video, encode_video
 

@@ -3,14 +3,20 @@
 import json
 import logging
 import math
+import time
 from pathlib import Path
 
+import forked
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flashi2v_data.errors import InputError
+from flashi2v_data.locking import hold
 from flashi2v_train import metrics
+from flashi2v_train.history import Curve, held_out_table
 from flashi2v_train.metrics import MetricsLog
 from flashi2v_train.options import TrainOptions
+from flashi2v_train.status import describe
 
 
 def options(directory: Path, **changes) -> TrainOptions:
@@ -125,6 +131,68 @@ def test_without_a_terminal_a_line_tells_of_a_step_now_and_then(tmp_path, caplog
     told = [record.message for record in caplog.records if record.message.startswith("step ")]
     assert [line.split(":")[0] for line in told] == ["step 2 of 300", "step 6 of 300", "step 10 of 300"]
     assert told[0] == "step 2 of 300: loss 0.5000, gradient norm 0.5, rate 0.0001, 2 s a step, 14:54 left"
+
+
+def test_it_is_told_when_the_first_step_is_done(tmp_path, caplog):
+    with MetricsLog(options(tmp_path), 4, {}, started=time.monotonic() - 65) as log, caplog.at_level(logging.INFO):
+        log.write(numbers(5))
+        log.write(numbers(6))
+    assert [line for line in caplog.messages if line.startswith("first step after 01:")] == caplog.messages[:1]
+    assert "first step after" not in "".join(caplog.messages[1:])
+
+
+def test_a_curve_of_any_length_has_few_points_and_the_same_mean():
+    curve = Curve()
+    for step in range(1, 5001):
+        curve.add(step, math.inf if step == 7 else float(step))
+    assert curve.steps_per_point == 4
+    assert len(curve.points) == 1249  # of 4,999 steps
+    assert curve.points[0] == (2.5, 2.5)
+    assert all(step == loss for step, loss in curve.points)
+
+
+def test_held_out_clips_are_compared_before_and_after_training_and_with_real_ones():
+    first = {"step": 0, "validation_loss": 0.5, "first_frame_psnr": 10.04, "motion": 0.5, "real_motion": 5.0}
+    last = {"step": 90, "validation_loss": None, "first_frame_psnr": 20.0, "motion": 4.0, "real_motion": 5.0}
+    lines = held_out_table([first, {"step": 40, "validation_loss": 0.4}, last]).splitlines()
+    assert [line.split() for line in lines] == [
+        ["held-out", "clips", "before", "training", "at", "step", "90", "real", "clips"],
+        ["loss", "0.5000"],
+        ["first", "frame", "PSNR", "[dB]", "10.0", "20.0"],
+        ["motion", "[levels", "of", "255", "a", "frame]", "0.50", "4.00", "5.00"],
+    ]
+    assert held_out_table([first]) is None
+
+
+def test_status_says_where_a_run_is(tmp_path):
+    with pytest.raises(InputError, match="no run of flashi2v-train"):
+        describe(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"options": {"train_iters": 300}}))
+    assert describe(tmp_path).splitlines() == [
+        f"run         {tmp_path}: not running: it has been ended",
+        "step        0 of 300",
+    ]
+    with MetricsLog(options(tmp_path), 0, {}) as log:
+        for step in range(1, 31):
+            log.write(numbers(step))
+        log.write_validation(30, {"validation_loss": 0.25})
+        with hold(tmp_path / ".lock", "it"):
+            # A process does not see its own lock.
+            forked.call("others", 1, assert_status, tmp_path, ["running (process", "2 s a step, 09:00 left"])
+        log.finish("stopped by SIGTERM", {})
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20\n")
+    told = describe(tmp_path)
+    assert "stopped by SIGTERM" in told
+    assert "30 of 300, 10%, 2 s a step\n" in told
+    assert "loss        0.0333, mean of the last 3 steps 0.0345" in told
+    assert "checkpoint  step 20, 00:00 ago" in told
+    assert "validation  step 30: loss 0.2500" in told
+    assert "train_loss.png" in told
+
+
+def assert_status(rank, directory, words):
+    told = describe(directory)
+    assert all(word in told for word in words), told
 
 
 def test_speed_is_that_of_iterations_100_to_200_and_of_all(tmp_path, caplog):

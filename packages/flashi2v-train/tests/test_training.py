@@ -9,14 +9,18 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from PIL import Image
 
+from flashi2v_data import build_dataloader
 from flashi2v_data.errors import InputError
 from flashi2v_data.settings import load_config
 from flashi2v_model import FlashI2VTransformer3DModel, convert_state_dict
 from flashi2v_model.weights import read_state_dict
 from flashi2v_model.weights.checksums import CHECKSUMS
 from flashi2v_train.config import TrainModelConfig, TrainOptions, read_run_config
+from flashi2v_train.status import describe
 from flashi2v_train.trainer import train
+from flashi2v_train.validation import VIDEO_MEASURES
 
 
 def options(workspace, name="run", changes=None, **values) -> TrainOptions:
@@ -230,13 +234,41 @@ def test_frozen_parameters_stay_as_they_are(workspace):
 
 
 def test_validation_is_logged_and_shown(workspace):
-    directory = run(workspace, train_iters=4, eval_interval=2, eval_iters=2, eval_videos=1, eval_steps=2, eval_ema=True)
+    directory = run(workspace, train_iters=3, eval_interval=2, eval_iters=2, eval_videos=1, eval_steps=2, eval_ema=True)
     lines = [json.loads(line) for line in (directory / "validation.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4]
-    assert {"validation_loss", "validation_loss/sigma_0.5"} <= lines[0].keys()
+    assert [line["step"] for line in lines] == [0, 2, 3]
+    assert {"validation_loss", "validation_loss/sigma_0.5", *VIDEO_MEASURES} <= lines[0].keys()
     shown = sorted(str(path.relative_to(directory)) for path in (directory / "validation").rglob("*.*"))
-    assert shown == [f"validation/step_000000{n}/{name}" for n in (2, 4) for name in ("strip_0.png", "video_0.mp4")]
-    assert losses(directory) == losses(run(workspace, "plain", train_iters=4))
+    assert shown == [f"validation/step_000000{n}/{name}" for n in (0, 2, 3) for name in ("strip_0.png", "video_0.mp4")]
+    assert losses(directory) == losses(run(workspace, "plain", train_iters=3))
+    for name in ("train_loss.png", "validation.png"):
+        with Image.open(directory / name) as picture:
+            assert picture.width > 500
+    table = describe(directory).split("\n\n")[1].splitlines()
+    assert table[0].split("  ")[-3:] == ["before training", "at step 3", "real clips"]
+    assert [line.split("  ")[0] for line in table[1:]] == [
+        "loss", "first frame PSNR [dB]", "motion [levels of 255 a frame]", "pixels that stand still",
+    ]  # fmt: skip
+    said = json.loads((directory / "train_summary.json").read_text())["validation"]
+    assert (said["first"], said["last"]) == (lines[0], lines[-1])
+
+
+def test_clips_that_are_held_out_are_validated_on_and_never_trained_on(workspace):
+    changes = {"data.dataset_param.held_out_clips": 3}
+    options = {"train_iters": 1, "micro_batch_size": 1, "eval_interval": 9, "eval_iters": 3, "eval_videos": 0}
+    directory = run(workspace, changes=changes, global_batch_size=5, **options)
+    seen = {}
+    for held_out in (False, True):
+        data = read_run_config(TrainOptions(**workspace.files(changes), device="cpu")).data
+        loader = build_dataloader(data, seed=1024, batch_size=1, held_out=held_out)
+        seen[held_out] = {int(batch["index"][0]) for _, batch in zip(range(16), loader)}
+    assert seen == {False: {0, 2, 3, 5, 7}, True: {1, 4, 6}}
+    # What is held out is what another run would have to be given as data of its own.
+    validated = json.loads((directory / "validation.jsonl").read_text().splitlines()[0])["validation_loss"]
+    other = run(workspace, "other", **options)
+    assert validated != json.loads((other / "validation.jsonl").read_text().splitlines()[0])["validation_loss"]
+    with pytest.raises(InputError, match="fewer than the 6 of one optimizer step"):
+        run(workspace, "too_many", changes=changes, **options, global_batch_size=6)
 
 
 def test_the_seed_files_are_understood_as_printed(tmp_path):

@@ -55,6 +55,19 @@ def hold(path: str | os.PathLike[str], what: str) -> Iterator[None]:
             os.close(descriptor)
 
 
+def holder(path: str | os.PathLike[str]) -> str | None:
+    """Return who holds the lock file `path`, in words that may be empty; None where nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        # Where the disk has no locks, the file is one as long as it is there.
+        return None if _lock(descriptor) else _described(os.pread(descriptor, 4096, 0))
+    finally:
+        os.close(descriptor)
+
+
 def _acquire(path: Path, what: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

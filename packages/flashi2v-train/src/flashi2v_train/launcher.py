@@ -1,12 +1,14 @@
 """`flashi2v-train`: check everything, then train here or in processes of its own."""
 
 import logging
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cyclopts import App
 
 import flashi2v_train
-from flashi2v_data.console import configure_logging, importing, run
+from flashi2v_data.console import configure_logging, escaped, importing, run
 from flashi2v_data.errors import InputError
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
@@ -36,7 +38,23 @@ def command(recipe: "RecipeClass | None" = None) -> App:
     def launch(*, options: TrainOptions) -> None:
         _launch(options, recipe)
 
+    app.command(status)
     return app
+
+
+def status(run: Path, /) -> None:
+    """Print where a run is: running or not, step, loss, time left, and how good it is on held-out clips.
+
+    Example: flashi2v-train status runs/first
+
+    Parameters
+    ----------
+    run
+        The run's directory, as --save names it.
+    """
+    from flashi2v_train.status import describe
+
+    print(escaped(describe(run)))
 
 
 app = command()
@@ -86,13 +104,14 @@ def _answer(config: RunConfig, dims: ParallelDims) -> None:
 
 
 def _train(config: RunConfig) -> None:
+    started = time.monotonic()
     # What all processes would log alike, the first one logs.
     configure_logging(logging.INFO if processes.is_first() else logging.WARNING)
     # Imported here: the encoders take seconds, and a wrong option should be reported at once.
     with importing():
         from flashi2v_train.trainer import train
 
-    train(config)
+    train(config, started)
 
 
 def main(recipe: "RecipeClass | None" = None) -> None:

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,17 @@ from flashi2v_npu_ops.device import name as device_name
 from flashi2v_npu_ops.device import peak_memory
 from flashi2v_train.config import RunConfig
 from flashi2v_train.cost import count_parameters, num_tokens, operations_of, peak_flops
+from flashi2v_train.history import (
+    Curve,
+    draw_loss,
+    draw_progress,
+    held_out_table,
+    raw_lines,
+    read_line,
+    read_steps,
+    read_validations,
+    summarise,
+)
 from flashi2v_train.options import TrainOptions
 from flashi2v_train.world import World
 
@@ -27,12 +38,8 @@ logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float | int]
 
-_SUMMED = {"step", "seconds", "samples_per_second", "peak_memory_bytes"}
 # Without a terminal a line tells of a step at most every so many seconds.
 _SECONDS_BETWEEN_LINES = 10.0
-
-# The reference's script measures its speed over these steps, when everything is warm.
-_TIMED = range(100, 201)
 
 
 class Meter:
@@ -77,12 +84,12 @@ class Meter:
         }
 
 
-def open_log(config: RunConfig, first_step: int) -> "MetricsLog":
+def open_log(config: RunConfig, first_step: int, started: float) -> "MetricsLog":
     """Write `config.json`, and return what writes the numbers of steps beside it."""
     values = config.as_dict()
     with atomic_file(config.options.save / "config.json") as path:
         path.write_text(json.dumps(values, indent=1) + "\n")
-    return MetricsLog(config.options, first_step, values)
+    return MetricsLog(config.options, first_step, values, started)
 
 
 class MetricsLog:
@@ -92,19 +99,26 @@ class MetricsLog:
         options: of the run.
         first_step: steps done before; later lines of an interrupted run are removed, as their steps are done again.
         config: everything resolved, for Weights & Biases.
+        started: when this start of the run began, by `time.monotonic`; default: now.
 
     Raises:
         InputError: Weights & Biases refuses the run.
     """
 
-    def __init__(self, options: TrainOptions, first_step: int, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, options: TrainOptions, first_step: int, config: Mapping[str, Any], started: float | None = None
+    ) -> None:
         self._options, self._run = options, options.save
-        self._started = time.monotonic()
+        self._started = time.monotonic() if started is None else started
         self._step = self._first_step = first_step
-        self._next_line = 0.0
+        self._next_line = self._first_ended = 0.0
         (self._run / "train_summary.json").unlink(missing_ok=True)  # of an earlier end: the run goes on
-        for name in ("metrics.jsonl", "validation.jsonl"):
-            _keep_until(self._run / name, first_step)
+        _keep_until(self._run / "metrics.jsonl", first_step)
+        # A run that begins anew is also validated anew before its first step.
+        _keep_until(self._run / "validation.jsonl", first_step or -1)
+        self._curve = Curve()
+        for line in read_steps(self._run):
+            self._curve.add(line["step"], math.nan if line["loss"] is None else line["loss"])
         self._file = (self._run / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(self._run), purge_step=first_step + 1 if first_step else None)
         self._progress = tqdm(total=options.train_iters, initial=first_step, desc="training", unit="step", disable=None)
@@ -129,6 +143,7 @@ class MetricsLog:
             self._file.write(_line(metrics))
             self._file.flush()
             self._send(metrics)
+        self._curve.add(step, metrics["loss"])
         if step % self._options.tensorboard_log_interval == 0:
             self._draw(step, metrics)
         self._tell(metrics)
@@ -136,17 +151,25 @@ class MetricsLog:
         self._progress.update()
 
     def _tell(self, metrics: Metrics) -> None:
-        """Log a line now and then where no terminal shows the progress."""
+        """Log a line now and then where no terminal shows the progress, and when the first step was done."""
         now, step = time.monotonic(), int(metrics["step"])
+        if step == self._first_step + 1:
+            logger.info("first step after %s", tqdm.format_interval(now - self._started))
+            self._first_ended = now
         if not self._progress.disable or step % self._options.log_interval or now < self._next_line:
             return
         self._next_line = now + _SECONDS_BETWEEN_LINES
-        left = (self._options.train_iters - step) * (now - self._started) / max(1, step - self._first_step)
+        left = (self._options.train_iters - step) * self._pace(now, step, metrics["seconds"])
         logger.info(
             "step %d of %d: loss %.4f, gradient norm %.3g, rate %.3g, %.3g s a step, %s left",
             *(step, self._options.train_iters, metrics["loss"], metrics["grad_norm"], metrics["lr"]),
             *(metrics["seconds"], tqdm.format_interval(left)),
         )
+
+    def _pace(self, now: float, step: int, seconds: float) -> float:
+        """Return the seconds that a step takes with all around it; the first one also has to import and compile."""
+        behind = step - self._first_step - 1
+        return (now - self._first_ended) / behind if behind else seconds
 
     def write_validation(self, step: int, metrics: Metrics) -> None:
         """Note the numbers of a validation after a step."""
@@ -155,6 +178,15 @@ class MetricsLog:
         self._draw(step, metrics)
         self._send({"step": step, **metrics})
         logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw train_loss.png and validation.png anew; a disk that is full does not end the run."""
+        try:
+            draw_loss(self._curve, read_validations(self._run), self._run / "train_loss.png")
+            draw_progress(self._run, self._run / "validation.png")
+        except OSError as error:
+            logger.warning("cannot draw how the run goes: %s", error)
 
     def _draw(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -172,18 +204,22 @@ class MetricsLog:
             ended: why.
             facts: about the run, to be written too.
         """
-        lines = [line for line in map(_read_line, _raw_lines(self._run / "metrics.jsonl")) if line and "loss" in line]
+        lines, validations = read_steps(self._run), read_validations(self._run)
         summary = {
             "ended": ended,
             "steps": self._step,
             "seconds_since_start": time.monotonic() - self._started,
-            **_summarise(lines),
+            **summarise(lines),
+            "validation": {"first": validations[0], "last": validations[-1]} if validations else None,
             **facts,
         }
         with atomic_file(self._run / "train_summary.json") as path:
             path.write_text(json.dumps(summary, indent=1) + "\n")
         if self._wandb is not None:
             self._wandb.summary.update(summary)
+        self.draw()
+        for line in (held_out_table(validations) or "").splitlines():
+            logger.info(line)
         if lines:
             logger.info(
                 "steps %d to %d: elapsed time per iteration %.3f s, %.3f samples per second",
@@ -191,43 +227,6 @@ class MetricsLog:
                 summary["seconds_per_step"],
                 summary["samples_per_second"],
             )
-
-
-def _summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum up a run's lines of metrics: of every logged step, null where a number was not finite."""
-    timed = [line for line in lines if line["step"] in _TIMED] or lines
-    losses = [(line["loss"], line["step"]) for line in lines if line["loss"] is not None]
-    least, least_step = min(losses, default=(None, None))
-    overall, last = _speed(lines), lines[-1] if lines else {}
-    return {
-        **_speed(timed),
-        "timed_steps": [timed[0]["step"], timed[-1]["step"]] if timed else [],
-        "seconds_per_step_overall": overall["seconds_per_step"],
-        "samples_per_second_overall": overall["samples_per_second"],
-        "final_loss": losses[-1][0] if losses else None,
-        "least_loss": least,
-        "least_loss_step": least_step,
-        "mean_loss_of_last_tenth": _mean(lines[-max(1, len(lines) // 10) :], "loss"),
-        "peak_memory_bytes": max((line["peak_memory_bytes"] for line in lines), default=None),
-        "data_wait_share": _mean(timed, "data_wait_share"),
-        "model_flops_utilisation": _mean(timed, "model_flops_utilisation"),
-        "skipped_videos": last.get("skipped_videos", 0),
-        "skipped_steps": last.get("skipped_steps", 0),
-    }
-
-
-def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    seconds = sum(line["seconds"] for line in lines)
-    samples = sum(line["samples_per_second"] * line["seconds"] for line in lines)
-    return {
-        "seconds_per_step": seconds / len(lines) if lines else None,
-        "samples_per_second": samples / seconds if lines else None,
-    }
-
-
-def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = [line[name] for line in lines if line.get(name) is not None]
-    return sum(values) / len(values) if values else None
 
 
 def _line(metrics: Metrics) -> str:
@@ -279,28 +278,11 @@ def _keep_until(path: Path, step: int) -> None:
     """Remove the lines of later steps, and what is no line of numbers: the last of a killed run may be cut off."""
     if not path.exists():
         return
-    raw = _raw_lines(path)
-    read = [_read_line(line) for line in raw]
+    raw = raw_lines(path)
+    read = [read_line(line) for line in raw]
     damaged = sum(line is None for line in read[:-1])
     if damaged:
         logger.warning("%s: %d of %d lines are damaged, and are removed", path, damaged, len(read))
     kept = [line for line, numbers in zip(raw, read) if numbers is not None and numbers["step"] <= step]
     with atomic_file(path) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-
-
-def _raw_lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines() if path.exists() else []
-
-
-def _read_line(raw: bytes) -> dict[str, Any] | None:
-    """Return a line's numbers by name (None: not finite); None where it is no such line."""
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or not all(value is None or type(value) in (int, float) for value in line.values()):
-        return None
-    # What a summary needs of a step; a line of a validation has a loss of another name.
-    needed = _SUMMED if "loss" in line else {"step"}
-    return line if all(line.get(name) is not None for name in needed) else None

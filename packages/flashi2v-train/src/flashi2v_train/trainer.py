@@ -144,8 +144,12 @@ class Trainer:
     def _state(self, *, optimizer: bool) -> dict[str, Tensor]:
         return run_state(self.parameters.items(), self.optimizer if optimizer else None, self.ema)
 
-    def run(self, stop: StopSignal) -> None:
+    def run(self, stop: StopSignal, started: float) -> None:
         """Train to the last step, or until the processes are asked to stop; save on the way.
+
+        Args:
+            stop: that was asked for.
+            started: when this start of the run began, by `time.monotonic`.
 
         Raises:
             RunError: the run has diverged.
@@ -154,11 +158,13 @@ class Trainer:
         options, world = self.options, self.world
         with ExitStack() as stack:
             stack.enter_context(_disk_failures_reported())
-            log = stack.enter_context(open_log(self.config, self.step)) if world.is_first else None
+            log = stack.enter_context(open_log(self.config, self.step, started)) if world.is_first else None
             if self.source is not None:
                 stack.callback(self.source.close)
             stack.enter_context(self.checkpoints)
             stack.enter_context(self.watchdog)
+            if self.step == 0:
+                self._validate(log)
             stops = False
             while self.step < options.train_iters and not stops:
                 started = time.perf_counter()
@@ -173,7 +179,8 @@ class Trainer:
                 self.checkpoints.poll()
                 if stops or self.step == options.train_iters or self.step % options.save_interval == 0:
                     self._save(verdict)
-                if options.eval_interval is not None and self.step % options.eval_interval == 0 and not stops:
+                is_due = self.step == options.train_iters or self.step % (options.eval_interval or 1) == 0
+                if is_due and not stops:
                     self._validate(log)
             self.watchdog.beat(self.step, "saving")
             self.checkpoints.wait()
@@ -244,7 +251,8 @@ class Trainer:
         )
 
     def _validate(self, log: MetricsLog | None) -> None:
-        assert self.validation is not None
+        if self.validation is None:
+            return
         with nullcontext() if self.ema is None or not self.options.eval_ema else self.ema.in_place():
             metrics = self.validation(self.step)
         if log is not None:
@@ -275,12 +283,17 @@ def _disk_failures_reported() -> Iterator[None]:
         raise StorageError(f"{machine_fault(error)}: fix that, and start the same command again") from error
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, started: float | None = None) -> Path:
     """Run a training in this process (one of those that torchrun started, or the only one); return its directory.
+
+    Args:
+        config: of the run.
+        started: when it began, by `time.monotonic`; default: now.
 
     Raises:
         InputError: weights, data or checkpoint do not fit the configuration.
     """
+    started = time.monotonic() if started is None else started
     quieten()
     # The watchdog names who is late; only if it cannot, the collectives give up.
     timeout = timedelta(minutes=2 * config.options.distributed_timeout_minutes)
@@ -289,5 +302,5 @@ def train(config: RunConfig) -> Path:
         stop = stack.enter_context(StopSignal())
         world = stack.enter_context(join_world(config.options.device, dims, timeout))
         stack.enter_context(hold_directory(config.options.save, "--save", world.control))
-        Trainer(config, world).run(stop)
+        Trainer(config, world).run(stop, started)
     return config.options.save

@@ -21,6 +21,7 @@ from flashi2v_data.atomic import atomic_file
 from flashi2v_data.loading.loader import Batch as LoadedBatch
 from flashi2v_data.loading.loader import StatefulLoader, build_dataloader
 from flashi2v_data.randomness import generator
+from flashi2v_data.video.measures import motion, psnr, stillness
 from flashi2v_data.video.strips import film_strip
 from flashi2v_data.video.write import write_video
 from flashi2v_model.sampling import guided, integrate, set_timesteps
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 # The cut-off's energy share at inference; the loss is measured at shares from the range of training.
 _SAMPLING_RATIO = 0.1
+# What is measured of sampled videos beside the real ones.
+VIDEO_MEASURES = ("first_frame_psnr", "motion", "stillness", "real_motion", "real_stillness")
 # Of videos whose data file counts in strides instead.
 _DEFAULT_FPS = 16.0
 
@@ -108,7 +111,8 @@ class Validation:
         self._videos: dict[int, NDArray[np.uint8]] = {}  # (T, 8 H, 8 W, 3); none where training reads features instead
         self._no_text = torch.empty(0)  # (B, L, text_dim), of the empty prompt
         self._loader = self._open(text_drop_ratio=0.0) if world.embeds else None
-        if options.eval_data is None and world.is_first:
+        held_out = self._data.dataset_param.held_out_clips
+        if options.eval_data is None and not held_out and world.is_first:
             logger.info("--eval-data is not set: validation looks at the training's data, %s", options.mm_data)
 
     @torch.no_grad()
@@ -116,18 +120,25 @@ class Validation:
         """Validate after a step; write sampled videos to <save>/validation/step_<step>.
 
         Returns:
-            `validation_loss`, and that of every sigma as `validation_loss/sigma_<sigma>`; equal on all processes.
+            `validation_loss`, and that of every sigma as `validation_loss/sigma_<sigma>`; where videos are sampled, the
+            means of `VIDEO_MEASURES` over them (see `flashi2v_data.video.measures`). Equal on all processes.
         """
         if self._loader is not None:
             self._read(self._loader)
             self._loader = None
         losses = self._losses()
+        names = (f"validation_loss/sigma_{sigma}" for sigma in SIGMAS)
+        metrics = {"validation_loss": sum(losses) / len(losses), **dict(zip(names, losses, strict=True))}
+        # As for losses: one column for every video.
+        measured = torch.zeros(len(VIDEO_MEASURES), self._config.options.eval_videos, device=self._world.device)
         for call, batch in enumerate(self._batches[: self._video_calls]):
             latents = self._sample(batch)
             if batch is not None and latents is not None and self._speaks:
-                self._show(step, self._numbers(call), batch, latents)
-        names = (f"validation_loss/sigma_{sigma}" for sigma in SIGMAS)
-        return {"validation_loss": sum(losses) / len(losses), **dict(zip(names, losses, strict=True))}
+                self._show(step, self._numbers(call), batch, latents, measured)
+        if self._video_calls:
+            means = self._world.sum(measured).cpu().double().mean(dim=1).tolist()
+            metrics |= dict(zip(VIDEO_MEASURES, means, strict=True))
+        return metrics
 
     @property
     def _speaks(self) -> bool:
@@ -148,6 +159,7 @@ class Validation:
             device=world.device,
             provenance=self._provenance,
             num_required=1,
+            held_out=self._data.dataset_param.held_out_clips > 0,
         )
 
     def _read(self, loader: StatefulLoader) -> None:
@@ -232,8 +244,8 @@ class Validation:
             return velocity
         return guided(velocity, self._velocity(negative).float(), self._guidance_scale)
 
-    def _show(self, step: int, numbers: Sequence[int], batch: Batch, latents: Tensor) -> None:
-        """Write videos and film strips; neither a full disk nor a broken model ends the run."""
+    def _show(self, step: int, numbers: Sequence[int], batch: Batch, latents: Tensor, measured: Tensor) -> None:
+        """Write videos and film strips, and measure them; neither a full disk nor a broken model ends the run."""
         assert self._decode is not None
         options = self._config.options
         directory = options.save / "validation" / f"step_{step:07d}"
@@ -243,11 +255,14 @@ class Validation:
                 continue
             if not latents[i].isfinite().all():
                 logger.warning("step %d: sampling video %d ended in NaN or infinity: not written", step, number)
+                measured[:, number] = torch.nan
                 continue
             frames = _as_frames(self._decode(latents[i : i + 1])[0])
             truth = self._videos.get(number)
             if truth is None:
                 truth = _as_frames(self._decode(batch["latents"][i : i + 1].to(latents.device))[0])
+            both = (psnr(frames[0], truth[0]), motion(frames), stillness(frames), motion(truth), stillness(truth))
+            measured[:, number] = torch.tensor(both)
             try:
                 write_video(directory / f"video_{number}.mp4", frames, fps, {"comment": self._captions[number]})
                 strip = film_strip(truth[0], frames, truth, caption=self._captions[number])

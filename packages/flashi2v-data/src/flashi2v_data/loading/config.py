@@ -208,6 +208,9 @@ class DatasetParam(Settings):
     load_video_features: bool = False
     load_text_features: bool = False
     features_path: str | None = Field(None, description="Features encoded ahead: a store, or a folder of them.")
+    held_out_clips: int = Field(
+        0, ge=0, description="Clips, spread over the store, that training never sees and validation looks at."
+    )
     columns: dict[str, PositiveInt | None] = Field(
         {},
         description="Further keys of records: a list of those that hold a number, or lengths (null: a number) by key.",

@@ -1,7 +1,7 @@
 """Samples for training: decoded, cropped in time and space, with a cleaned and tokenised caption."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -65,6 +65,10 @@ class FlashI2VDataset(Dataset[Sample]):
         seed: of everything random: crop in time, choice among captions, dropped text, mirroring.
         tokenizer: the default loads `text_tokenizer_path`.
         provenance: what features must have been made from, where any are loaded; None accepts any.
+        held_out: only those clips that `held_out_clips` keeps from training, or only the others; None takes all.
+
+    Attributes:
+        indices: of the records that it gives.
 
     Raises:
         InputError: store or features do not fit the config, or the tokenizer or decoder is missing.
@@ -78,6 +82,7 @@ class FlashI2VDataset(Dataset[Sample]):
         seed: int,
         tokenizer: Tokenizer | None = None,
         provenance: Mapping[str, Any] | None = None,
+        held_out: bool | None = None,
     ) -> None:
         if len(store) == 0:
             raise InputError(f"{store.paths[0]} holds no records: see the report beside it for why all were dropped")
@@ -91,11 +96,12 @@ class FlashI2VDataset(Dataset[Sample]):
         self.features = None if config.features_path is None else FeatureStore(config.features_path, provenance)
         default = f"{config.metafile_or_dir_path.rstrip('/')}.quarantine.jsonl"
         self.quarantine = Quarantine(config.quarantine_path or default)
-        self.stand_ins = StandIns(store, self.quarantine, seed)
+        self.indices = _part(store, config.held_out_clips, held_out)
+        self.stand_ins = StandIns(store, self.quarantine, seed, self.indices)
 
     def __len__(self) -> int:
-        """Return the number of records."""
-        return len(self.store)
+        """Return the number of records that it gives."""
+        return len(self.indices)
 
     @property
     def pictures_shape(self) -> tuple[int, int, int, int]:
@@ -318,6 +324,20 @@ def _columns(record: Record, config: DatasetParam) -> dict[str, Tensor]:
             raise record_fault(record, f"its {name} is {value!r:.60}, which is not finite in float32")
         columns[name] = column.view(shape)
     return columns
+
+
+def _part(store: LmdbStore, num_held_out: int, held_out: bool | None) -> Sequence[int]:
+    """Return the indices of all records, of those held out, or of the others."""
+    total = len(store)
+    if held_out is None:
+        return range(total)
+    if num_held_out >= total:
+        raise InputError(f"held_out_clips is {num_held_out}, and {store.paths[0]} holds {total}: set fewer")
+    # Spread evenly: neighbours in a store are often alike.
+    chosen = [(2 * number + 1) * total // (2 * num_held_out) for number in range(num_held_out)]
+    if held_out:
+        return chosen
+    return sorted(set(range(total)) - set(chosen)) if chosen else range(total)
 
 
 def _check_fit(store: LmdbStore, config: DatasetParam) -> None:

@@ -75,6 +75,7 @@ def build_dataloader(
     device: torch.device | str | None = None,
     provenance: Mapping[str, Any] | None = None,
     num_required: int | None = None,
+    held_out: bool = False,
 ) -> "StatefulLoader":
     """Make the training loader that data.json describes.
 
@@ -89,6 +90,7 @@ def build_dataloader(
             default leaves everything on the CPU.
         provenance: what features must have been made from, where any are loaded; None accepts any.
         num_required: records that the store must hold at least; the default is one batch of all ranks.
+        held_out: read the clips that `held_out_clips` keeps from training, instead of the others.
 
     Raises:
         InputError: the store is missing, does not fit the config, or holds fewer records than required.
@@ -100,7 +102,7 @@ def build_dataloader(
             f"{store.paths[0]} holds {len(store)} records, fewer than the {num_required} of one batch over all ranks: "
             "lower the batch size, or relax the filter"
         )
-    dataset = FlashI2VDataset(store, config.dataset_param, seed=seed, provenance=provenance)
+    dataset = FlashI2VDataset(store, config.dataset_param, seed=seed, provenance=provenance, held_out=held_out)
     sampler = StatefulDistributedSampler(
         len(dataset),
         rank=rank,
@@ -108,6 +110,7 @@ def build_dataloader(
         shuffle=config.dataloader_param.shuffle,
         seed=seed,
         consumed_samples=consumed_samples,
+        indices=dataset.indices,
     )
     return StatefulLoader(dataset, sampler, batch_size, config.dataloader_param, device)
 

@@ -1,6 +1,6 @@
 """The order of samples: a pure function of seed and position, whatever the number of ranks or workers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -32,7 +32,7 @@ class StatefulDistributedSampler(Sampler[SampleKey]):
     Position p of the stream is sample `permutation(seed, epoch)[p % num_samples]` of epoch `p // num_samples`; of R
     ranks, rank r takes positions c + r, c + r + R, ... where c samples were consumed before. So batch number k, taken
     over all ranks, holds the same samples however many ranks share it, and nothing is dropped or repeated where one
-    epoch flows into the next.
+    epoch flows into the next. Samples are numbered from 0, or by `indices` where there are such.
 
     Attributes:
         consumed_samples: positions that all ranks together have taken from the stream.
@@ -47,6 +47,7 @@ class StatefulDistributedSampler(Sampler[SampleKey]):
         shuffle: bool = True,
         seed: int = 0,
         consumed_samples: int = 0,
+        indices: Sequence[int] | None = None,
     ) -> None:
         if num_samples < 1:
             raise InputError("there are no samples to draw from")
@@ -58,6 +59,8 @@ class StatefulDistributedSampler(Sampler[SampleKey]):
         self.shuffle = shuffle
         self.seed = seed
         self.consumed_samples = consumed_samples
+        self.indices = range(num_samples) if indices is None else indices
+        assert len(self.indices) == num_samples
 
     def __iter__(self) -> Iterator[SampleKey]:
         """Yield this rank's samples from where the stream stands, without end."""
@@ -67,7 +70,7 @@ class StatefulDistributedSampler(Sampler[SampleKey]):
             if now != epoch:
                 epoch, order = now, self._permutation(now)
             self.consumed_samples += self.num_replicas
-            yield SampleKey(epoch, int(order[offset]))
+            yield SampleKey(epoch, self.indices[int(order[offset])])
 
     def _permutation(self, epoch: int) -> Tensor:
         if not self.shuffle:

@@ -1,7 +1,8 @@
 """Which clip stands in for one that cannot be read: for every loader alike, by seed, epoch and sample alone."""
 
+import bisect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -23,10 +24,14 @@ class StandIns:
         store: the clips.
         quarantine: of unreadable files; it is added to.
         seed: of the choice.
+        indices: of the clips that may stand in for each other, in ascending order; all by default.
     """
 
-    def __init__(self, store: LmdbStore, quarantine: Quarantine, seed: int) -> None:
+    def __init__(
+        self, store: LmdbStore, quarantine: Quarantine, seed: int, indices: Sequence[int] | None = None
+    ) -> None:
         self._store = store
+        self._indices = range(len(store)) if indices is None else indices
         self._quarantine = quarantine
         self._seed = seed
         # Reasons by record, as others of the same file may be right; not on disk, as records are fixed without a trace
@@ -44,9 +49,10 @@ class StandIns:
             DecodeError: more than 100 in a row are unreadable.
             IndexError: there is no such record.
         """
-        num_records = len(self._store)
-        if not 0 <= key.index < num_records:
-            raise IndexError(f"sample {key.index} of {num_records}")
+        num_records = len(self._indices)
+        own = bisect.bisect_left(self._indices, key.index)
+        if own == num_records or self._indices[own] != key.index:
+            raise IndexError(f"sample {key.index} of {len(self._store)}")
         # A walk through all records whose stride is drawn: neighbours often lie in one broken directory.
         random = generator(self._seed, "substitute", key.epoch, key.index)
         stride = 1 + int(torch.randint(num_records, (), generator=random))
@@ -54,7 +60,7 @@ class StandIns:
             stride += 1
         num_tried = min(num_records, MAX_SKIPPED_IN_A_ROW + 1)
         for number in range(num_tried):
-            index = (key.index + number * stride) % num_records
+            index = self._indices[(own + number * stride) % num_records]
             fault = self._known_fault(index)
             if fault is None:
                 yield index

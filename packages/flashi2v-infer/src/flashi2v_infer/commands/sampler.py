@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashi2v_data.randomness import generator
+from flashi2v_data.video.measures import psnr
 from flashi2v_infer.arguments import prepare_image
 from flashi2v_infer.decoding import decode_within_memory
 from flashi2v_infer.files.pictures import Pixels
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 # A first frame below this PSNR is visibly another picture, unless the VAE itself does hardly better on the image.
 _POOR_PSNR, _TOLERANCE = 20.0, 6.0
-_MAX_PSNR = 100.0  # of equal pictures, for which the definition gives infinity
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,6 @@ class Sampler:
         if key not in self._vae_psnr:
             self._vae_psnr[key] = psnr(_reconstruct(self.pipeline, image), image)
         return self._vae_psnr[key]
-
-
-def psnr(picture: Pixels, reference: Pixels) -> float:
-    """Return the peak signal-to-noise ratio of two 8-bit pictures of one shape in dB, at most 100."""
-    error = np.mean((picture.astype(np.float64) - reference) ** 2)
-    return min(_MAX_PSNR, float(10 * np.log10(255**2 / error))) if error else _MAX_PSNR
 
 
 @torch.no_grad()
