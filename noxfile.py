@@ -35,6 +35,7 @@ EXTRAS = {
     "flashi2v-train": "[wandb]",
     "flashi2v-data": "[decord,parquet,plots,tokenizer,torchcodec]",
     "flashi2v-model": "[lora]",
+    "flashi2v-infer": "[lora]",
 }
 TEST_TOOLS = (
     "pytest>=8",
@@ -195,6 +196,15 @@ def conformance(session: nox.Session) -> None:
     session.run(*pytest, "packages/flashi2v-npu-ops/tests/conformance", *session.posargs, env=alone)
     emulated = ("python", "-m", "flashi2v_npu_ops.testing", "--devices", "2")
     session.run(*emulated, *pytest, "-m", "not slow", "tests/ascend", *session.posargs, env=alone)
+
+
+@nox.session
+def quantized(session: nox.Session) -> None:
+    """Weights of 8 bits, by torchao and quanto, which would slow down every process of the shared environment."""
+    extras = {"flashi2v-data": "[plots]", "flashi2v-infer": "[lora,quantize]"}
+    install(session, *sources(extras), *TEST_TOOLS[:4], "optimum-quanto>=0.2.7")
+    tests = (str(path) for path in Path().glob("packages/*/tests/test_quantized.py"))
+    session.run("python", "-m", "pytest", *tests, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

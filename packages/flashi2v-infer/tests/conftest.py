@@ -10,6 +10,7 @@ import pytest
 import torch
 import world
 from PIL import Image
+from torch import nn
 
 NUM_FRAMES, HEIGHT, WIDTH = 5, 32, 48
 
@@ -79,6 +80,26 @@ def sampled(shared_pipe):
         return shared_pipe(**{**settings, **changes}).frames
 
     return sample
+
+
+@pytest.fixture(scope="session")
+def make_adapter():
+    """Make an adapter for a transformer, under the names of `flashi2v_model.weights.adapters`."""
+
+    def make(transformer, rank: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+        """An adapter of the blocks' matrices, weighed by alpha, with a difference of each cross attention's norm."""
+        random = torch.Generator().manual_seed(seed)
+        adapter = {}
+        for path, module in transformer.named_modules():
+            if isinstance(module, nn.Linear) and path.startswith("blocks."):
+                adapter[f"{path}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=random) / 5
+                adapter[f"{path}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=random) / 5
+                adapter[f"{path}.alpha"] = torch.tensor(rank / 2)
+            elif path.endswith("norm2"):
+                adapter[f"{path}.lora_diff.weight"] = torch.randn(module.weight.shape, generator=random) / 5
+        return adapter
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from flashi2v_data import read_frames
 from flashi2v_infer import FlashI2VPipeline, cli, read_record
@@ -18,20 +17,6 @@ from flashi2v_model import InputError
 from flashi2v_model.weights.adapter_spellings import read_adapter, spell
 
 peft = pytest.importorskip("peft")
-
-
-def make_adapter(transformer, rank: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
-    """An adapter of the blocks' matrices, weighed by alpha, with a difference of each cross attention's norm."""
-    random = torch.Generator().manual_seed(seed)
-    adapter = {}
-    for path, module in transformer.named_modules():
-        if isinstance(module, nn.Linear) and path.startswith("blocks."):
-            adapter[f"{path}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=random) / 5
-            adapter[f"{path}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=random) / 5
-            adapter[f"{path}.alpha"] = torch.tensor(rank / 2)
-        elif path.endswith("norm2"):
-            adapter[f"{path}.lora_diff.weight"] = torch.randn(module.weight.shape, generator=random) / 5
-    return adapter
 
 
 @pytest.fixture
@@ -44,7 +29,7 @@ def own(shared_pipe):
 
 
 @pytest.fixture
-def adapter(own, tmp_path, monkeypatch) -> dict[str, torch.Tensor]:
+def adapter(own, make_adapter, tmp_path, monkeypatch) -> dict[str, torch.Tensor]:
     """In ComfyUI's spelling; it lies in style.safetensors here."""
     monkeypatch.chdir(tmp_path)
     adapter, _ = spell(make_adapter(own.transformer), "comfyui")
@@ -87,13 +72,17 @@ def test_an_adapter_is_found_wherever_it_lies(own, adapter, sampled, photograph)
     assert torch.equal(sampled(image=photograph), styled)
 
 
-def test_what_diffusers_does_with_adapters_works(own, adapter, sampled, photograph):
+def test_what_diffusers_does_with_adapters_works(own, adapter, make_adapter, sampled, photograph):
     plain, other = sampled(image=photograph), make_adapter(own.transformer, rank=5, seed=1)
     own.load_lora_weights("style.safetensors", adapter_name="style")
     own.load_lora_weights(other, adapter_name="other")
     assert own.get_list_adapters() == {"transformer": ["style", "other"]}
     own.set_adapters(["style", "other"], [0.5, 0.25])
     both = sampled(image=photograph)
+    assert torch.equal(sampled(image=photograph, attention_kwargs={"scale": 0.0}), plain)
+    half = sampled(image=photograph, attention_kwargs={"scale": 0.5})
+    assert 0 < (half - plain).norm() < (both - plain).norm()
+    assert torch.equal(sampled(image=photograph), both)
     own.fuse_lora()
     torch.testing.assert_close(sampled(image=photograph), both, atol=1e-4, rtol=0)
     own.unfuse_lora()

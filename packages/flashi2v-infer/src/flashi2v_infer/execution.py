@@ -1,5 +1,6 @@
 """How a video is computed: where, in which precision and within how much memory. What is computed stays the same, up
-to rounding, except for the seams of a tiled VAE; and for a variant of the network, which has to be named.
+to rounding, except for the seams of a tiled VAE and for weights of 8 bits; and for a variant of the network, which has
+to be named.
 
 Nothing heavy is imported, so that a contradiction is reported at once.
 """
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Offload: TypeAlias = Literal["none", "model", "group"]
+Quantize: TypeAlias = Literal["int8", "fp8"]
 
 # What a run with low_memory keeps within, in bytes: the 8 GB of a small card less what its driver, the libraries'
 # workspaces and the allocator's gaps take.
@@ -38,6 +40,8 @@ class Execution:
         device: npu, cuda, cpu, cuda:1, ... (default: what the file says, else auto, the best there is).
         dtype: Of transformer and text encoder (default: what the file says, else bf16, fp32 on the CPU).
         vae_dtype: Of the VAE (default: what the file says, else fp32).
+        quantize: Store the transformer's matrices in 8 bits: int8, or fp8 (default: not). It takes half the memory, and
+            changes the video a little; needs torchao.
         offload: Which weights stay in the CPU's memory: none; model, all parts but the one that runs; group, all but
             the block that runs (default: none).
         vae_tiling: Decode in overlapping tiles (default: only where the free memory requires it).
@@ -58,6 +62,7 @@ class Execution:
     device: str | None = None
     dtype: DType | None = None
     vae_dtype: DType | None = None
+    quantize: Quantize | None = None
     offload: Offload | None = None
     vae_tiling: bool | None = None
     vae_slicing: bool | None = None
@@ -69,7 +74,12 @@ class Execution:
     recipe: str | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("offload", Offload), ("dtype", DType), ("vae_dtype", DType)):
+        for name, choices in (
+            ("offload", Offload),
+            ("dtype", DType),
+            ("vae_dtype", DType),
+            ("quantize", Quantize),
+        ):
             if getattr(self, name) not in (None, *get_args(choices)):
                 allowed = ", ".join(get_args(choices))
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")

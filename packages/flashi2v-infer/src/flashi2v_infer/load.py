@@ -21,7 +21,7 @@ from flashi2v_infer.files.records import Source
 from flashi2v_infer.lora import load_adapters
 from flashi2v_infer.model_index import check_model_index, class_of
 from flashi2v_infer.pipeline import FlashI2VPipeline
-from flashi2v_infer.placement import home, place
+from flashi2v_infer.placement import home, home_of_transformer, place
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
 from flashi2v_model.adapter_choice import AdapterChoice, read_choices
 from flashi2v_model.config import AEConfig, PredictorConfig, SchedulerName, check_pretrained
@@ -29,6 +29,7 @@ from flashi2v_model.encoders import DTYPES, load_pretrained, load_text_encoder, 
 from flashi2v_model.errors import named
 from flashi2v_model.layers import use_fused_rms_norm
 from flashi2v_model.parallel import check_degree
+from flashi2v_model.quantization import quantize
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_model.variants import transformer_class
 from flashi2v_model.weights.fingerprint import fingerprint
@@ -139,21 +140,33 @@ class Model(ABC):
         """Return what a record says of the execution."""
         recipe = self.execution.recipe
         # Tiles that were asked for are a setting like others; what the free memory decides is compared with nothing.
-        settings = {"vae_tiling": self.execution.vae_tiling, "network": {"recipe": recipe} if recipe else {}}
-        adapters = [[fingerprint(choice.source), choice.scale] for choice in self.lora]
-        return settings | ({"lora": adapters} if adapters else {})
+        settings: dict[str, Any] = {
+            "vae_tiling": self.execution.vae_tiling,
+            "network": {"recipe": recipe} if recipe else {},
+        }
+        if self.lora:
+            settings["lora"] = [[fingerprint(choice.source), choice.scale] for choice in self.lora]
+        if self.execution.quantize is not None:
+            settings["quantize"] = self.execution.quantize
+        return settings
 
-    def check_adapters(self) -> None:
-        """Refuse adapters that do not fit, before the weights are read: they are loaded into a model without numbers.
+    def check_changes(self) -> None:
+        """Refuse what cannot be done to the weights before they are read: it is done to a model without numbers.
 
         Raises:
-            InputError: naming the adapter.
+            InputError: naming the adapter that does not fit, or what is not installed.
         """
         config = self.part_configs()[0]
-        if self.lora and config is not None:
+        if (self.lora or self.execution.quantize) and config is not None:
             with torch.device("meta"):
                 network = transformer_class(self.execution.recipe).from_config(config)
-            load_adapters(network, self.lora)
+            self.change(network)
+
+    def change(self, transformer: FlashI2VTransformer3DModel) -> None:
+        """Quantise a transformer's weights and load adapters, as they are asked for."""
+        if self.execution.quantize is not None:
+            quantize(transformer, self.execution.quantize)
+        load_adapters(transformer, self.lora)
 
     def remarks(self, prompt: str, vae_psnr: float) -> list[str]:
         """Return what to tell whoever asks the model for more than it knows; arguments as of `demo.notes`."""
@@ -185,7 +198,7 @@ class ConfiguredModel(Model):
         check_pretrained(config.ae.from_pretrained, "ae.from_pretrained")
         _check_tokenizer(config.tokenizer.from_pretrained)
         check_degree(self.execution.context_parallel_size, config.predictor.num_heads)
-        self.check_adapters()
+        self.check_changes()
 
     def part_configs(self) -> tuple[PartConfig, PartConfig, PartConfig]:
         encoder, ae = self.config.text_encoder.from_pretrained, self.config.ae.from_pretrained
@@ -203,9 +216,11 @@ class ConfiguredModel(Model):
             logger.warning("%s is slow on most CPUs: set predictor.dtype to fp32", predictor.dtype)
         for note in predictor.notes():
             logger.info(note)
-        self.check_adapters()
-        transformer = _load_transformer(predictor, where, transformer_class(settled.execution.recipe))
-        load_adapters(transformer, self.lora)
+        self.check_changes()
+        first = home_of_transformer(settled.execution, device)
+        transformer = _load_transformer(predictor, first, transformer_class(settled.execution.recipe))
+        self.change(transformer)
+        transformer.to(where)
         tokenizer = _load_tokenizer(config.tokenizer.from_pretrained)
         text_encoder = load_text_encoder(config.text_encoder, where)
         vae = load_vae(config.ae, where)
@@ -261,7 +276,7 @@ class ModelDirectory(Model):
 
     def check(self) -> None:
         self.directory()
-        self.check_adapters()
+        self.check_changes()
 
     def directory(self) -> Path | None:
         """Return the directory, or None for what has the form of a hub id.
@@ -299,19 +314,22 @@ class ModelDirectory(Model):
                 for name in ("tokenizer", "scheduler"):
                     if (directory / name).is_dir():
                         check_directory(directory / name)
-        self.check_adapters()
+        self.check_changes()
         where = home(settled.execution, settled.device)
 
-        def part(cls: Any, name: str, dtype: str) -> Any:
-            loaded = load_pretrained(cls, self.name, "--model", DTYPES[dtype], where, subfolder=name)
+        def part(cls: Any, name: str, dtype: str, device: torch.device = where) -> Any:
+            loaded = load_pretrained(cls, self.name, "--model", DTYPES[dtype], device, subfolder=name)
             return loaded.requires_grad_(False).eval()
 
+        network = transformer_class(settled.execution.recipe)
+        first = home_of_transformer(settled.execution, settled.device)
         parts = {
-            "transformer": part(transformer_class(settled.execution.recipe), "transformer", settled.dtypes.transformer),
+            "transformer": part(network, "transformer", settled.dtypes.transformer, first),
             "text_encoder": part(encoder, "text_encoder", settled.dtypes.text_encoder),
             "vae": part(AutoencoderKLWan, "vae", settled.dtypes.vae),
         }
-        load_adapters(parts["transformer"], self.lora)
+        self.change(parts["transformer"])
+        parts["transformer"].to(where)
         try:
             pipeline: FlashI2VPipeline = FlashI2VPipeline.from_pretrained(self.name, **parts)
         except Exception as error:  # whatever the libraries raise on what they cannot read

@@ -70,6 +70,8 @@ class LoraMixin(WanLoraLoaderMixin):
         """
         if load_into_transformer_2:
             raise InputError("load_into_transformer_2: this pipeline has one transformer")
+        if getattr(self, "transformer", None) is None:
+            raise InputError("this pipeline has no transformer, which LoRA adapters are for")
         self.transformer.load_lora_adapter(
             pretrained_model_name_or_path_or_dict,
             adapter_name=adapter_name,

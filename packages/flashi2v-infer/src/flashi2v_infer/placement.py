@@ -30,6 +30,11 @@ def home(execution: Execution, device: torch.device) -> torch.device:
     return device if execution.offloading == "none" else _CPU
 
 
+def home_of_transformer(execution: Execution, device: torch.device) -> torch.device:
+    """Return where the transformer is loaded to: weights that will be smaller may not fit the device as they are."""
+    return home(execution, device) if execution.quantize is None else _CPU
+
+
 def place(
     pipeline: FlashI2VPipeline, execution: Execution, device: torch.device, context: dist.ProcessGroup | None = None
 ) -> None:

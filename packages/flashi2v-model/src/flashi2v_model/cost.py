@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from flashi2v_model.quantization import is_quantized
 from flashi2v_model.transformer import EMBED_INPUTS, FlashI2VTransformer3DModel
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -117,7 +118,12 @@ def tracing() -> Iterator[Trace]:
 def num_bytes(*modules: nn.Module) -> int:
     """Return the bytes of all parameters and buffers, each counted once."""
     tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(stored.numel() * stored.element_size() for t in tensors.values() for stored in _stored(t))
+
+
+def _stored(tensor: Any) -> list[Tensor]:
+    """Return the plain tensors that a quantised one is stored as; any other alone."""
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]] if is_quantized(tensor) else [tensor]
 
 
 @contextmanager

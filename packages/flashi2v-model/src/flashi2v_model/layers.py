@@ -14,17 +14,19 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from flashi2v_model.kernels import attention_kernel
+from flashi2v_model.quantization import is_quantized
 from flashi2v_npu_ops import apply_rope, attention, gated_residual, gelu_tanh, layer_norm_modulate, rms_norm
 from flashi2v_npu_ops.tables import computed_once
 
 
 class FP32Linear(nn.Linear):
-    """A linear layer that computes in fp32 or better, whatever dtype its weights are stored in."""
+    """A linear layer that computes in fp32 or better, whatever its weights are stored as."""
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        weight = self.weight.dequantize() if is_quantized(self.weight) else self.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(exact)
-        return F.linear(x.to(exact), self.weight.to(exact), bias)
+        return F.linear(x.to(exact), weight.to(exact), bias)
 
 
 class FP32LayerNorm(nn.LayerNorm):

@@ -21,6 +21,7 @@ from flashi2v_model.lora_layers import (
     LoraLayer,
     check_peft,
 )
+from flashi2v_model.quantization import is_quantized
 from flashi2v_model.weights.adapter_files import open_adapter
 from flashi2v_model.weights.adapter_spellings import CONFIG, make_config, read_adapter
 from flashi2v_model.weights.adapters import TABLE, Adapter, by_layer, misfits, scale_of, split_name
@@ -102,6 +103,21 @@ class AdapterModel(PeftAdapterMixin):
                 if type(layer) is Conv3d:
                     layer.__class__ = Conv3dLayer
             route_conv3d(self)  # the new ones too
+
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """Add active adapters to the weights; arguments as of diffusers.
+
+        Raises:
+            InputError: the weights are quantised, and would lose the adapter in their rounding.
+        """
+        if any(isinstance(m, nn.Linear) and is_quantized(m.weight) for m in self.modules()):
+            raise InputError(
+                "adapters are not fused into quantised weights: leave them as they are, or merge them before, by "
+                "flashi2v-model convert --lora"
+            )
+        super().fuse_lora(lora_scale, safe_fusing, adapter_names)
 
     def _base_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the model's own modules under the names that they have without adapters."""

@@ -12,7 +12,7 @@ _PACKAGES = ("flashi2v-infer", "flashi2v-model", "flashi2v-npu-ops", "torch", "d
 
 # Names, by which the same things may go elsewhere: their contents count.
 _NAMES = ("image", "model", "lora")
-_KNOWN_BEFORE = ("settings.conditioning.", "model_settings.network.", "model_settings.lora")
+_KNOWN_BEFORE = ("settings.conditioning.", "model_settings.network.", "model_settings.lora", "model_settings.quantize")
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,6 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from flashi2v_infer.execution import DTypes
 from flashi2v_infer.load import Model, PartConfig, cast
-from flashi2v_infer.lora import load_adapters
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.encoders import DTYPES, configure_tiling
 from flashi2v_model.presets import TRANSFORMERS
@@ -56,7 +55,7 @@ def parts_of(model: Model, device_type: str) -> Parts:
     """
     dtypes = model.settle(torch.device(device_type)).dtypes
     parts = build_parts(*model.part_configs(), dtypes, transformer_class(model.execution.recipe))
-    load_adapters(parts.transformer, model.lora)
+    model.change(parts.transformer)
     if model.ae is not None:
         configure_tiling(parts.vae, model.ae)
     return parts
