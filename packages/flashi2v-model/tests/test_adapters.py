@@ -269,9 +269,9 @@ FAULTS = {
         lambda sd: sd | {"diffusion_model.blocks.0.ffn.0.lora_up.weight": torch.zeros(40, 9)},
         r"not whole: .*lora_B\.weight is \(40, 9\)",
     ),
-    "eight bits": (
-        lambda sd: {key: t.to(torch.float8_e4m3fn) for key, t in sd.items()},
-        "is float8_e4m3fn: give floats of 16 or 32 bits",
+    "whole numbers": (
+        lambda sd: {key: t.to(torch.int8) for key, t in sd.items()},
+        "is int8: give floats of 16 or 32 bits",
     ),
     "nothing": (lambda sd: {}, "it is empty"),
     "weights of a model": (lambda sd: {"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, "no adapter"),
@@ -350,6 +350,13 @@ def test_names_and_swaps_that_make_no_sense_are_refused(trained, distilled, mode
             model.load_lora_adapter(distilled, **arguments)
     assert equal(model.state_dict(), before)
     assert torch.equal(output(model), trained.output)
+
+
+def test_an_adapter_of_eight_bits_is_read(trained, model):
+    small = {key: t.to(torch.float8_e4m3fn) for key, t in trained.adapter.items()}
+    model.load_lora_adapter(small)
+    assert distance(output(model), output(_merged(small, 1.0))) < 1e-6
+    assert distance(output(model), trained.output) < 0.2
 
 
 def test_adapters_are_weighed_by_attention_kwargs(trained, model):

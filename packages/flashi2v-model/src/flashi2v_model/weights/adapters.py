@@ -26,6 +26,8 @@ PARTS = (
     *("lora_A.weight", "lora_B.weight", "lora_B.bias", "alpha"),
     *("lora_diff.weight", "lora_diff.bias", "lora_magnitude_vector"),
 )
+# Small adapters are stored in 8 bits too, without scales.
+_FLOATS = (*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2)
 TABLE, TABLE_LAYER = "scale_shift_table", "modulation"  # the parameter, and what adapters call it
 
 
@@ -50,7 +52,7 @@ def check_whole(adapter: Adapter) -> None:
     Raises:
         InputError: naming all of them.
     """
-    faults = fault_phrases(mistyped=[(name, t.dtype) for name, t in adapter.items() if t.dtype not in FLOATS])
+    faults = fault_phrases(mistyped=[(name, t.dtype) for name, t in adapter.items() if t.dtype not in _FLOATS])
     missing, misshapen = [], []
     for layer, parts in by_layer(adapter).items():
         down, up = parts.get("lora_A.weight"), parts.get("lora_B.weight")
