@@ -86,6 +86,11 @@ def test_without_shuffle_the_order_is_that_of_the_store():
     assert keys == [SampleKey(0, 0), SampleKey(0, 1), SampleKey(0, 2), SampleKey(1, 0)]
 
 
+def test_a_part_of_a_set_has_the_order_of_its_places():
+    whole, part = ([*islice(StatefulDistributedSampler(3, seed=5, indices=i), 7)] for i in (None, [4, 6, 9]))
+    assert [(key.epoch, [4, 6, 9][key.index]) for key in whole] == part
+
+
 def test_a_state_of_other_data_or_another_seed_is_refused():
     state = StatefulDistributedSampler(10, seed=1).state_dict()
     with pytest.raises(InputError, match="drew from 10 samples, the data now holds 11"):

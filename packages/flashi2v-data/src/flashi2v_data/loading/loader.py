@@ -208,7 +208,7 @@ class StatefulLoader:
                 "closed, or this is another process; iterate anew, or build a loader for each use"
             )
         batch = self._collate(iteration.samples)
-        self._delivered["consumed_samples"] += self.batch_size * self._sampler.num_replicas
+        self._sampler.advance(self._delivered, self.batch_size)
         self._note(batch)
         return batch
 

@@ -88,11 +88,26 @@ class StatefulDistributedSampler(Sampler[SampleKey]):
             InputError: it belongs to another order (other data or another seed).
         """
         given: Mapping[str, Any] = state  # states of earlier versions say "consumed"
-        if state["num_samples"] != self.num_samples:
-            raise InputError(
-                f"the saved run drew from {state['num_samples']} samples, the data now holds {self.num_samples}: "
-                "resume with the same data, or start a new run"
-            )
-        if state["seed"] != self.seed:
-            raise InputError(f"the saved run used seed {state['seed']}, this one {self.seed}: set the same seed")
+        if "consumed_batches" in given:
+            raise InputError("the saved run had buckets: resume with the same, or start a new run")
+        check_same_order(state, seed=self.seed, num_samples=self.num_samples)
         self.consumed_samples = given["consumed_samples"] if "consumed_samples" in given else given["consumed"]
+
+    def advance(self, state: SamplerState, num_samples: int) -> None:
+        """Move a state on by samples that this process was given, as were all others."""
+        state["consumed_samples"] += num_samples * self.num_replicas
+
+
+def check_same_order(state: Mapping[str, Any], *, seed: int, num_samples: int) -> None:
+    """Refuse a state that belongs to another order of samples.
+
+    Raises:
+        InputError: other data, or another seed.
+    """
+    if state["num_samples"] != num_samples:
+        raise InputError(
+            f"the saved run drew from {state['num_samples']} samples, the data now holds {num_samples}: "
+            "resume with the same data, or start a new run"
+        )
+    if state["seed"] != seed:
+        raise InputError(f"the saved run used seed {state['seed']}, this one {seed}: set the same seed")
