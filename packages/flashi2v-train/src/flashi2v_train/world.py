@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,10 @@ def rank_and_size() -> tuple[int, int]:
     """Return the number of this process, from 0, and of all processes of this run."""
     rank, size = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
     return rank, size
+
+
+class DisagreementError(RuntimeError):
+    """Processes were about to reduce tensors of different dtypes or shapes: a bug."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,26 @@ class World:
         return self.tokens_mesh.get_group("pipeline")
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Add a tensor up over all processes, in place."""
+        """Add a tensor up over all processes, in place.
+
+        Raises:
+            DisagreementError: dtype or shape differ between processes: HCCL would hang, or add nonsense.
+        """
         if self.size > 1:
+            self._agree_on(value)
             dist.all_reduce(value)
         return value
+
+    def _agree_on(self, value: torch.Tensor) -> None:
+        """Compare what all processes are about to reduce, before any of them waits for the others."""
+        own = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        everyones = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(everyones, torch.tensor([crc32(own.encode())]), self.control)
+        if len({int(number) for number in everyones}) > 1:
+            words: list[str] = [""] * self.size
+            dist.all_gather_object(words, own, self.control)
+            told = ", ".join(f"process {rank} {word}" for rank, word in enumerate(words))
+            raise DisagreementError(f"the processes do not reduce the same: {told}")
 
     def barrier(self) -> None:
         """Wait for all processes."""
