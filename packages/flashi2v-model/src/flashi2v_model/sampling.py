@@ -13,6 +13,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from flashi2v_model.acceleration import check_guided, needs_one_call
 from flashi2v_model.caching import text_kept
@@ -82,12 +83,24 @@ def integrate(
     advance = partial(scheduler.step, generator=generator) if takes_generator else scheduler.step
     y = noise.float()
     for step, (t, exact) in enumerate(zip(progress(scheduler.timesteps), exact_timesteps(scheduler))):
-        y = advance(velocity(y, exact), t, y, return_dict=False)[0]
+        found = velocity(y, exact)
+        with _SolveOnCPU():
+            y = advance(found, t, y, return_dict=False)[0]
         changed = on_step(step, t, y)
         if changed is None:
             break
         y = changed
     return y
+
+
+class _SolveOnCPU(TorchFunctionMode):
+    """Solves small systems of equations, as UniPC's, on the CPU: not every device has a kernel for that."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.linalg.solve:
+            return func(*args, **(kwargs or {}))
+        matrix, right = args
+        return func(matrix.cpu(), right.cpu()).to(right.device)
 
 
 def denoise(
