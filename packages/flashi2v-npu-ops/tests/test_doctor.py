@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashi2v_npu_ops import doctor, registry
+from flashi2v_npu_ops import doctor, installation, registry
 from flashi2v_npu_ops.backends import cuda
 
 SOUND = doctor.Survey(
@@ -161,7 +161,7 @@ def test_who_asks_for_the_cpu_is_told_of_an_unusable_npu_without_a_fault():
 def test_the_page_for_ascend_machines_lists_the_versions_that_the_doctor_knows():
     page = (Path(__file__).parent.parent / "docs/ascend.md").read_text()
     rows = re.findall(r"^ *\| (\d+\.\d+)\.\w+ \| ([\d., a-z]+) \|$", page, flags=re.MULTILINE)
-    assert {cann: tuple(releases.split(", ")) for cann, releases in rows} == doctor._RELEASED_WITH
+    assert {cann: tuple(releases.split(", ")) for cann, releases in rows} == installation.RELEASED_WITH
 
 
 def test_cuda_and_npu_together_are_a_note():

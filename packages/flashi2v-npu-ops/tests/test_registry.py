@@ -256,7 +256,8 @@ import flashi2v_npu_ops, flashi2v_npu_ops.device, sys
 assert dict(os.environ) == before
 assert "torch_npu" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    # On an Ascend machine torch would load torch_npu, which sets variables of its own.
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
 
 
 def test_processes_on_one_machine_share_out_its_cores_and_devices(monkeypatch):

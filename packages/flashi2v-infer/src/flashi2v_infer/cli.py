@@ -20,6 +20,7 @@ from flashi2v_infer.execution import Execution
 from flashi2v_infer.settings import Request, SamplingSettings
 from flashi2v_model.adapter_choice import read_choices
 from flashi2v_model.config import Defaults, SchedulerName
+from flashi2v_npu_ops.installation import loading_told
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ def main() -> NoReturn:
 
 
 @app.default
+@loading_told()
 def infer(
     *,
     batch: Annotated[BatchOptions, Parameter(name="*", group=Group("A batch of videos", sort_key=1))] = BatchOptions(),

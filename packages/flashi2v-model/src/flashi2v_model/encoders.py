@@ -17,6 +17,7 @@ from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, AEConfig, Tex
 from flashi2v_model.errors import InputError, named
 from flashi2v_model.weights.reading import check_directory, read_json
 from flashi2v_npu_ops import route_conv3d
+from flashi2v_npu_ops.faults import explain_fault
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,6 +85,8 @@ def load_pretrained(
     except InputError as error:  # of our transformer, which lists all that does not fit
         raise InputError(f"{key}: {error}") from error
     except Exception as error:  # whatever the libraries raise on what they cannot read
+        if explain_fault(error):  # the device's, not the file's
+            raise
         reason = " ".join(str(error).split())[:300].rstrip(".")
         hub = "" if Path(path).is_dir() else " (there is no such directory here, so it was looked up on the hub)"
         raise InputError(f"{key}: cannot load {cls.__name__} from {path!r}: {reason}{hub}") from error
@@ -185,5 +188,7 @@ def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor, *, use_mas
         (B, L, text_dim) in the encoder's dtype.
     """
     mask = mask.to(ids.device)
-    states = encoder(input_ids=ids, attention_mask=mask if use_mask else None).last_hidden_state
+    # What is added to scores: given just the mask, the library would read from the device whether it hides anything.
+    hiding = (1 - mask[:, None, None].to(encoder.dtype)) * torch.finfo(encoder.dtype).min
+    states = encoder(input_ids=ids, attention_mask=hiding if use_mask else None).last_hidden_state
     return states * mask[..., None].to(states.dtype)

@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import io
 import json
+import logging
 import os
 import sys
+from functools import partial
 from typing import NoReturn
 
 import flashi2v_npu_ops
@@ -42,16 +44,22 @@ def main() -> int:
     command.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="the device wanted")
     command.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
     command.add_argument(
-        "--probe", action="store_true", help="run every operator, at small and at real sizes, against the CPU: minutes"
+        "--probe",
+        nargs="*",
+        metavar="OPERATOR",
+        help="run operators (all, unless some are named), at small and at real sizes, against the CPU: minutes",
     )
+    command.add_argument("--probe-size", choices=("tiny", "real"), help="run them at this size only")
     command.add_argument("--probe-seconds", type=float, default=300, help="limit of each (default: 300)")
     options = parser.parse_args()
     if options.probe_seconds <= 0:
         command.error("--probe-seconds must be above 0")
-    return _doctor(options.device, options.probe_seconds if options.probe else None, as_json=options.json)
+    if options.probe is None and options.probe_size is not None:
+        command.error("--probe-size has no effect without --probe")
+    return _doctor(options, command)
 
 
-def _doctor(asked: str, probe_seconds: float | None, *, as_json: bool) -> int:
+def _doctor(options: argparse.Namespace, command: _Parser) -> int:
     environment = dict(os.environ)
     # Where torch_npu does not load, torch does not load either, unless it is told to go without. The doctor loads
     # torch_npu afterwards, and says why it fails.
@@ -61,8 +69,16 @@ def _doctor(asked: str, probe_seconds: float | None, *, as_json: bool) -> int:
     finally:
         os.environ.pop(_AUTOLOAD)
         os.environ.update(environment)
-    report = doctor.examine(asked, environment, probe_seconds)
-    if as_json:
+    from flashi2v_npu_ops import probe, registry
+
+    logging.getLogger("flashi2v_npu_ops").addHandler(logging.NullHandler())  # what is warned of is in the report
+    unknown = [name for name in options.probe or () if name not in registry.operators()]
+    if unknown:
+        command.error(f"--probe {unknown[0]}: choose among {', '.join(registry.operators())}")
+    sizes = probe.SIZES if options.probe_size is None else (options.probe_size,)
+    run = partial(probe.probe_all, seconds=options.probe_seconds, names=options.probe, sizes=sizes)
+    report = doctor.examine(options.device, environment, None if options.probe is None else run)
+    if options.json:
         text = json.dumps(dataclasses.asdict(report) | {"is_at_fault": report.is_at_fault}, indent=2, default=str)
     else:
         text = "\n".join(map(_escaped, doctor.lines(report)))

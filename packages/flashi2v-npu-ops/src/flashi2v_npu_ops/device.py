@@ -6,6 +6,7 @@ imported only when an NPU is asked for.
 
 import contextlib
 import importlib.util
+import logging
 import os
 import sys
 from functools import cache
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import torch
 
+from flashi2v_npu_ops.installation import find_installation, fix_of_loading
 from flashi2v_npu_ops.registry import UnsupportedError
+
+logger = logging.getLogger(__name__)
 
 # An NPU's processes also exchange what is on the CPU: checkpoints that are written meanwhile, for one.
 _COLLECTIVES = {"npu": "cpu:gloo,npu:hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -40,16 +44,21 @@ def _missing_npu() -> str | None:
     try:
         import torch_npu
     except Exception as error:  # anything: it patches torch, and one that does not fit fails in ways of its own
-        reason = f"{type(error).__name__}: {error}"
-        return f"torch_npu does not load ({reason}): install CANN and source its set_env.sh in this shell"
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"torch_npu does not load ({reason}): {fix_of_loading(find_installation())}"
     finally:  # torch_npu switches this off, and leaves it so where its import fails
         if autoload is None:
             os.environ.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
         else:
             os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = autoload
     if not torch_npu.npu.is_available():
-        return "torch_npu sees no NPU: check npu-smi info and ASCEND_RT_VISIBLE_DEVICES"
+        return f"torch_npu sees no NPU: {fix_of_loading(find_installation())}"
     return None
+
+
+@cache
+def _warn_once(words: str) -> None:
+    logger.warning(words)
 
 
 def resolve_device(name: str = "auto", *, index: int | None = None) -> torch.device:
@@ -64,6 +73,8 @@ def resolve_device(name: str = "auto", *, index: int | None = None) -> torch.dev
     """
     if name == "auto":
         name = next(kind for kind in _COLLECTIVES if missing(kind) is None)
+        if name != "npu" and importlib.util.find_spec("torch_npu") is not None:
+            _warn_once(f"no NPU is used, but {name}: {missing('npu')}")
     kind, _, number = name.partition(":")
     if number and not (number.isdecimal() and len(number) < 5):
         raise UnsupportedError(f"device {name!r}: what follows the colon must be a number, as in {kind}:0")

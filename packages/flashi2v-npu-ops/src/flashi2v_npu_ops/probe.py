@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from flashi2v_npu_ops import device, operators, registry
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Largest difference from the CPU's fp32, as a share of the largest number.
 _TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
-_SIZES = ("tiny", "real")
+SIZES = ("tiny", "real")
 _ROWS = 64  # tokens that the CPU computes of an attention over many: each is a computation of its own
 
 
@@ -146,17 +146,17 @@ def _reason(lines: list[str]) -> str:
     return next((line for line in reversed(lines) if "Error: " in line and not line.startswith("[")), lines[-1])
 
 
-def probe_all(name: str, seconds: float) -> Iterator[Probe]:
-    """Probe what "auto" chooses for every operator, and where that fails the others, until one is right."""
+def probe_all(name: str, seconds: float, names: Sequence[str] = (), sizes: Sequence[str] = SIZES) -> Iterator[Probe]:
+    """Probe what "auto" chooses for operators (all, unless some are named), and where that fails what else there is."""
     kind = torch.device(name).type
-    for operator in registry.operators():
+    for operator in names or registry.operators():
         for dtype in DTYPES:
             try:
                 chosen = registry.explain(operator, registry.Case(kind, DTYPES[dtype])).backend
             except registry.UnsupportedError:  # what FLASHI2V_OPS_BACKEND names: a finding of its own
                 continue
             for backend in (chosen, *(other for other in _others(operator, kind) if other != chosen)):
-                found = [probe(operator, size, dtype, backend, name, seconds) for size in _SIZES]
+                found = [probe(operator, size, dtype, backend, name, seconds) for size in sizes]
                 yield from found
                 if all(each.verdict == "right" for each in found):
                     break

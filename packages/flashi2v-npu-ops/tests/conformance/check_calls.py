@@ -19,6 +19,7 @@ from operator_cases import normal, operator_cases
 from flashi2v_npu_ops import Case, attention, explain
 from flashi2v_npu_ops.backends import half_spectrum
 from flashi2v_npu_ops.device import resolve_device
+from flashi2v_npu_ops.faults import explain_fault
 from flashi2v_npu_ops.testing import Recorder, describe, schema_faults
 
 SCHEMAS = Path(__file__).parent.parent / "npu_schemas.json"
@@ -87,6 +88,11 @@ def main() -> None:
             except (RuntimeError, ValueError) as error:
                 failures[name] = str(error)
     results["failures"] = failures
+    try:  # nothing computes here
+        torch.ones(2, device="npu")
+        torch.npu.synchronize()
+    except RuntimeError as error:
+        results["what CANN fails with"] = explain_fault(error)
     print(json.dumps(results))
 
 

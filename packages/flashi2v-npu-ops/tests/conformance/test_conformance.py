@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import world
 
 from flashi2v_npu_ops.testing import stub_cann
 
@@ -36,8 +38,8 @@ def stubbed(tmp_path_factory) -> dict[str, str]:
     return stub_cann(library)
 
 
-def python(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+def python(*arguments: str, environment: dict[str, str], **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, **more)
 
 
 @pytest.fixture(scope="module")
@@ -140,57 +142,84 @@ def without_cann() -> dict[str, str]:
     return {name: value for name, value in autoloading(dict(os.environ)).items() if "ASCEND" not in name}
 
 
-@pytest.mark.parametrize("order", ["torch, flashi2v_npu_ops", "flashi2v_npu_ops, torch"])
-def test_torch_loads_torch_npu_whichever_is_imported_first(order, stubbed):
-    code = f"import {order}, sys; flashi2v_npu_ops.attention; sys.exit('torch_npu' not in sys.modules)"
+def test_torch_loads_torch_npu_also_where_it_is_imported_after_the_operators(stubbed):
+    code = "import flashi2v_npu_ops, torch, sys; flashi2v_npu_ops.attention; sys.exit('torch_npu' not in sys.modules)"
     finished = python("-c", code, environment=autoloading(stubbed))
     assert finished.returncode == 0, finished.stderr
 
 
-def test_without_cann_torch_says_what_is_wrong_and_the_operators_run_once_it_is_told_to_go_without():
+def test_what_cann_fails_with_is_told_in_one_line_from_torch_npus_own_words(results):
+    said = results["what CANN fails with"]
+    assert said.startswith("OnesLike failed on the NPU (the stub of CANN has no kernel OnesLike): ")
+    assert "flashi2v-npu-ops doctor --device npu --probe" in said
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("flashi2v_infer.cli", ["--model", "demo", "--device", "cpu"]),
+        ("flashi2v_train.launcher", ["--mm-model", "model.json", "--mm-data", "data.json", "--save", "run"]),
+    ],
+)
+def test_without_cann_a_command_ends_with_one_line_that_says_what_to_do(module, words, tmp_path):
+    for name, settings in (("model", world.model_settings(tmp_path)), ("data", world.data_settings(tmp_path))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(settings))
+    for name in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / "model" / name).mkdir(parents=True)
+    (tmp_path / "store").mkdir()
+    code = f"import sys; from {module} import main; sys.exit(main())"
+    finished = python("-c", code, *words, environment=without_cann(), cwd=tmp_path)
+    assert finished.returncode == 2, finished.stderr
+    last = finished.stderr.splitlines()[-1]
+    assert "torch_npu does not load (libhccl.so: cannot open shared object file" in last
+    assert "install CANN (toolkit and kernels), then source its set_env.sh; without an NPU: pip uninstall" in last
+    assert "Traceback" not in finished.stderr
+
+
+def test_without_cann_the_operators_run_once_torch_is_told_to_go_without():
     code = "import flashi2v_npu_ops as f; import torch; print(f.split_frequencies(torch.ones(1, 1, 4, 4), 0.1)[2])"
-    finished = python("-c", code, environment=without_cann())
-    assert finished.returncode == 1
-    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in finished.stderr
     finished = python("-c", code, environment=without_cann() | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "tensor([0.])"
 
 
-def doctor(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from flashi2v_npu_ops.cli import main; sys.exit(main())"
-    return python("-c", code, "doctor", *arguments, environment=environment)
+DOCTOR = """import sys
+from pathlib import Path
+from flashi2v_npu_ops.cli import main
+
+note = sys.argv.pop()
+sys.argv = ["flashi2v-npu-ops", "doctor", *sys.argv[1:]]
+code = main()
+if note:
+    print("and with an older CANN", code)
+    Path(note).write_text("version=8.1.RC1")
+    code = main()
+sys.exit(code)
+"""
 
 
 def test_doctor_on_a_machine_with_torch_npu_and_no_cann():
-    finished = doctor(without_cann())
+    finished = python("-c", DOCTOR, "", environment=without_cann())
     assert finished.returncode == 1
     assert finished.stderr == ""
     assert "FAULT  torch_npu does not load" in finished.stdout
     assert "-> install CANN" in finished.stdout
     assert "export TORCH_DEVICE_BACKEND_AUTOLOAD=0" in finished.stdout
     assert "auto is cpu" in finished.stdout
+    assert "WARNING" not in finished.stdout
 
 
-def test_doctor_on_a_machine_with_npu_and_cann(stubbed):
-    finished = doctor(stubbed, "--device", "npu")
-    assert finished.returncode == 0, finished.stdout
-    assert "CANN              9.2.0 in" in finished.stdout
-    assert "1 x Ascend910B2" in finished.stdout
-    assert "npu is npu:0 (collectives: cpu:gloo,npu:hccl)" in finished.stdout
-    lines = [line for line in finished.stdout.splitlines() if " of ascend" in line]
+def test_doctor_on_a_machine_with_npu_and_cann_and_with_one_that_does_not_fit(stubbed):
+    note = Path(stubbed["ASCEND_HOME_PATH"]) / "x86_64-linux/ascend_toolkit_install.info"
+    finished = python("-c", DOCTOR, "--device", "npu", str(note), environment=stubbed)
+    fitting, _, older = finished.stdout.partition("and with an older CANN ")
+    assert "CANN              9.2.0 in" in fitting
+    assert "1 x Ascend910B2" in fitting
+    assert "npu is npu:0 (collectives: cpu:gloo,npu:hccl)" in fitting
+    lines = [line for line in fitting.splitlines() if " of ascend" in line]
     assert len(lines) == 8
     assert all(line.split()[1] == "ascend" for line in lines)
-
-
-def test_doctor_names_a_cann_that_does_not_fit(stubbed):
-    note = Path(stubbed["ASCEND_HOME_PATH"]) / "x86_64-linux/ascend_toolkit_install.info"
-    before = note.read_text()
-    try:
-        note.write_text("version=8.1.RC1\n")
-        finished = doctor(stubbed)
-    finally:
-        note.write_text(before)
+    assert older.startswith("0")
     assert finished.returncode == 1
-    assert "torch_npu 2.13.0 was released with CANN 9.2, this is 8.1.RC1" in finished.stdout
-    assert "-> install CANN 9.2" in finished.stdout
+    assert "torch_npu 2.13.0 was released with CANN 9.2, this is 8.1.RC1" in older
+    assert "-> install CANN 9.2" in older

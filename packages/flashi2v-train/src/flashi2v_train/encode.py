@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 import flashi2v_train
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.console import configure_logging, importing, run
+from flashi2v_npu_ops.installation import loading_told
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.options import FileOptions, LaunchOptions, TrainOptions, group_options
@@ -60,6 +61,7 @@ app = App(
 
 
 @app.default
+@loading_told()
 def launch(*, options: EncodeOptions) -> None:
     check_directory(options.output, "--output")
     run_options = TrainOptions(

@@ -24,6 +24,7 @@ from flashi2v_data.store.features import FeatureStore, FeatureWriter, feature_st
 from flashi2v_data.store.reader import open_store
 from flashi2v_model.weights.libraries import quieten
 from flashi2v_npu_ops.device import claim_device
+from flashi2v_npu_ops.faults import device_faults_told
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig
 from flashi2v_train.encode import Report
@@ -50,6 +51,7 @@ class _Cycle(StatefulDistributedSampler):
         return itertools.cycle(SampleKey(0, index) for index in self._indices)
 
 
+@device_faults_told("encode smaller clips (sample_height, sample_width, sample_num_frames)")
 def encode(config: RunConfig, output: Path) -> None:
     """Encode this process's share of what a run trains on into a directory; the first process writes the report."""
     quieten()

@@ -10,6 +10,7 @@ from cyclopts import App
 import flashi2v_train
 from flashi2v_data.console import configure_logging, escaped, importing, run
 from flashi2v_data.errors import InputError
+from flashi2v_npu_ops.installation import loading_told
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.options import TrainOptions
@@ -60,6 +61,7 @@ def status(run: Path, /) -> None:
 app = command()
 
 
+@loading_told()
 def _launch(options: TrainOptions, recipe: "RecipeClass | None") -> None:
     if options.optimizer_selection == "fused_ema_adamw" and not options.use_ema:
         raise InputError("--optimizer-selection fused_ema_adamw contradicts --no-use-ema: leave one of them out")

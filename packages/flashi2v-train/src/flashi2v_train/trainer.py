@@ -19,6 +19,7 @@ from flashi2v_data.errors import InputError, StorageError
 from flashi2v_data.randomness import generator
 from flashi2v_model.weights.libraries import quieten
 from flashi2v_npu_ops.device import synchronize
+from flashi2v_npu_ops.faults import device_faults_told
 from flashi2v_train.autopsy import Skips
 from flashi2v_train.batch import Batch, to
 from flashi2v_train.checkpoint import PROGRESS, Checkpoints, find_checkpoint, load, run_state
@@ -283,6 +284,7 @@ def _disk_failures_reported() -> Iterator[None]:
         raise StorageError(f"{machine_fault(error)}: fix that, and start the same command again") from error
 
 
+@device_faults_told("--recompute-granularity, more processes (--suggest-split), or smaller clips")
 def train(config: RunConfig, started: float | None = None) -> Path:
     """Run a training in this process (one of those that torchrun started, or the only one); return its directory.
 

@@ -32,6 +32,7 @@ from flashi2v_infer.processes import Processes, join_processes
 from flashi2v_infer.settings import Request, SamplingSettings
 from flashi2v_model.adapter_choice import AdapterChoice
 from flashi2v_model.weights.libraries import quieten
+from flashi2v_npu_ops.faults import device_faults_told
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def sample_batch(
     sample(model, config.sampling, read, resume=resume, plan=plan, dry_run=dry_run)
 
 
+@device_faults_told("--offload model or group, --low-memory, fewer frames or a smaller size")
 def sample(
     model: Model,
     settings: SamplingSettings,

@@ -18,13 +18,16 @@ def main() -> int:
         epilog="Example: python -m flashi2v_npu_ops.testing --devices 2 pytest tests",
     )
     parser.add_argument("--devices", type=int, default=1, help="how many NPUs there seem to be (default: 1)")
+    parser.add_argument(
+        "--older", action="store_true", help="refuse, too, what only older torch_npu refuse: casts of sharded tensors"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the command and its arguments")
     options = parser.parse_args()
     if not options.command:
         parser.error("which command?")
     with tempfile.TemporaryDirectory(prefix="stub_cann_") as directory:
         try:
-            environment = stub_cann(Path(directory), devices=options.devices, compute=True)
+            environment = stub_cann(Path(directory), devices=options.devices, compute=True, older=options.older)
         except RuntimeError as error:
             print(f"{parser.prog}: {error}", file=sys.stderr)
             return 2

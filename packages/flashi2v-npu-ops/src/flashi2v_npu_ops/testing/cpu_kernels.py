@@ -14,6 +14,7 @@ import atexit
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ _OWN = frozenset(
 # Operators that take operands from the CPU beside those of an NPU: copies, and indices.
 _MIXED = frozenset({"copy_", "_copy_from", "_copy_from_and_resize", "index", "index_put_", "_index_put_impl_"})
 _CONVOLUTIONS = frozenset({"convolution", "_convolution", "convolution_overrideable", "convolution_backward"})
+OLDER = "STUB_CANN_OLDER"  # refuse, too, what only older torch_npu refuse
 RECORD = "STUB_CANN_RECORD"  # a directory in which each process leaves what its NPUs were asked for
 _libraries: list[torch.library.Library] = []  # what is registered in one lives as long as it
 _used: dict[str, set[str]] = {}
@@ -85,8 +87,29 @@ def compute_on_cpu(*, cpu_fallback: bool = False) -> None:
     for name, function in emulations.FUSED.items():
         operator = getattr(torch.ops.npu, name).default
         npu.impl(operator, _computed(operator, function), "PrivateUse1")
+    if os.environ.get(OLDER) == "1":
+        _refuse_casts_of_shards()
     # torch_npu's own calls its fused kernel from within, past the dispatcher.
     aten.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+
+
+def _refuse_casts_of_shards() -> None:
+    """Let `DTensor.to(dtype)` fail as under older torch_npu, which make an operator without a strategy of it."""
+    from torch.distributed.tensor import DTensor
+
+    operator = torch.ops.aten._to_copy.default
+    strategies = DTensor._op_dispatcher.sharding_propagator.op_single_dim_strategy_funcs
+    known = strategies[operator]
+
+    def strategy(called: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs.get("dtype") not in (None, args[0].dtype):
+            raise RefusedError(
+                f"a cast of a sharded tensor to {kwargs['dtype']}: older torch_npu make npu._npu_dtype_cast of it, "
+                "which has no sharding strategy; cast before sharding"
+            )
+        return known.func(called, args, kwargs)
+
+    strategies[operator] = replace(known, func=strategy)
 
 
 def _operator(name: str) -> Any:
@@ -217,4 +240,5 @@ def _attention(
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return (torch.dropout(scores.softmax(-1), dropout_p, True) @ value.float()).to(query.dtype)
+    weights = torch.dropout(torch._safe_softmax(scores, -1), dropout_p, True)  # zeros where nothing is attended to
+    return (weights @ value.float()).to(query.dtype)

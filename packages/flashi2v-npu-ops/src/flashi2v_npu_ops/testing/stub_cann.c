@@ -14,6 +14,33 @@
 
 typedef int aclError;
 
+/* Put into every error message as a C string. */
+char stub_cann_error[512] = "(this is the stub of CANN, not CANN)";
+const char *aclGetRecentErrMsg(void) { return stub_cann_error; }
+
+/* STUB_CANN_FAULT=aclrtSetDevice=507033,HcclAllReduce:4=9: what a function is to return instead of working, from the
+ * fourth call on here. So torch_npu says itself what it says of a device that is busy or lost. */
+int stub_cann_fault(const char *function, unsigned *calls)
+{
+    const char *wanted = getenv("STUB_CANN_FAULT");
+    size_t length = strlen(function);
+    ++*calls;
+    for (; wanted && *wanted; wanted = strchr(wanted, ',') ? strchr(wanted, ',') + 1 : "") {
+        const char *rest = wanted + length;
+        if (strncmp(wanted, function, length) || (*rest != '=' && *rest != ':')) continue;
+        unsigned long first = *rest == ':' ? strtoul(rest + 1, (char **)&rest, 10) : 1;
+        if (*calls >= first) return atoi(rest + 1);
+    }
+    return 0;
+}
+
+#define MAY_FAIL                                         \
+    do {                                                 \
+        static unsigned calls;                           \
+        int fault = stub_cann_fault(__func__, &calls);   \
+        if (fault) return fault;                         \
+    } while (0)
+
 /* torch.npu does not initialise without a device. Its name selects the features that torch_npu turns on. */
 aclError aclrtGetDeviceCount(uint32_t *count)
 {
@@ -22,9 +49,22 @@ aclError aclrtGetDeviceCount(uint32_t *count)
     return 0;
 }
 
-static __thread int32_t current_device;
-aclError aclrtSetDevice(int32_t device) { current_device = device; return 0; }
-aclError aclrtGetDevice(int32_t *device) { *device = current_device; return 0; }
+static __thread int32_t current_device = -1;
+
+aclError aclrtSetDevice(int32_t device)
+{
+    MAY_FAIL;
+    current_device = device;
+    return 0;
+}
+
+aclError aclrtGetDevice(int32_t *device)
+{
+    if (current_device < 0) return 107002; /* no context yet */
+    *device = current_device;
+    return 0;
+}
+
 const char *aclrtGetSocName(void) { return "Ascend910B2"; }
 
 aclError aclrtGetMemInfo(int kind, size_t *free, size_t *total)
@@ -33,10 +73,6 @@ aclError aclrtGetMemInfo(int kind, size_t *free, size_t *total)
     *free = *total = (size_t)64 << 30; /* that of an Ascend910B2 */
     return 0;
 }
-
-/* Put into every error message as a C string. */
-char stub_cann_error[512] = "(this is the stub of CANN, not CANN)";
-const char *aclGetRecentErrMsg(void) { return stub_cann_error; }
 
 /* A kernel of CANN: nothing here runs one, and nothing must pretend to. But for two, by which torch_npu's process group
  * makes and lengthens its buffers without asking PyTorch. */
@@ -131,6 +167,7 @@ aclError aclrtEventElapsedTime(float *milliseconds, const struct timespec *start
 
 aclError aclrtMalloc(void **pointer, size_t size, int policy)
 {
+    MAY_FAIL;
     (void)policy;
     return allocate(pointer, size);
 }
@@ -157,11 +194,18 @@ aclError aclrtReleaseMemAddress(void *address)
     return munmap(start, *start);
 }
 
-aclError aclrtMallocPhysical(void **handle, size_t size) { return allocate(handle, 1) + 0 * (int)size; }
+aclError aclrtMallocPhysical(void **handle, size_t size)
+{
+    MAY_FAIL;
+    (void)size;
+    return allocate(handle, 1);
+}
+
 aclError aclrtFreePhysical(void *handle) { free(handle); return 0; }
 
 aclError aclrtMapMem(void *address, size_t size, size_t offset, void *handle)
 {
+    MAY_FAIL;
     (void)offset, (void)handle;
     return mprotect(address, size, PROT_READ | PROT_WRITE);
 }
@@ -188,6 +232,7 @@ aclError aclrtMemcpy(void *to, size_t room, const void *from, size_t size, int k
 
 aclError aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t size, int kind, void *stream)
 {
+    MAY_FAIL;
     (void)stream;
     return aclrtMemcpy(to, room, from, size, kind);
 }
@@ -211,7 +256,22 @@ aclError aclSetCompileopt(void) { return 0; }
 aclError aclrtCtxSetSysParamOpt(void) { return 0; }
 aclError aclrtSetDeviceSatMode(void) { return 0; }
 aclError aclrtSetOpExecuteTimeOut(void) { return 0; }
-aclError aclrtSynchronizeDevice(void) { return 0; }
-aclError aclrtSynchronizeDeviceWithTimeout(void) { return 0; }
-aclError aclrtSynchronizeStreamWithTimeout(void) { return 0; }
+aclError aclrtSynchronizeDevice(void)
+{
+    MAY_FAIL;
+    return 0;
+}
+
+aclError aclrtSynchronizeDeviceWithTimeout(void)
+{
+    MAY_FAIL;
+    return 0;
+}
+
+aclError aclrtSynchronizeStreamWithTimeout(void)
+{
+    MAY_FAIL;
+    return 0;
+}
+
 aclError aclrtSetOpWaitTimeout(void) { return 0; }

@@ -27,6 +27,14 @@ static const char *OPERATIONS[] = {"sum", "prod", "max", "min", "no reduction"};
 enum { NO_REDUCTION = 4 };
 
 extern char stub_cann_error[512]; /* what torch_npu adds to its errors */
+int stub_cann_fault(const char *function, unsigned *calls);
+
+#define MAY_FAIL                                         \
+    do {                                                 \
+        static unsigned calls;                           \
+        int fault = stub_cann_fault(__func__, &calls);   \
+        if (fault) return fault;                         \
+    } while (0)
 
 typedef struct {
     uint32_t size, rank;
@@ -165,6 +173,7 @@ int HcclGetRootInfo(char *info)
 
 int HcclCommInitRootInfo(uint32_t size, const char *info, uint32_t rank, Comm **comm)
 {
+    MAY_FAIL;
     *comm = calloc(1, sizeof **comm);
     (*comm)->size = size, (*comm)->rank = rank;
     (*comm)->sent = calloc(2 * size, sizeof(uint64_t));
@@ -239,6 +248,7 @@ int HcclAlltoAll(const void *send, uint64_t count, int type, void *receive, uint
 
 int HcclAllGather(const void *send, void *receive, uint64_t count, int type, Comm *comm, void *stream)
 {
+    MAY_FAIL;
     (void)stream;
     return evenly(comm, "AllGather", send, 0, receive, count, type);
 }
@@ -267,12 +277,14 @@ static int reduce(Comm *comm, const char *kind, const char *send, uint64_t step,
 
 int HcclAllReduce(const void *send, void *receive, uint64_t count, int type, int operation, Comm *comm, void *stream)
 {
+    MAY_FAIL;
     (void)stream;
     return reduce(comm, "AllReduce", send, 0, receive, count, type, operation);
 }
 
 int HcclReduceScatter(const void *send, void *receive, uint64_t count, int type, int operation, Comm *comm, void *stream)
 {
+    MAY_FAIL;
     (void)stream;
     return reduce(comm, "ReduceScatter", send, count, receive, count, type, operation);
 }

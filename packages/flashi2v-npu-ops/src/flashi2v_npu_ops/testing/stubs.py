@@ -30,7 +30,7 @@ compute_after_import()
 """
 
 
-def stub_cann(out: Path, *, devices: int = 1, compute: bool = False) -> dict[str, str]:
+def stub_cann(out: Path, *, devices: int = 1, compute: bool = False, older: bool = False) -> dict[str, str]:
     """Build stubs of CANN for the torch_npu of this interpreter, and return the environment in which they are found.
 
     The environment is for subprocesses: it is `os.environ`, changed. They import torch, then torch_npu. Whatever points
@@ -41,6 +41,7 @@ def stub_cann(out: Path, *, devices: int = 1, compute: bool = False) -> dict[str
         devices: how many NPUs there seem to be. Processes reach each other by HCCL, on one machine.
         compute: let the CPU compute what the NPUs are asked for (`compute_on_cpu`) in every process that imports
             torch_npu, by a sitecustomize module; one that the interpreter has is not run.
+        older: refuse, too, what only older torch_npu refuse: casts of sharded tensors (DTensor).
 
     Raises:
         RuntimeError: torch_npu is not installed or is not whole, a tool is missing (cc, ldd, nm, readelf), or there is
@@ -54,6 +55,7 @@ def stub_cann(out: Path, *, devices: int = 1, compute: bool = False) -> dict[str
         (out / "python/sitecustomize.py").write_text(_SITE)
         path = [str(out / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(path)
+        environment["STUB_CANN_OLDER"] = str(int(older))
     return environment
 
 
