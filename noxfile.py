@@ -189,13 +189,18 @@ def conformance(session: nox.Session) -> None:
     """Calls and whole commands on the real torch_npu wheel over stubs of CANN, the CPU in the NPU's place."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         session.skip(f"the stubs of CANN are for Linux on x86_64, this is {sys.platform} on {platform.machine()}")
-    install(session, *sources({"flashi2v-npu-ops": "[npu]"}), *TEST_TOOLS[:2], "hypothesis")
-    # Without CANN, torch cannot load torch_npu by itself; the tests, and what is below, decide who does.
-    alone = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
-    pytest = ("python", "-m", "pytest", "--durations=10")
+    install(session, *sources({"flashi2v-npu-ops": "[npu]"}), *TEST_TOOLS[:3], "hypothesis")
+    # Without CANN, torch cannot load torch_npu by itself; the tests, and what is below, decide who does. All processes
+    # import the packages, so they are compiled once.
+    alone = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    pytest = ("python", "-m", "pytest", "-n", "2", "--durations=10")
     session.run(*pytest, "packages/flashi2v-npu-ops/tests/conformance", *session.posargs, env=alone)
-    emulated = ("python", "-m", "flashi2v_npu_ops.testing", "--devices", "2")
-    session.run(*emulated, *pytest, "-m", "not slow", "tests/ascend", *session.posargs, env=alone)
+    emulated = ("python", "-m", "flashi2v_npu_ops.testing", "--devices", "2", "--older")
+    # What takes long begins first; each file's tests share what they are held to.
+    files = ("training", "sampling", "faults", "hour", "network")
+    paths = [f"tests/ascend/test_npu_{name}.py" for name in files]
+    spread = ("--dist", "loadfile", "--no-loadscope-reorder")
+    session.run(*emulated, *pytest, *spread, *paths, *session.posargs, env=alone)
 
 
 @nox.session

@@ -139,9 +139,9 @@ def run(command: str, *arguments: object, check: bool = False, **more: object) -
     return subprocess.CompletedProcess([command, *arguments], process.returncode, output, errors)
 
 
-def call(package: str, num_processes: int, function: Callable[..., object], *arguments: object) -> None:
+def call(package: str, num_processes: int, function: Callable[..., object], *arguments: object, **more: object) -> None:
     """Call a module's function in several processes that have imported a package, with their rank first."""
-    ranks = [Command(package, rank, *arguments, function=function) for rank in range(num_processes)]
+    ranks = [Command(package, rank, *arguments, function=function, **more) for rank in range(num_processes)]
     failures = [errors for _, errors in [rank.communicate() for rank in ranks] if errors]
     assert [rank.wait() for rank in ranks] == [0] * num_processes, "\n".join(failures)
 

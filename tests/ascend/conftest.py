@@ -22,3 +22,22 @@ def make_workspace(tmp_path_factory):
     spec.loader.exec_module(training)
     inputs = world.copy_into(tmp_path_factory.mktemp("inputs"))
     return lambda name: training.Workspace(tmp_path_factory.mktemp(name), inputs)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Return what runs commands, and reads what they asked NPUs for."""
+    from npu_runs import RECORDS, Runs
+
+    return Runs(Path(os.environ.get(RECORDS) or tmp_path_factory.mktemp("records")))
+
+
+@pytest.fixture
+def two_npus():
+    from flashi2v_npu_ops import UnsupportedError
+    from flashi2v_npu_ops.device import resolve_device
+
+    try:
+        resolve_device("npu:1")
+    except UnsupportedError as error:
+        pytest.skip(str(error))

@@ -9,15 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from npu_runs import EMULATED, torchrun
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import UMT5Config, UMT5EncoderModel
 
 from flashi2v_model import FlashI2VTransformer3DModel, layers, transformer
+from flashi2v_model.encoders import encode_text
 from flashi2v_npu_ops import route_conv3d
 from flashi2v_npu_ops.testing import RefusedError
+from flashi2v_train.parallel_dims import ParallelDims
+from flashi2v_train.world import DisagreementError, join_world
 
-EMULATED = "STUB_CANN_DEVICES" in os.environ
 only_emulated = pytest.mark.skipif(not EMULATED, reason="on an NPU such a program may hang, or compute nonsense")
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "freq_dim": 32, "text_dim": 16}
@@ -90,9 +95,28 @@ def test_the_vae_encodes_and_decodes_as_on_the_cpu(dtype):
     decoded = vae.decode(expected).sample
     route_conv3d(vae)
     vae.to("npu", dtype)
-    close = CLOSE[dtype]
-    torch.testing.assert_close(vae.encode(video.to("npu", dtype)).latent_dist.mode().float().cpu(), expected, **close)
-    torch.testing.assert_close(vae.decode(expected.to("npu", dtype)).sample.float().cpu(), decoded, **close)
+    given = video.to("npu", dtype), expected.to("npu", dtype)
+    with Watch() as watch:
+        found = vae.encode(given[0]).latent_dist.mode(), vae.decode(given[1]).sample
+    assert watch.reads == watch.strange == []
+    for ours, theirs in zip(found, (expected, decoded), strict=True):
+        torch.testing.assert_close(ours.float().cpu(), theirs, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_text_encoder_encodes_as_on_the_cpu(dtype):
+    torch.manual_seed(0)
+    config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    encoder = UMT5EncoderModel(config).requires_grad_(False).eval()
+    tokens = torch.arange(12).view(1, 12) % 64
+    mask = (torch.arange(12) < 9).long()[None]
+    expected = encode_text(encoder, tokens, mask)
+    encoder.to("npu", dtype)
+    given = tokens.to("npu"), mask.to("npu")
+    with Watch() as watch:
+        found = encode_text(encoder, *given)
+    assert watch.reads == watch.strange == []
+    torch.testing.assert_close(found.float().cpu(), expected, **CLOSE[dtype])
 
 
 def fp64_tables(monkeypatch):
@@ -166,16 +190,39 @@ def waits_for_nobody(rank, directory):
 
 
 def casts_what_is_sharded(rank, directory):
-    """Older torch_npu had no way to do so; this one has."""
+    """What torch_npu 2.6 cannot do, and 2.13 can; no code of ours does it."""
     join(rank, directory)
-    weight = DTensor.from_local(torch.full((2, 2), rank + 0.5, device="npu"), init_device_mesh("npu", (2,)), [Shard(0)])
-    cast = weight.to(torch.bfloat16)
-    assert cast.dtype == cast.to_local().dtype == torch.bfloat16
-    assert cast.full_tensor().tolist() == [[0.5, 0.5]] * 2 + [[1.5, 1.5]] * 2
+    network = make()
+    fully_shard(network, mesh=init_device_mesh("npu", (2,)))
+    with pytest.raises(RuntimeError, match="a cast of a sharded tensor"):
+        network.to(torch.bfloat16)
     dist.destroy_process_group()
+
+
+def sums_of_a_run(rank, environments):
+    """Processes compare what they are about to reduce, before any of them waits for the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environments[rank].items():
+            patch.setenv(name, value)
+        with join_world("npu", ParallelDims(1, 1, 1, 2, 1, (2,))) as world:
+            assert world.sum(torch.full((2,), rank + 1.0, device="npu")).tolist() == [3.0, 3.0]
+            number = torch.ones(1, device="npu", dtype=torch.int32 if rank else torch.float32)
+            with pytest.raises(DisagreementError, match=r"process 0 float32 \(1,\), process 1 int32 \(1,\)"):
+                world.sum(number)
+            assert dist.get_backend(world.control) == "gloo"
+            assert dist.get_backend_config() == "cpu:gloo,npu:hccl"
+            both = [torch.ones(1), torch.ones(1, device="npu")]
+            for tensor in both:
+                dist.all_reduce(tensor)
+                assert tensor.item() == 2
 
 
 @only_emulated
 @pytest.mark.parametrize("broken", [reduces_another_dtype, waits_for_nobody, casts_what_is_sharded])
 def test_what_two_processes_may_do_and_what_they_are_told(broken, tmp_path):
     forked.call("flashi2v-train", 2, broken, str(tmp_path))
+
+
+@only_emulated
+def test_a_run_refuses_to_reduce_an_int_on_one_rank_and_a_float_on_another():
+    forked.call("flashi2v-train", 2, sums_of_a_run, torchrun(2))
