@@ -2,8 +2,9 @@
 
 import pytest
 
+from flashi2v_npu_ops import registry
 from flashi2v_npu_ops.doctor import examine
-from flashi2v_npu_ops.probe import Probe, probe, setting
+from flashi2v_npu_ops.probe import Probe, measure, probe, setting
 
 
 def test_an_operator_is_right_crashed_or_slow():
@@ -15,6 +16,11 @@ def test_an_operator_is_right_crashed_or_slow():
     assert (crashed.verdict, crashed.error) == ("crashed", None)
     assert "it runs on npu devices, the tensors are on cpu" in crashed.words
     assert probe("gelu_tanh", "tiny", "fp32", "torch", "cpu", seconds=0.01).verdict == "slow"
+
+
+@pytest.mark.parametrize("operator", registry.operators())
+def test_every_operator_can_be_tried(operator):
+    assert measure(operator, "tiny", "fp32", "auto", "cpu")["error"] < 1e-5
 
 
 def outcome(operator: str, backend: str, verdict: str = "right") -> Probe:
