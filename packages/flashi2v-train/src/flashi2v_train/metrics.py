@@ -5,7 +5,8 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from flashi2v_data.atomic import atomic_file
-from flashi2v_data.errors import InputError
+from flashi2v_data.console import machine_fault
+from flashi2v_data.errors import InputError, StorageError
 from flashi2v_npu_ops.device import name as device_name
 from flashi2v_npu_ops.device import peak_memory
 from flashi2v_train.config import RunConfig
@@ -84,7 +86,18 @@ class Meter:
         }
 
 
-def open_log(config: RunConfig, first_step: int, started: float) -> "MetricsLog":
+@contextmanager
+def disk_failures_reported() -> Iterator[None]:
+    """Let what else is written than checkpoints end a run in one line, too."""
+    try:
+        yield
+    except ConnectionError:  # another process has ended, which says why
+        raise
+    except OSError as error:
+        raise StorageError(f"{machine_fault(error)}: fix that, and start the same command again") from error
+
+
+def open_log(config: RunConfig, first_step: int, started: float | None) -> "MetricsLog":
     """Write `config.json`, and return what writes the numbers of steps beside it."""
     values = config.as_dict()
     with atomic_file(config.options.save / "config.json") as path:

@@ -4,8 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashi2v_data.console import machine_fault
-from flashi2v_data.errors import InputError, StorageError
+from flashi2v_data.errors import InputError
 from flashi2v_data.randomness import generator
 from flashi2v_model.weights.libraries import quieten
 from flashi2v_npu_ops.device import synchronize
@@ -28,7 +26,7 @@ from flashi2v_train.config import RunConfig
 from flashi2v_train.ema import EMA
 from flashi2v_train.engines import build_engine
 from flashi2v_train.features import FeatureSource, Origin
-from flashi2v_train.metrics import Meter, Metrics, MetricsLog, open_log
+from flashi2v_train.metrics import Meter, Metrics, MetricsLog, disk_failures_reported, open_log
 from flashi2v_train.optim import build_optimizer, learning_rate, set_learning_rate
 from flashi2v_train.parallelise import build_stages
 from flashi2v_train.processes import StopSignal, hold_directory, is_restarted
@@ -145,12 +143,12 @@ class Trainer:
     def _state(self, *, optimizer: bool) -> dict[str, Tensor]:
         return run_state(self.parameters.items(), self.optimizer if optimizer else None, self.ema)
 
-    def run(self, stop: StopSignal, started: float) -> None:
+    def run(self, stop: StopSignal, started: float | None = None) -> None:
         """Train to the last step, or until the processes are asked to stop; save on the way.
 
         Args:
             stop: that was asked for.
-            started: when this start of the run began, by `time.monotonic`.
+            started: when this start of the run began, by `time.monotonic`; default: now.
 
         Raises:
             RunError: the run has diverged.
@@ -158,7 +156,7 @@ class Trainer:
         """
         options, world = self.options, self.world
         with ExitStack() as stack:
-            stack.enter_context(_disk_failures_reported())
+            stack.enter_context(disk_failures_reported())
             log = stack.enter_context(open_log(self.config, self.step, started)) if world.is_first else None
             if self.source is not None:
                 stack.callback(self.source.close)
@@ -168,11 +166,11 @@ class Trainer:
                 self._validate(log)
             stops = False
             while self.step < options.train_iters and not stops:
-                started = time.perf_counter()
+                began = time.perf_counter()
                 verdict, metrics = self.train_step(stop)
                 self.step += 1
                 synchronize(world.device)
-                metrics |= self.meter.measure(time.perf_counter() - started, verdict.wait_seconds)
+                metrics |= self.meter.measure(time.perf_counter() - began, verdict.wait_seconds)
                 metrics |= {"skipped_videos": verdict.skipped_videos, "skipped_steps": self.skips.total}
                 stops = verdict.stops
                 if log is not None:
@@ -273,17 +271,6 @@ class Trainer:
         self.checkpoints.save(self.step, self.state, progress, self.transformer_config)
 
 
-@contextmanager
-def _disk_failures_reported() -> Iterator[None]:
-    """Let what else is written than checkpoints end a run in one line, too."""
-    try:
-        yield
-    except ConnectionError:  # another process has ended, which says why
-        raise
-    except OSError as error:
-        raise StorageError(f"{machine_fault(error)}: fix that, and start the same command again") from error
-
-
 @device_faults_told("--recompute-granularity, more processes (--suggest-split), or smaller clips")
 def train(config: RunConfig, started: float | None = None) -> Path:
     """Run a training in this process (one of those that torchrun started, or the only one); return its directory.
@@ -295,7 +282,6 @@ def train(config: RunConfig, started: float | None = None) -> Path:
     Raises:
         InputError: weights, data or checkpoint do not fit the configuration.
     """
-    started = time.monotonic() if started is None else started
     quieten()
     # The watchdog names who is late; only if it cannot, the collectives give up.
     timeout = timedelta(minutes=2 * config.options.distributed_timeout_minutes)
