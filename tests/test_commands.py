@@ -56,6 +56,10 @@ COMMANDS = {
     "flashi2v-model init": Command(("new", "--preset", ABSENT), writes=("new", "--preset", "tiny")),
     "flashi2v-model inspect": Command((ABSENT,), ("model",)),
     "flashi2v-npu-ops doctor": Command(("--device", ABSENT), ("--device", "cpu")),
+    "flashi2v-train init": Command(
+        ("new", "--videos", ABSENT, "--from", "demo"),
+        writes=("new", "--videos", "captioned", "--from", "demo", "--device", "cpu", "--memory", "4"),
+    ),
     "flashi2v-train status": Command((ABSENT,), ("run",)),
     "flashi2v-train": Command(
         ("--mm-model", ABSENT, "--mm-data", "data.json", "--save", "new"),
@@ -181,9 +185,12 @@ def test_a_full_disk_behind_standard_output_exits_1_with_one_line(run, name):
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if COMMANDS[name].writes])
 def test_a_disk_that_cannot_hold_what_is_written_exits_1_with_one_line(run, place, name):
-    resource = pytest.importorskip("resource")  # of Unix
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))
-    done = run(name, *COMMANDS[name].writes, prepare=limit)
+    pytest.importorskip("resource")  # of Unix
+    # Python would cut short the compiled forms of modules, too, and fail on them ever after.
+    full = (
+        "import resource, sys; sys.dont_write_bytecode = True; resource.setrlimit(resource.RLIMIT_FSIZE, (1000,) * 2)"
+    )
+    done = run(name, *COMMANDS[name].writes, prepare=partial(exec, full))
     assert done.returncode == 1, done.stderr
     assert_one_line(done.stderr, name)
     assert not [path for path in place.glob("new*") if path.is_file()]

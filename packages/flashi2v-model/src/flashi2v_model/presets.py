@@ -1,7 +1,6 @@
 """Models of published sizes, and a tiny whole pipeline, with random weights in diffusers' layout."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from flashi2v_model.config import Defaults, DiffusionConfig
 from flashi2v_model.errors import InputError
 from flashi2v_model.scheduler import euler_scheduler
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
+from flashi2v_model.weights.writing import copy_directory
 
 # Constructor arguments of the transformer; what is not named is as in the 1.3B model.
 TRANSFORMERS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def save_pipeline(
         raise InputError(f"--encoders {encoders}: tokenizer cannot be loaded: {reason}") from error
     _save_sampler(transformer, directory, max_shard_size, shift)
     for part in parts:
-        shutil.copytree(encoders / part, directory / part)
+        copy_directory(encoders / part, directory / part)
     config = directory / "tokenizer" / "tokenizer_config.json"
     if config.exists():
         config.write_text(config.read_text().replace(*_TOKENIZERS_NAMES))

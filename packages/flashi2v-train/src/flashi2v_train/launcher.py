@@ -3,9 +3,10 @@
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
 
 import flashi2v_train
 from flashi2v_data.console import configure_logging, escaped, importing, run
@@ -39,8 +40,57 @@ def command(recipe: "RecipeClass | None" = None) -> App:
     def launch(*, options: TrainOptions) -> None:
         _launch(options, recipe)
 
+    app.command(init)
     app.command(status)
     return app
+
+
+def init(
+    run: Path,
+    /,
+    *,
+    videos: Path,
+    start: Annotated[str, Parameter(name="--from")],
+    size: str | None = None,
+    frames: int | None = None,
+    train_iters: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    device: str = "auto",
+    memory: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
+    nproc_per_node: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+) -> None:
+    """Write the files of a run on your own videos: filter.yaml, data.json, model.json and run.sh.
+
+    The videos are opened; size, frames and batch are proposed that fit them and the device's memory. `bash RUN/run.sh`
+    then goes all the way to a model, a film strip and the command to sample with.
+
+    Example: flashi2v-train init runs/mine --videos videos --from demo
+
+    Parameters
+    ----------
+    run
+        A new directory.
+    videos
+        A folder of videos with captions beside them, as of `flashi2v-data meta`; or a meta JSON, a table (CSV,
+        Parquet), or an annotation file (.txt).
+    start
+        demo (the small model of flashi2v-infer, for laptops), a directory in diffusers' layout, a hub id, or Wan2.1
+        (its text-to-video model of 1.3B).
+    size
+        HEIGHTxWIDTH of samples, each divisible by 16; default: as most videos are, and no larger than the model's.
+    frames
+        Frames of a sample, 4k + 1; default: as most videos have, and no more than the model's.
+    train_iters
+        Steps of training; default: 300 of a small model, 2000 of a large one.
+    device
+        auto, cpu, cuda or npu: where run.sh will train.
+    memory
+        GiB of each device; default: what is free here.
+    nproc_per_node
+        Devices to train on; default: all of this machine.
+    """
+    from flashi2v_train.start.command import prepare
+
+    print(escaped(prepare(run, videos, start, size, frames, train_iters, device, memory, nproc_per_node)))
 
 
 def status(run: Path, /) -> None:

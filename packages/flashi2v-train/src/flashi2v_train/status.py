@@ -18,6 +18,8 @@ def describe(run: Path) -> str:
     Raises:
         InputError: the directory is none of a run.
     """
+    if not (run / "config.json").exists() and (run / "train/config.json").exists():
+        run = run / "train"  # of the files that `init` writes
     try:
         config = json.loads((run / "config.json").read_text())
         total = int(config["options"]["train_iters"])

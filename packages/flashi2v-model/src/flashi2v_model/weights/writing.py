@@ -1,6 +1,7 @@
-"""Weights written as one file."""
+"""Weights written as one file, and directories of them copied."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,14 @@ def independent(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(memory.data_ptr())
         tensors[name] = tensor if is_own else tensor.clone(memory_format=torch.contiguous_format)
     return tensors
+
+
+def copy_directory(source: Path, target: Path) -> None:
+    """Copy a directory's files. The first one that cannot be written ends it by the system's own error.
+
+    shutil.copytree would go on, and raise one error without a number that holds all.
+    """
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)

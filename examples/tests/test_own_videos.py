@@ -1,0 +1,142 @@
+"""Forty clips as people have them, through `meta`, `init`, `run.sh`, an interrupt, and `run.sh` again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flashi2v_data import DataConfig, FilterConfig, load_config, open_store
+from flashi2v_data.video.probe import probe
+from flashi2v_train.config import TrainModelConfig
+
+MAKE_CLIPS = Path(__file__).parents[1] / "own_videos/make_clips.py"
+SCRIPTS = Path(sys.executable).parent
+STEPS = 3
+
+
+def command(directory: Path, *words: object, code: int = 0) -> str:
+    name, *arguments = map(str, words)
+    done = subprocess.run([SCRIPTS / name, *arguments], cwd=directory, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr.splitlines()[-1]
+
+
+def start(place: Path) -> subprocess.Popen[str]:
+    path = f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["bash", "runs/mine/run.sh"], cwd=place, env={**os.environ, "PATH": path}, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # tests may run in the background
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A directory in which forty clips became the files of a run."""
+    place = tmp_path_factory.mktemp("own")
+    command(place, "python", MAKE_CLIPS, "clips")
+    told = command(place, "flashi2v-data", "meta", "clips", "-o", "meta.json")
+    assert "no caption: clips/clip_07.mkv" in told
+    assert "39 clips in meta.json, 1 without a caption left out" in told
+    said = command(
+        place, "flashi2v-train", "init", "runs/mine", "--videos", "meta.json", "--from", "demo", "--size", "32x32",
+        "--frames", 5, "--train-iters", STEPS, "--device", "cpu", "--memory", 4,
+    )  # fmt: skip
+    assert "videos       39 with captions, 38 opened: 96x96 to 192x108, 16 to 30 fps" in said
+    assert "cannot be read:\n  clips/clip_05.mp4" in said
+    assert "samples      5 frames of 32x32 at 16 fps: 38 of the opened clips fit, 3 of them are held out" in said
+    assert "words        22 are new to the model: goes, round, in, " in said
+    assert said.endswith("now: bash runs/mine/run.sh\n")
+    return place
+
+
+def test_the_files_are_those_of_the_reference_and_short(place, monkeypatch):
+    monkeypatch.chdir(place)
+    run = Path("runs/mine")
+    limits = load_config(run / "filter.yaml", FilterConfig)
+    data, model = load_config(run / "data.json", DataConfig), load_config(run / "model.json", TrainModelConfig)
+    assert (limits.sample_num_frames, limits.train_fps, data.dataset_param.held_out_clips) == (5, 16, 3)
+    assert model.predictor.from_pretrained == "runs/mine/base/transformer"
+    for name in ("filter.yaml", "data.json", "model.json", "run.sh"):
+        assert len((run / name).read_text().splitlines()) < 65, name
+    assert Image.open(run / "first_frame.png").size[0] >= 96
+
+
+def test_the_small_model_knows_the_words_of_the_captions(place):
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    from flashi2v_infer import demo
+
+    base = place / "runs/mine/base"
+    tokenizer = AutoTokenizer.from_pretrained(base / "tokenizer")
+    caption = (place / "clips/clip_02.txt").read_text("utf-8").strip()
+    chinese = tokenizer(caption).input_ids
+    assert len(chinese) == len(caption) + 1 > 12  # a letter is a word, and the end
+    assert tokenizer.unk_token_id not in chinese
+    old = AutoTokenizer.from_pretrained(demo.DIRECTORY / "tokenizer")
+    known = "a large pink star moves quickly to the upper right"
+    assert tokenizer(known).input_ids == old(known).input_ids
+    ours, theirs = (load_file(directory / "text_encoder/model.safetensors") for directory in (base, demo.DIRECTORY))
+    rows, known_rows = ours.pop("shared.weight"), theirs.pop("shared.weight")
+    assert len(rows) == len(known_rows) + 22
+    assert torch.equal(rows[: len(known_rows)], known_rows)
+    assert torch.pdist(rows).min() > 0.1
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_one_command_leads_to_a_model_and_goes_on_after_an_interrupt(place):
+    run = place / "runs/mine"
+    first = start(place)
+    while not (run / "train/metrics.jsonl").exists() and first.poll() is None:
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGINT)
+    output = first.communicate()[0]
+    assert first.returncode != 0, output
+    assert not (run / "model").exists()
+    before = (run / "store/report.txt").stat().st_mtime_ns
+    again = start(place)
+    output = again.communicate()[0]
+    assert again.returncode == 0, output
+    assert (run / "store/report.txt").stat().st_mtime_ns == before, "filtered once"
+    assert len(open_store(run / "store")) == 38
+    steps = [json.loads(line)["step"] for line in (run / "train/metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, STEPS + 1)]
+    info = probe(run / "sample.mp4")
+    assert (info.num_frames, info.height, info.width, info.fps) == (5, 32, 32, 16)
+    for picture in ("sample.png", "train/train_loss.png", "train/validation.png"):
+        with Image.open(run / picture) as image:
+            assert np.asarray(image.convert("L")).std() > 0
+    assert "before training  at step 3  real clips" in output
+    assert "flashi2v-infer --model runs/mine/model --image" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--videos", "empty"), "holds no video"),
+        (("--videos", "latin"), "line 1: is not UTF-8; save it as UTF-8"),
+        (("--size", "50x64"), "height 50 is not divisible by 16: use 48 or 64"),
+        (("--frames", "6"), "must be 4k + 1 for the VAE: use 5 or 9"),
+        (("--memory", "0.01"), "one sample takes"),
+        (("--from", "nowhere"), "no such directory; name one, a hub id"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(place, words, expected):
+    (place / "empty").mkdir(exist_ok=True)
+    (place / "latin").mkdir(exist_ok=True)
+    (place / "latin/a.mp4").write_bytes(b"")
+    (place / "latin/a.txt").write_bytes(b"caf\xe9")
+    options = {"--videos": "meta.json", "--from": "demo", "--device": "cpu", "--memory": "4", **dict([words])}
+    arguments = [word for pair in options.items() for word in pair]
+    assert expected in command(place, "flashi2v-train", "init", "runs/other", *arguments, code=2)
+    assert not (place / "runs/other").exists()
+    assert not [*place.glob("runs/.other*")]

@@ -1,0 +1,134 @@
+"""The batch that a device can hold, and what must be done twice or kept elsewhere for it."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flashi2v_data.errors import InputError
+from flashi2v_train.config import RunConfig
+from flashi2v_train.cost import predict
+
+_GIB = 2**30
+# Of a device's memory; the rest is for kernels, fragments and the VAE that shows validation's videos.
+_USABLE = 0.85
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A way to need less memory.
+
+    Attributes:
+        name: in words.
+        options: of `flashi2v-train`.
+    """
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def words(self) -> list[str]:
+        """The options as one types them."""
+        words = []
+        for name, value in self.options.items():
+            option = name.replace("_", "-")
+            words += (
+                [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option} {value}"]
+            )
+        return words
+
+
+_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+# In the order in which they are tried: each costs more time, or more, than the one before.
+SAVINGS = (
+    Saving("as it is", {}),
+    Saving("layers computed twice", _RECOMPUTE),
+    Saving("... and no moving average", {**_RECOMPUTE, "use_ema": False}),
+    Saving("... and weights on the host", {**_RECOMPUTE, "use_ema": False, "fsdp_cpu_offload": True}),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a device holds.
+
+    Attributes:
+        saving: that it takes.
+        micro_batch: samples at a time.
+        gib: predicted for them.
+        rows: of the table: a saving, what one sample takes, what each further one takes, how many fit.
+    """
+
+    saving: Saving
+    micro_batch: int
+    gib: float
+    rows: list[tuple[str, float, float, int]]
+
+    def table(self, gib: float) -> str:
+        """Return what was found, for whoever wants to know why.
+
+        Args:
+            gib: memory of the device.
+        """
+        head = f"{'GiB on a device':<30}{'one sample':>12}{'each more':>12}{'fit':>6}"
+        lines = [f"{head}   of {gib:.0f} GiB, {_USABLE:.0%} used"]
+        lines += [f"{name:<30}{first:>12.2f}{more:>12.2f}{number:>6}" for name, first, more, number in self.rows]
+        return "\n".join(lines)
+
+
+def fit(config: RunConfig, processes: int, gib: float, batch: int, *, on_cpu: bool) -> Fit:
+    """Choose how to train in a device's memory.
+
+    Args:
+        config: of the run.
+        processes: devices, over which weights and optimizer are spread.
+        gib: memory of each.
+        batch: samples of a step over all of them.
+        on_cpu: the device is the host itself, to which nothing can be moved.
+
+    Raises:
+        InputError: not one sample fits.
+    """
+    most = max(1, batch // processes)
+    rows: list[tuple[str, float, float, int]] = []
+    least = 0.0
+    for saving in SAVINGS[:3] if on_cpu else SAVINGS:
+        changes = {**saving.options, "micro_batch_size": 1, "global_batch_size": processes}
+        tried = replace(config, options=config.options.model_copy(update=changes))
+        memory = predict(tried, tried.parallel_dims(processes))[0].memory
+        more = (memory.activations + memory.recomputed) / _GIB
+        least = memory.total / _GIB
+        number = int((gib * _USABLE - least) / more) + 1 if least <= gib * _USABLE else 0
+        rows.append((saving.name, least, more, number))
+        if number:
+            micro = largest_divisor(most, number)
+            return Fit(saving, micro, least + more * (micro - 1), rows)
+    raise InputError(
+        f"one sample takes {least:.1f} GiB even with all that saves memory, and of {gib:.1f} GiB {_USABLE:.0%} can be "
+        "used: set a smaller --size or fewer --frames, or spread it over more devices (--nproc-per-node)"
+    )
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of a number that is no more than a limit."""
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
+
+
+def device_of(device: str, gib: float | None, processes: int | None) -> tuple[str, float, int]:
+    """Return the kind of device, the GiB of each, and how many there are; what is given is not asked of the machine.
+
+    Raises:
+        InputError: there is no such device, or it does not tell its memory.
+    """
+    if gib is not None and device != "auto":
+        return device, gib, processes or 1
+    import torch
+
+    from flashi2v_npu_ops.device import free_memory, resolve_device
+
+    found = resolve_device(device)
+    if gib is None:
+        free = free_memory(found)
+        if free is None:
+            raise InputError("this system does not tell how much memory is free: say it by --memory")
+        gib = free / _GIB
+    number = 1 if found.type == "cpu" else torch.accelerator.device_count()
+    return found.type, gib, processes or number

@@ -1,0 +1,138 @@
+"""Size, frames and rate that fit the videos and the model, and the clips that this keeps."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashi2v_data.curation.config import FilterConfig
+from flashi2v_data.curation.judge import Judge
+from flashi2v_data.curation.rules import REASONS, Rejection, area_at_ratio
+from flashi2v_data.errors import InputError
+from flashi2v_data.records import Size
+from flashi2v_train.start.base import Base
+from flashi2v_train.start.videos import Clip
+
+_MAX_FPS = 16.0  # what Wan2.1's VAE and FlashI2V were trained at
+# A setting is chosen so that so many clips can keep it; the rest may be odd ones.
+_MOST = 0.1
+_STEP = 16  # pixels: the VAE's 8 times the patches' 2
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What samples will look like.
+
+    Attributes:
+        settings: of the filter.
+        kept: of the clips that were opened, those that it keeps.
+        dropped: how many it drops, by reason.
+    """
+
+    settings: FilterConfig
+    kept: list[Clip]
+    dropped: dict[str, int]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width."""
+        settings = self.settings
+        return settings.sample_num_frames, settings.sample_height, settings.sample_width
+
+
+def propose(
+    clips: Sequence[Clip], base: Base, size: tuple[int, int] | None, frames: int | None, annotation: str, store: str
+) -> Proposal:
+    """Choose what is not given.
+
+    Args:
+        clips: that were opened.
+        base: what to start from.
+        size: height and width, if given.
+        frames: if given.
+        annotation: file that names the meta JSON.
+        store: directory for the LMDB.
+
+    Raises:
+        InputError: a size is not divisible by 16, frames are not 4k + 1, or no clip fits.
+    """
+    sizes = [Size(*clip.info.size("upright")) for clip in clips]
+    height, width = _checked(size) if size else _size(sizes, base.pixels)
+    fps = min(_MAX_FPS, float(np.quantile([clip.info.fps for clip in clips], _MOST, method="lower")))
+    available = [math.floor(clip.num_frames * fps / clip.info.fps + 1e-6) for clip in clips]
+    if frames is None:
+        shortest = int(np.quantile(available, _MOST, method="lower"))
+        frames = min(base.frames, (shortest - 1) // 4 * 4 + 1)
+        if frames < 5:
+            raise InputError(
+                f"one clip in ten is shorter than 5 frames at {fps:g} frames a second, too short to show motion: "
+                "leave such clips out, or set --frames"
+            )
+    elif frames < 1 or frames % 4 != 1:
+        lower = max(1, frames // 4 * 4 + 1)
+        raise InputError(f"--frames {frames}: must be 4k + 1 for the VAE: use {lower} or {lower + 4}")
+    values: dict[str, Any] = {
+        "ann_txt_path": annotation,
+        "save_path": store,
+        "sample_height": height,
+        "sample_width": width,
+        "sample_num_frames": frames,
+        "train_fps": fps,
+        "max_h_div_w_ratio": round(2 * height / width, 2),
+        "min_h_div_w_ratio": round(height / width / 2, 2),
+        "too_long_factor": float(max(5, math.ceil(max(available) / frames) + 1)),
+    }
+    limits = FilterConfig(**values, min_hxw=1)
+    areas = [area_at_ratio(each, limits) for each in sizes]
+    least = min(height * width, int(np.quantile(areas, _MOST, method="lower")))
+    return _judged(clips, FilterConfig(**values, min_hxw=least))
+
+
+def _checked(size: tuple[int, int]) -> tuple[int, int]:
+    for name, value in zip(("height", "width"), size):
+        if value % _STEP or value < _STEP:
+            lower = max(_STEP, value // _STEP * _STEP)
+            raise InputError(
+                f"--size {size[0]}x{size[1]}: {name} {value} is not divisible by {_STEP}: use {lower} or "
+                f"{lower + _STEP}"
+            )
+    return size
+
+
+def _size(sizes: Sequence[Size], pixels: int) -> tuple[int, int]:
+    """Return height and width with the clips' usual shape, and no more pixels than most of them, or the model, have."""
+    shape = float(np.median([math.log(size.height / size.width) for size in sizes]))
+    area = min(pixels, int(np.quantile([size.height * size.width for size in sizes], _MOST, method="lower")))
+    if area < _STEP**2:
+        raise InputError(f"the videos have {area} pixels, fewer than {_STEP}x{_STEP}, the smallest size there is")
+    candidates = [
+        (height, width)
+        for height in range(_STEP, area // _STEP + 1, _STEP)
+        for width in range(_STEP, area // height + 1, _STEP)
+    ]
+
+    def misfit(size: tuple[int, int]) -> float:
+        height, width = size
+        return 2 * abs(math.log(height / width) - shape) + math.log(area / (height * width))
+
+    return min(candidates, key=misfit)
+
+
+def _judged(clips: Sequence[Clip], settings: FilterConfig) -> Proposal:
+    judge, kept, dropped = Judge(settings), [], Counter[str]()
+    for clip in clips:
+        verdict = judge(clip.entry, clip.info)
+        if isinstance(verdict, Rejection):
+            dropped[verdict.reason] += 1
+        else:
+            kept.append(clip)
+    if not kept:
+        reason, number = dropped.most_common(1)[0]
+        raise InputError(
+            f"no clip fits {settings.sample_num_frames} frames of {settings.sample_height}x{settings.sample_width} at "
+            f"{settings.train_fps:g} frames a second: {number} of {len(clips)}: {REASONS[reason]}"
+        )
+    return Proposal(settings, kept, dict(dropped))
