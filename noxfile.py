@@ -45,6 +45,7 @@ TEST_TOOLS = (
     "matplotlib>=3.8",
     "pip",  # with which tests install distributions of their own
     *("nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"),  # which run the notebook
+    "gguf>=0.10",  # with which diffusers reads weights of llama.cpp's format
 )
 # What `lowest` runs: what leans on other libraries most, where it is quick. And what it leaves as pip finds it: what is
 # built for one torch or for other machines, or only talks to a service.

@@ -122,6 +122,7 @@ def test_a_run_leaves_what_it_promises(workspace):
         "iter_0000002",
         "iter_0000004",
         "latest_checkpointed_iteration.txt",
+        "train_loss.png",
         "train_summary.json",
     }
     assert len(list(directory.glob("events.*"))) == 1
