@@ -317,8 +317,8 @@ class Background:
     seed: int = 0
 
 
-# The last one is kept from training.
-BACKGROUNDS = ("plain", "graded", "striped", "textured", "checked", "dotted")
+BACKGROUNDS = ("plain", "graded", "striped", "textured", "checked", "dotted", "landscape")
+UNSEEN_BACKGROUNDS = BACKGROUNDS[-2:]  # kept from training, like the things above
 
 
 def paint(background: Background, height: int, width: int) -> NDArray[np.float32]:
@@ -350,7 +350,26 @@ def _mixture(background: Background, height: int, width: int) -> NDArray[np.floa
         return np.clip(0.5 + soft * wave(right) * wave(down), 0, 1)
     if background.kind == "dotted":
         return np.clip(0.5 + soft * (wave(right) * wave(down) - 0.6), 0, 1)
+    if background.kind == "landscape":
+        return _hills(background, height, width)
     return _clouds(background, height, width)
+
+
+def _hills(background: Background, height: int, width: int) -> NDArray[np.float64]:
+    """Return a bright sky above three rows of hills, each nearer, darker and rougher than the one behind it."""
+    random = np.random.default_rng(background.seed)
+    down = (np.arange(height)[:, None] + 0.5) / height
+    seen = np.broadcast_to(0.25 * down, (height, width)).copy()
+    rough = _clouds(background, height, width) - 0.5
+    across = np.arange(width) / width
+    for row in range(3):
+        waves = sum(
+            random.uniform(-0.08, 0.08) / (i + 1) * np.sin(2 * math.pi * ((i + 1) * across + random.random()))
+            for i in range(4)
+        )
+        inside = np.clip((down - (0.4 + 0.18 * row + waves)) * height, 0, 1)
+        seen += inside * (0.45 + 0.2 * row + 0.15 * (row + 1) * rough - seen)
+    return np.clip(seen, 0, 1)
 
 
 def _clouds(background: Background, height: int, width: int) -> NDArray[np.float64]:

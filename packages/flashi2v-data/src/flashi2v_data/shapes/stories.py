@@ -132,7 +132,9 @@ class _Author:
     def _background(self) -> Background:
         random, pick = self._random, self._teller.pick
         seen = ("plain", "plain", "graded", "graded", "striped", "textured", "textured", "checked")
-        kind = "dotted" if self._looks == "unseen" and random.random() < 0.1 else pick(seen)
+        kind = pick(seen)
+        if self._looks == "unseen" and random.random() < 0.2:
+            kind = pick(pictures.UNSEEN_BACKGROUNDS)
         first = draw_colour(random) if random.random() < 0.4 else _pale(draw_colour(random), random)
         # A pattern's colours are near each other, so that things stand out.
         low, high = {"plain": (0, 1), "graded": (20, 160), "textured": (40, 200)}.get(kind, (15, 90))

@@ -1,0 +1,297 @@
+"""Train the VAE, tokenizer and text encoder of the demo model.
+
+    python examples/demo_model/encoders.py --output run/encoders
+
+They are the real classes in Wan2.1's directory layout (`vae/`, `tokenizer/`, `text_encoder/`). Stopped anywhere, it
+goes on where it was and ends with the same weights.
+
+B batch, T frames, H W pixels, L tokens, D width.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from flashi2v_data.atomic import atomic_directory, atomic_file
+from flashi2v_data.randomness import generator
+from flashi2v_data.shapes.sentences import DIRECTIONS
+from flashi2v_data.shapes.stories import PACES, Stage, sample_story
+
+SEED = 2026
+SIZE, FRAMES = 96, 17
+KL_WEIGHT = 1e-3  # enough that a little noise on a latent changes nothing in the picture
+SAVE_STEPS = 250
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps at a learning rate that falls to zero, on clips of (batch, frames)."""
+
+    steps: int
+    learning_rate: float
+    batch: int
+    frames: int
+
+
+# Single frames teach space, cheaply. What they teach holds for every frame of a clip, as `start_vae` sees to it that no
+# frame looks at those before it at first; whole clips then teach motion.
+PHASES = (Phase(6000, 1.5e-3, 8, 1), Phase(4000, 1e-3, 2, FRAMES))
+
+
+class Films(Dataset[tuple[Tensor, Tensor]]):
+    """Clips of stories that no other phase uses, by number.
+
+    Each is (3, T, H, W) in [-1, 1], and where things are: (1, T, H, W), 0 or 1. Things are few of the pixels, and most
+    of what a caption speaks of.
+    """
+
+    def __init__(self, phase: int, frames: int) -> None:
+        self._phase, self._frames = phase, frames
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        index = self._phase * 10_000_000 + number
+        story = sample_story(SEED, index, SIZE, SIZE, looks="seen")
+        stage = Stage(story, SIZE, SIZE)
+        # Single frames are of any moment.
+        moments = np.linspace(0, 1, self._frames) if self._frames > 1 else [index % FRAMES / (FRAMES - 1)]
+        film = np.stack([stage.frame(moment) for moment in moments])  # (T, H, W, 3)
+        backdrop = stage.without(set(range(len(story.things))), 0)
+        things = np.abs(film - backdrop).max(-1) > 8
+        return (
+            torch.from_numpy(film).permute(3, 0, 1, 2).float() / 127.5 - 1,
+            torch.from_numpy(things)[None].float(),
+        )
+
+
+def load_films(number: int, phase: Phase, first_step: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of a phase from a step on: (B, 3, T, H, W) and (B, 1, T, H, W)."""
+    order = range(first_step * phase.batch, phase.steps * phase.batch)
+    films = Films(number, phase.frames)
+    yield from DataLoader(films, phase.batch, sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available())
+
+
+@torch.no_grad()
+def start_vae() -> AutoencoderKLWan:
+    """Random weights, with which every frame is treated as a picture of its own.
+
+    Patches of 2x2 pixels enter as one, so that the costly fine levels of Wan2.1's VAE are not there; the strides are
+    its own, (4, 8, 8).
+    """
+    vae = AutoencoderKLWan(
+        base_dim=24, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, attn_scales=[], temperal_downsample=[True, True],
+        patch_size=2, in_channels=12, out_channels=12,
+    )  # fmt: skip
+    for name, module in vae.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Conv3d):
+            continue
+        weight = module.weight  # (C_out, C_in, [T,] H, W)
+        nn.init.zeros_(weight)
+        nn.init.zeros_(module.bias)
+        if name.endswith("time_conv"):  # copies the last frame to where it shrinks or stretches time
+            for i in range(weight.shape[0]):
+                weight[i, i % weight.shape[1], -1] = 1.0
+        else:
+            last = weight[:, :, -1] if isinstance(module, nn.Conv3d) else weight
+            nn.init.kaiming_normal_(last, nonlinearity="linear")
+    return vae
+
+
+def quick_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
+    """WanRMS_norm's formula in the type of x: on a CPU, a quarter of a step less than by F.normalize."""
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-12) * norm.gamma.to(x.dtype)
+
+
+def reconstruction_error(difference: Tensor, things: Tensor) -> Tensor:
+    """Return L1 and MSE of pixels, and L1 of edges: what makes a star a star.
+
+    Args:
+        difference: of two videos, (B, 3, T, H, W).
+        things: where things are, (B, 1, T, H, W). They count more, and so do the places that they pass, where they must
+            leave no trail.
+    """
+    passed = F.max_pool3d(things.amax(2, keepdim=True), (1, 7, 7), stride=1, padding=(0, 3, 3))
+    weight = 1 + 3 * passed + 7 * things
+    pixels = (weight * (difference.abs() + 2 * difference.square())).sum() / (3 * weight.sum())
+    return pixels + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the VAE is trained with: a device, its arithmetic, and processes that draw films."""
+
+    device: str
+    bf16: bool
+    workers: int
+
+
+def train_phase(vae: AutoencoderKLWan, number: int, phase: Phase, output: Path, machine: Machine) -> None:
+    """Train the VAE in place; every 50 steps go into the log, and the state to disk every `SAVE_STEPS`."""
+    device = machine.device
+    vae.train().to(device)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=phase.learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
+    )
+    state, first = output / f"vae_phase_{number + 1}.pt", 0
+    if state.exists():
+        saved = torch.load(state, map_location=device, weights_only=True)
+        vae.load_state_dict(saved["vae"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        first = saved["step"]
+    films = load_films(number, phase, first, machine.workers)
+    steps = tqdm(range(first, phase.steps), f"VAE, phase {number + 1}", phase.steps, initial=first, disable=None)
+    for step, (video, things) in zip(steps, films):
+        video = video.to(device).contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(device, torch.bfloat16, enabled=machine.bf16):
+            posterior = vae.encode(video).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator(SEED, "posterior", number, step)).to(device)
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        difference = decoded.float() - video
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        (reconstruction_error(difference, things.to(device)) + KL_WEIGHT * divergence).backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            psnr = -10 * math.log10(difference.square().mean().item() / 4)
+            steps.set_postfix(psnr=f"{psnr:.1f} dB")
+            with (output / "vae.csv").open("a") as log:
+                log.write(f"{number + 1},{step},{psnr:.2f},{divergence.item():.3f}\n")
+        if (step + 1) % SAVE_STEPS == 0 or step + 1 == phase.steps:
+            whole = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            with atomic_file(state) as temporary:
+                torch.save({**whole, "step": step + 1}, temporary)
+
+
+@torch.no_grad()
+def set_unit_variance(vae: AutoencoderKLWan, machine: Machine) -> None:
+    """Write into the config the mean and standard deviation by which latents are normalised."""
+    vae.eval()
+    found = []
+    for i, (video, _) in enumerate(load_films(len(PHASES), Phase(16, 0.0, 8, FRAMES), 0, machine.workers)):
+        posterior = vae.encode(video.to(machine.device)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator(SEED, "posterior", len(PHASES), i))
+        found.append(posterior.mean.cpu() + posterior.std.cpu() * noise)
+    sample = torch.cat(found)  # (B, C, F, h, w)
+    mean, std = sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+
+def train_vae(output: Path, machine: Machine, shorter: int) -> AutoencoderKLWan:
+    """Train all phases, or what is left of them."""
+    torch.manual_seed(SEED)
+    WanRMS_norm.forward = quick_norm
+    vae = start_vae()
+    log = output / "vae.csv"
+    if not log.exists():
+        log.write_text("phase,step,psnr_db,kl\n")
+    for number, phase in enumerate(PHASES):
+        short = Phase(max(1, phase.steps // shorter), phase.learning_rate, phase.batch, phase.frames)
+        train_phase(vae, number, short, output, machine)
+    set_unit_variance(vae, machine)
+    return vae.to("cpu")
+
+
+def make_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
+    """A token for every word of the captions."""
+    words = sorted({word for caption in captions for word in caption.replace(",", " , ").split()})
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def train_text(steps: int) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
+    """Train an encoder that tells what a sentence says of the motion, and every word of it.
+
+    As a language model does, it knows all words, those too that the transformer never sees a video of: sentences that
+    say the same of a motion get states that say the same.
+    """
+    torch.manual_seed(SEED)
+    batch = 128
+    tokenizer = make_tokenizer([sample_story(SEED, i, SIZE, SIZE).caption for i in range(20_000)])
+    config = UMT5Config(
+        vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0.0,
+    )  # fmt: skip
+    encoder = UMT5EncoderModel(config)
+    directions, paces = [*DIRECTIONS, "still", None], [*PACES, None]
+    heads = nn.ModuleList(nn.Linear(64, size) for size in (len(directions), len(paces), len(tokenizer)))
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=2e-3)
+    for step in (progress := tqdm(range(steps), "text encoder", disable=None)):
+        stories = [
+            sample_story(SEED, step * batch + i, SIZE, SIZE, words="unseen" if i % 4 == 0 else "all")
+            for i in range(batch)
+        ]
+        tokens = tokenizer([story.caption for story in stories], padding=True, return_tensors="pt")
+        states = encoder(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        ).last_hidden_state  # (B, L, D)
+        mask = tokens.attention_mask.bool()
+        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, D)
+        motions = [story.motion for story in stories]
+        direction = torch.tensor([directions.index(motion.direction if motion else "still") for motion in motions])
+        pace = torch.tensor([paces.index(motion.pace if motion else None) for motion in motions])
+        loss = F.cross_entropy(heads[0](pooled), direction) + F.cross_entropy(heads[1](pooled), pace)
+        loss = loss + F.cross_entropy(heads[2](states[mask]), tokens.input_ids[mask])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.4f}")
+    return tokenizer, encoder.eval()
+
+
+def halve(path: Path) -> None:
+    """Store weights as fp16: they are loaded into fp32 modules."""
+    save_file({key: value.half() for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or npu, for the VAE (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="compute the VAE in bf16: quick where the device has it")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw films (default: %(default)s)")
+    parser.add_argument("--shorter", type=int, default=1, help="do 1/N of all steps, to try it (default: %(default)s)")
+    options = parser.parse_args()
+
+    output: Path = options.output
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / "text_encoder").exists():
+        tokenizer, encoder = train_text(max(1, 1500 // options.shorter))
+        tokenizer.save_pretrained(output / "tokenizer")
+        with atomic_directory(output / "text_encoder") as temporary:
+            encoder.save_pretrained(temporary)
+            halve(temporary / "model.safetensors")
+    if not (output / "vae").exists():
+        machine = Machine(options.device, options.bf16, options.workers)
+        vae = train_vae(output, machine, options.shorter)
+        with atomic_directory(output / "vae") as temporary:
+            vae.save_pretrained(temporary)
+            halve(temporary / "diffusion_pytorch_model.safetensors")
+
+
+if __name__ == "__main__":
+    main()
