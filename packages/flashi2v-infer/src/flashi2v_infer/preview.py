@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.console import run
+from flashi2v_data.curation.folder import VIDEOS
 from flashi2v_data.errors import InputError
 from flashi2v_data.loading.transforms import normalise, to_tensor
 from flashi2v_data.video.decode import read_frames
@@ -39,7 +40,6 @@ app = App(name="python -m flashi2v_infer.preview", help_format="plaintext", vers
 FILE = "preview.json"
 _SMALLEST = 256  # pixels of the longer side of a picture
 _LONGEST, _LARGEST = 17, 480  # frames and rows of the videos that a map is fitted on
-_VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 
 # Of Wan2.1's VAE, as ComfyUI publishes them (comfy/latent_formats.py, class Wan21): red, green and blue of each of 16
 # channels, and what is added.
@@ -154,7 +154,7 @@ def fit(vae: AutoencoderKLWan, videos: Iterable[Tensor]) -> tuple[PreviewMap, fl
 def _videos(paths: Sequence[Path]) -> Iterator[Tensor]:
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     for file in files:
-        if file.suffix.lower() in _VIDEOS:
+        if file.suffix.lower() in VIDEOS:
             yield _read(file)
 
 
@@ -189,7 +189,7 @@ def fit_files(vae: Path, *videos: Path) -> None:
     model = AutoencoderKLWan.from_pretrained(vae).eval()
     found = list(_videos(videos))
     if not found:
-        raise InputError(f"no videos are given, which end in {', '.join(_VIDEOS)}: name files, or folders of them")
+        raise InputError(f"no videos are given, which end in {', '.join(VIDEOS)}: name files, or folders of them")
     fitted, explained = fit(model, found)
     write_map(fitted, vae / FILE, f"least squares over {len(found)} videos, {explained:.1%} of the variance")
     print(f"wrote {vae / FILE}: {explained:.1%} of the colours' variance in {len(found)} videos")
