@@ -40,13 +40,13 @@ def test_results_play_inline(ran):
     assert len({whole, stopped, quick}) == 3
 
 
-def test_previews_sharpen_towards_the_picture(ran):
+def test_previews_show_the_picture_from_the_second_step_on(ran):
     cells, _ = ran
-    rows = np.split(picture(cells[3]), 4)  # at steps 6, 12, 18, 24 of 25
+    rows = np.split(picture(cells[3]), 4)  # at steps 2, 8, 14, 20 of 25
+    distances = [np.abs(row - rows[-1]).mean() for row in rows]
+    assert 12 > distances[0] > distances[1] > distances[2]  # noise is 70 away
     image = np.asarray(Image.fromarray(picture(cells[1]).astype(np.uint8)).resize((96, 96))).astype(int)
-    distances = [np.abs(row[:, :96] - image).mean() for row in rows]
-    assert distances == sorted(distances, reverse=True)
-    assert distances[-1] < 0.6 * distances[0]
+    assert np.abs(rows[0][:, :96] - image).mean() < 40
 
 
 def test_an_adapter_changes_the_picture_by_its_weight(ran):

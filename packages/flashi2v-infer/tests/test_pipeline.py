@@ -289,7 +289,7 @@ def test_a_prompt_that_is_cut_is_reported(pipe, caplog):
         ),
         (
             {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["sigmas"]},
-            "there are latents, prompt_embeds, negative_prompt_embeds, not sigmas",
+            "there are latents, denoised, prompt_embeds, negative_prompt_embeds, not sigmas",
         ),
         ({"image": [], "prompt": []}, "got 0 images and 0 prompts"),
         ({"negative_prompt": ["a", "b"]}, "one for each of 1 prompts, got 2"),
@@ -352,6 +352,7 @@ def test_a_callback_is_told_where_the_run_is(pipe, sampled, photograph):
         seen.append((float(pipe.current_timestep), pipe.num_timesteps, pipe.do_classifier_free_guidance))
         assert {name: tensor.shape for name, tensor in tensors.items()} == {
             "latents": (1, 16, 2, 4, 6),
+            "denoised": (1, 16, 2, 4, 6),
             "prompt_embeds": (1, 24, 64),
             "negative_prompt_embeds": (1, 24, 64),
         }
@@ -362,6 +363,27 @@ def test_a_callback_is_told_where_the_run_is(pipe, sampled, photograph):
     assert seen == [(1000.0, 2, True), (pytest.approx(875.0), 2, True)]
     assert pipe.current_timestep is None
     assert pipe.guidance_scale == 5.0
+
+
+@pytest.mark.parametrize("scheduler", [None, FlowMatchHeunDiscreteScheduler(shift=7.0)])
+def test_the_estimate_of_the_end_is_where_euler_would_go_in_one_step(pipe, sampled, photograph, scheduler):
+    seen: list[torch.Tensor] = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(tensors["denoised"])
+        return tensors
+
+    direct = sampled(image=photograph, num_inference_steps=1)
+    pipe.scheduler = scheduler or pipe.scheduler
+    end = sampled(
+        image=photograph,
+        num_inference_steps=3,
+        callback_on_step_end=look,
+        callback_on_step_end_tensor_inputs=["denoised"],
+    )
+    assert_close(seen[0], direct)
+    assert_close(seen[-1], end)
+    assert not torch.allclose(seen[0], end)
 
 
 def test_callbacks_of_diffusers_end_the_guidance(pipe, sampled, photograph):
@@ -381,6 +403,9 @@ def test_a_callback_may_change_the_prompt(pipe, sampled, photograph):
     def change(pipe, step, timestep, tensors):
         return {"prompt_embeds": other}
 
+    for name in ("denoised", "latent"):
+        with pytest.raises(InputError, match=f"changed {name}: it may change latents, prompt_embeds, negative"):
+            sampled(image=photograph, callback_on_step_end=lambda *_, name=name: {name: other})
     names = ["prompt_embeds"]
     changed = sampled(image=photograph, callback_on_step_end=change, callback_on_step_end_tensor_inputs=names)
     assert not torch.allclose(changed, sampled(image=photograph))

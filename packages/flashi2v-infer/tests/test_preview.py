@@ -77,10 +77,20 @@ def test_a_callback_previews_what_is_sampled(pipe):
     seen: list[list[Image.Image]] = []
 
     def look(pipe, step, timestep, tensors):
-        seen.append(pipe.preview(tensors["latents"])[0])
+        seen.append(pipe.preview(tensors["denoised"])[0])
 
-    pipe(demo.IMAGE, demo.PROMPT, num_inference_steps=2, output_type="latent", callback_on_step_end=look)
-    assert [len(pictures) for pictures in seen] == [5, 5]
+    pipe(
+        demo.IMAGE,
+        demo.PROMPT,
+        num_inference_steps=3,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(1),
+        callback_on_step_end=look,
+        callback_on_step_end_tensor_inputs=["denoised"],
+    )
+    assert [len(pictures) for pictures in seen] == [5, 5, 5]
+    second, last = (np.asarray(pictures, dtype=float) for pictures in seen[1:])
+    assert np.abs(second - last).mean() < 12  # noise is 70 away
 
 
 def test_the_script_fits_videos_of_a_folder(pipe, tmp_path, capsys):

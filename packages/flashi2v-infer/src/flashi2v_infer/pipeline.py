@@ -78,7 +78,7 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["tokenizer", "text_encoder", "transformer", "vae"]  # noqa: RUF012 (diffusers declares it so)
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "denoised", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
 
     scheduler: SchedulerMixin
 
@@ -169,7 +169,8 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin):
         """Return a picture for every latent frame, by a linear map: milliseconds, for callbacks that show progress.
 
         Args:
-            latents: (B, C, F, H, W), normalised, as callbacks are given them; early ones are mostly noise.
+            latents: (B, C, F, H, W), normalised, as callbacks are given them; "denoised" shows shapes from the second
+                step on, where "latents" are noise until late.
 
         Raises:
             InputError: no map is known for this VAE; the message says how to fit one.
@@ -277,7 +278,8 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin):
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after every step; what the dict
                 that it returns holds takes the place of what there was; None leaves all as it is. It may set
                 `pipe._guidance_scale`, and ends the run by `pipe._interrupt = True`. Callbacks of diffusers fit.
-            callback_on_step_end_tensor_inputs: what it is given, of "latents", "prompt_embeds" (B, L, text_dim) and
+            callback_on_step_end_tensor_inputs: what it is given, of "latents", "denoised" (where they lead, as far as
+                this step can tell: to be looked at alone), "prompt_embeds" (B, L, text_dim) and
                 "negative_prompt_embeds".
             conditioning: what a variant of the transformer asks for, by name: a number or a list of them for all
                 videos, or a tensor with a row for each, (B,) or (B, n).
@@ -388,9 +390,13 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin):
         """Return the state to go on with; None ends the run."""
         if callback is not None:
             tensors = {"latents": y, "prompt_embeds": field.text, "negative_prompt_embeds": field.negative_text}
-            changed = callback(self, step, timestep, {name: tensors[name] for name in names}) or {}
+            shown = field.denoised if "denoised" in names else None
+            changed = callback(self, step, timestep, {name: {**tensors, "denoised": shown}[name] for name in names})
+            changed = {name: tensor for name, tensor in (changed or {}).items() if tensor is not shown}
+            if unknown := ", ".join(sorted({*changed} - {*tensors})):
+                raise InputError(f"callback_on_step_end changed {unknown}: it may change {', '.join(tensors)}")
             for name, tensor in changed.items():
-                before = tensors.get(name)
+                before = tensors[name]
                 if before is not None and (tensor is None or tensor.shape != before.shape):
                     shape = None if tensor is None else tuple(tensor.shape)
                     raise InputError(f"callback_on_step_end: {name} must stay {tuple(before.shape)}, got {shape}")

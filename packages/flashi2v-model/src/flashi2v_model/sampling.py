@@ -184,6 +184,14 @@ class VelocityField:
         self._attention_kwargs = dict(attention_kwargs or {})
         self._both: tuple[Tensor, Tensor, Tensor] | None = None  # (negative text, text, both as one batch)
         self._step, self._sigmas = 0, list[float]()
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # (state, timestep, velocity)
+
+    @property
+    def denoised(self) -> Tensor:
+        """Where the last velocity leads in a straight line, (B, C, F, H, W): the estimate of the end of the run."""
+        assert self._last is not None
+        y, timestep, velocity = self._last
+        return y - timestep / NUM_TIMESTEPS * velocity
 
     @property
     def is_guided(self) -> bool:
@@ -221,7 +229,7 @@ class VelocityField:
         else:
             velocity = self._call("cond", y, timestep, self.text)
             velocity = guided(velocity, self._call("uncond", y, timestep, self.negative_text), self.guidance_scale)
-        self._step += 1
+        self._step, self._last = self._step + 1, (y, timestep, velocity)
         return velocity
 
     def _call(self, branch: str, y: Tensor, timestep: Tensor, text: Tensor, copies: int = 1) -> Tensor:
