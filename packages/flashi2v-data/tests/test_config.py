@@ -166,6 +166,13 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, text, expecte
         ("dataset_param.sample_num_frames", 50, "must be 4k+1 for the VAE, got 50: use 49 or 53"),
         ("dataset_param.sample_height", 40, "sample_height must be divisible by 16, got 40: use 32 or 48"),
         ("dataset_param.sample_width", 64, "set it to [32, 64]"),
+        ("dataset_param.buckets", [[5, 40, 48]], "buckets: height of 5x40x48 must be divisible by 16, got 40: use 32"),
+        ("dataset_param.buckets", [[6, 32, 48]], "buckets: frames of 6x32x48 must be 4k+1 for the VAE, got 6: use 5"),
+        ("dataset_param.buckets", [[9, 32, 48]], "buckets must name the sample's own shape, [5, 32, 48], too"),
+        ("dataset_param.buckets", [[5, 32, 48], [5, 32, 48]], "buckets: one is named twice"),
+        ("dataset_param.buckets", [], 'buckets: must be "auto", or a list of [frames, height, width]'),
+        ("dataset_param.buckets", [[5, 32]], 'buckets: must be "auto", or a list of [frames, height, width]'),
+        ("dataset_param.buckets", "all", 'buckets: must be "auto", or a list of [frames, height, width]'),
         ("dataset_param.text_drop_ratio", 1.5, "dataset_param.text_drop_ratio: input should be less than"),
         ("dataset_param.return_prompt_mask", "yes", "dataset_param.return_prompt_mask"),
         (

@@ -226,6 +226,8 @@ def read_run_config(options: TrainOptions, *, recipe: "RecipeClass | None" = Non
             )
     if options.feature_cache_gib and dataset.load_video_features and dataset.load_text_features:
         raise InputError("--feature-cache-gib has no effect where all features are loaded: leave it out")
+    if dataset.buckets is not None:
+        raise InputError(f"{options.mm_data}: buckets are read by the loader, not yet by training: leave them out")
     dataset.transform_pipeline.check_range()
     check_directory(options.save, "--save")
     read_eval_data(options, data)

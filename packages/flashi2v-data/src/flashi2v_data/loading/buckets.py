@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashi2v_data.errors import InputError, RecordError
-from flashi2v_data.loading.config import DatasetParam
+from flashi2v_data.loading.config import Bucket, DatasetParam
 from flashi2v_data.records import Record
-from flashi2v_data.store.reader import LmdbStore
+from flashi2v_data.store.reader import LmdbStore, open_store
 from flashi2v_data.video.frames import frame_indices, frame_interval
 
 _ENLARGED = 1.1
@@ -28,22 +28,6 @@ _RATIOS = (21 / 9, 16 / 9, 3 / 2, 4 / 3, 1.0, 3 / 4, 2 / 3, 9 / 16, 9 / 21)
 _LEAST_SHARE = 0.01
 # A clip of more frames, at the training rate, is none: a day and a half at 60 frames a second.
 MAX_FRAMES = 10_000_000
-
-
-class Bucket(NamedTuple):
-    """A shape of clips."""
-
-    num_frames: int
-    height: int
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.num_frames}x{self.height}x{self.width}"
-
-    @property
-    def is_image(self) -> bool:
-        """Whether it holds images rather than videos."""
-        return self.num_frames == 1
 
 
 class Shape(NamedTuple):
@@ -115,9 +99,6 @@ class BucketTable:
         buckets: as given.
         number_of: (clips,) the number of every clip's bucket, -1 where it fits none.
         counts: clips in every bucket.
-
-    Raises:
-        InputError: no clip goes to one of the buckets.
     """
 
     def __init__(self, shapes: Sequence[Shape | None], buckets: Sequence[Bucket], where: str) -> None:
@@ -126,11 +107,18 @@ class BucketTable:
         numbers = [None if shape is None else chosen[shape] for shape in shapes]
         self.number_of: NDArray[np.int64] = np.array([-1 if n is None else n for n in numbers], np.int64)
         self.counts = np.bincount(self.number_of + 1, minlength=len(buckets) + 1)[1:].tolist()
-        self._members = [np.flatnonzero(self.number_of == number) for number in range(len(buckets))]
-        empty = [str(bucket) for bucket, count in zip(self.buckets, self.counts) if not count]
+        self._where = where
+
+    def check_filled(self) -> None:
+        """Refuse buckets that nothing is learnt from.
+
+        Raises:
+            InputError: no clip goes to one of them.
+        """
+        empty = " or ".join(str(bucket) for bucket, count in zip(self.buckets, self.counts) if not count)
         if empty:
             raise InputError(
-                f"buckets: no clip of {where} goes to {' or '.join(empty)}: take it out, or filter for clips that do"
+                f"buckets: no clip of {self._where} goes to {empty}: take it out, or filter for clips that do"
             )
 
     @property
@@ -138,20 +126,30 @@ class BucketTable:
         """Clips that fit no bucket."""
         return int((self.number_of < 0).sum())
 
-    @property
-    def fullest(self) -> Bucket:
-        """The bucket of most clips; of videos, where there are any."""
-        kinds = zip(self.buckets, self.counts)
-        return max(kinds, key=lambda kind: (not kind[0].is_image, kind[1]))[0]
-
-    def members(self, bucket: Bucket) -> NDArray[np.int64]:
+    def members(self, bucket: Bucket) -> list[int]:
         """Return the clips of a bucket, ascending."""
-        return self._members[self.buckets.index(bucket)]
+        found: list[int] = np.flatnonzero(self.number_of == self.buckets.index(bucket)).tolist()
+        return found
 
-    def like(self, index: int) -> tuple[NDArray[np.int64], int]:
-        """Return the clips of the bucket of one that has a bucket, and the place of that one among them."""
-        members = self._members[self.number_of[index]]
-        return members, int(np.searchsorted(members, index))
+
+def build_table(store: LmdbStore, config: DatasetParam) -> BucketTable:
+    """Put the clips of a store into the buckets of a data file."""
+    shapes = read_shapes(store, config)
+    largest = Bucket(config.sample_num_frames, config.sample_height, config.sample_width)
+    buckets = config.buckets if isinstance(config.buckets, list) else propose_buckets(shapes, largest)
+    return BucketTable(shapes, buckets, str(store.paths[0]))
+
+
+def resolve(config: DatasetParam) -> DatasetParam:
+    """Replace "auto" by the buckets that suit the store.
+
+    Raises:
+        InputError: there is no store.
+    """
+    if config.buckets != "auto":
+        return config
+    table = build_table(open_store(config.metafile_or_dir_path), config)
+    return config.model_copy(update={"buckets": [*table.buckets]})
 
 
 def propose_buckets(shapes: Sequence[Shape | None], largest: Bucket) -> list[Bucket]:
@@ -159,24 +157,31 @@ def propose_buckets(shapes: Sequence[Shape | None], largest: Bucket) -> list[Buc
 
     Sizes are those of the usual ratios that come nearest to the largest one's area, divisible by 16. Lengths are that
     of the largest, then about half and a quarter for shorter clips, and one frame for images. Buckets that few clips
-    would go to are left out, but for the fullest of each length, so that no clip is left without.
+    would go to are left out, but for the fullest of each length, so that no clip is left without. The fullest comes
+    first, images last.
     """
     sizes = [_size_within(largest.height * largest.width, ratio) for ratio in _RATIOS]
     sizes.append((largest.height, largest.width))
     quarters = (largest.num_frames - 1) // 4
     lengths = {largest.num_frames, *(4 * (quarters // part) + 1 for part in (2, 4) if quarters >= part), 1}
     all_buckets = sorted({Bucket(length, *size) for length in lengths for size in sizes})
-    known = [shape for shape in shapes if shape is not None]
-    chosen = {shape: choose(shape, all_buckets) for shape in set(known)}
-    counts = Counter(number for number in map(chosen.__getitem__, known) if number is not None)
-    fullest = {all_buckets[number].num_frames: number for number, _ in reversed(counts.most_common())}
-    kept = [n for n in counts if counts[n] >= _LEAST_SHARE * len(known) or fullest[all_buckets[n].num_frames] == n]
-    buckets = [all_buckets[number] for number in sorted(kept)]
-    while True:  # without the others a clip may go elsewhere
-        used = {choose(shape, buckets) for shape in chosen} - {None}
-        if len(used) == len(buckets):
-            return buckets
-        buckets = [bucket for number, bucket in enumerate(buckets) if number in used]
+    known = Counter(shape for shape in shapes if shape is not None)
+    counts = _count(known, all_buckets)
+    fullest = {bucket.num_frames: bucket for bucket, _ in reversed(counts.most_common())}
+    least = _LEAST_SHARE * known.total()
+    buckets = [bucket for bucket in counts if counts[bucket] >= least or fullest[bucket.num_frames] == bucket]
+    while len(counts := _count(known, buckets)) < len(buckets):  # without the others a clip may go elsewhere
+        buckets = [*counts]
+    return sorted(buckets, key=lambda bucket: (bucket.is_image, -counts[bucket], bucket))
+
+
+def _count(shapes: Counter[Shape], buckets: Sequence[Bucket]) -> Counter[Bucket]:
+    """Count the clips of the buckets that any go to."""
+    counts: Counter[Bucket] = Counter()
+    for shape, number in shapes.items():
+        if (bucket := choose(shape, buckets)) is not None:
+            counts[buckets[bucket]] += number
+    return counts
 
 
 def _size_within(area: int, ratio: float) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What the loader is told: the keys of `data.json`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -8,6 +8,22 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from flashi2v_data.errors import InputError
 from flashi2v_data.settings import Settings
 from flashi2v_data.video.frames import check_rate
+
+
+class Bucket(NamedTuple):
+    """A shape that clips are brought to; an image is a clip of one frame."""
+
+    num_frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+
+    def __str__(self) -> str:
+        return f"{self.num_frames}x{self.height}x{self.width}"
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it holds images rather than videos."""
+        return self.num_frames == 1
 
 
 class CropResizeParam(Settings):
@@ -187,6 +203,11 @@ class DatasetParam(Settings):
     sample_height: PositiveInt
     sample_width: PositiveInt
     sample_num_frames: PositiveInt
+    buckets: list[Bucket] | Literal["auto"] | None = Field(
+        None,
+        description="Train on clips of several shapes, a list of [frames, height, width]; "
+        '"auto" finds those that suit the set, none larger or longer than the sample.',
+    )
     train_fps: PositiveFloat | None = None
     sample_stride: PositiveInt | None = None
     text_drop_ratio: float = Field(ge=0, le=1)
@@ -216,11 +237,28 @@ class DatasetParam(Settings):
         description="Further keys of records: a list of those that hold a number, or lengths (null: a number) by key.",
     )
 
+    @pydantic.field_validator("buckets", mode="before")
+    @classmethod
+    def _check_buckets(cls, buckets: Any) -> Any:
+        given = buckets if isinstance(buckets, list) else []
+        if buckets not in (None, "auto") and (
+            not given or not all(isinstance(one, list | tuple) and len(one) == 3 for one in given)
+        ):
+            raise ValueError('must be "auto", or a list of [frames, height, width]')
+        return buckets
+
     @pydantic.field_validator("columns", mode="before")
     @classmethod
     def _name_columns(cls, columns: Any) -> Any:
         names = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
         return dict.fromkeys(columns) if names else columns
+
+    @property
+    def main_bucket(self) -> Bucket:
+        """The sample's shape; the first bucket where that is none. Validation looks at clips of this one."""
+        sample = Bucket(self.sample_num_frames, self.sample_height, self.sample_width)
+        named = isinstance(self.buckets, list) and sample not in self.buckets
+        return self.buckets[0] if named else sample  # type: ignore[index,return-value]
 
     @property
     def column_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -230,17 +268,16 @@ class DatasetParam(Settings):
     @pydantic.model_validator(mode="after")
     def _check(self) -> "DatasetParam":
         check_rate(self.train_fps, self.sample_stride)
-        frames, height, width = self.sample_num_frames, self.sample_height, self.sample_width
-        if frames % 4 != 1:
-            raise ValueError(
-                f"sample_num_frames must be 4k+1 for the VAE, got {frames}: use {frames // 4 * 4 + 1} "
-                f"or {frames // 4 * 4 + 5}"
-            )
-        for name, value in (("sample_height", height), ("sample_width", width)):
-            if value % 16:
-                lower = value // 16 * 16
-                nearest = f"{lower} or {lower + 16}" if lower else "16"
-                raise ValueError(f"{name} must be divisible by 16, got {value}: use {nearest}")
+        sample = Bucket(self.sample_num_frames, self.sample_height, self.sample_width)
+        _check_shape(sample, ["sample_num_frames", "sample_height", "sample_width"])
+        _, height, width = sample
+        buckets = self.buckets if isinstance(self.buckets, list) else [sample]
+        for bucket in buckets:
+            _check_shape(bucket, [f"buckets: {side} of {bucket}" for side in ("frames", "height", "width")])
+        if len(set(buckets)) < len(buckets):
+            raise ValueError("buckets: one is named twice")
+        if sample not in buckets:
+            raise ValueError(f"buckets must name the sample's own shape, {[*sample]}, too: validation looks at it")
         if self.transform_pipeline.size != (height, width):
             raise ValueError(
                 f"transform_size {list(self.transform_pipeline.size)} of transform_pipeline differs from "
@@ -249,6 +286,18 @@ class DatasetParam(Settings):
         if (self.load_video_features or self.load_text_features) != (self.features_path is not None):
             raise ValueError("features_path goes with load_video_features or load_text_features: set both or neither")
         return self
+
+
+def _check_shape(shape: Bucket, names: list[str]) -> None:
+    frames, *sides = shape
+    if frames % 4 != 1:
+        lower = frames // 4 * 4 + 1
+        raise ValueError(f"{names[0]} must be 4k+1 for the VAE, got {frames}: use {lower} or {lower + 4}")
+    for name, value in zip(names[1:], sides):
+        if value % 16:
+            lower = value // 16 * 16
+            nearest = f"{lower} or {lower + 16}" if lower else "16"
+            raise ValueError(f"{name} must be divisible by 16, got {value}: use {nearest}")
 
 
 class CollateParam(Settings):

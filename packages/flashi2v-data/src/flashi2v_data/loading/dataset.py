@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from flashi2v_data.captions.cleaning import TextLoss, becomes_empty, clean_caption
 from flashi2v_data.captions.tokenizer import Tokenizer, find_loss, load_tokenizer
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.loading.config import DatasetParam
+from flashi2v_data.loading.buckets import MAX_FRAMES, build_table
+from flashi2v_data.loading.config import Bucket, DatasetParam
 from flashi2v_data.loading.quarantine import Quarantine
 from flashi2v_data.loading.sampler import SampleKey
 from flashi2v_data.loading.substitution import StandIns, read_record, record_fault
@@ -24,9 +25,6 @@ from flashi2v_data.store.features import FeatureStore, text_key, video_key
 from flashi2v_data.store.reader import LmdbStore
 from flashi2v_data.video.decode import read_frames, resolve_backend
 from flashi2v_data.video.frames import Moments, frame_indices, frame_interval
-
-# A clip of more frames, at the training rate, is none: a day and a half at 60 frames a second.
-_MAX_FRAMES = 10_000_000
 
 
 class _Sample(TypedDict):
@@ -45,7 +43,7 @@ class _Sample(TypedDict):
 class Sample(_Sample, total=False):
     """One sample. T frames, H W height and width, L tokens."""
 
-    video: Tensor  # (3, T, H, W) float32 in [-1, 1]; without load_video_features
+    video: Tensor  # (3, T, H, W) float32 in [-1, 1], of its bucket's shape; without load_video_features
     prompt_mask: Tensor  # (L,) int64, 1 for text; with return_prompt_mask
     video_features: dict[str, Tensor]  # with load_video_features
     text_features: dict[str, Tensor]  # with load_text_features
@@ -66,12 +64,14 @@ class FlashI2VDataset(Dataset[Sample]):
         tokenizer: the default loads `text_tokenizer_path`.
         provenance: what features must have been made from, where any are loaded; None accepts any.
         held_out: only those clips that `held_out_clips` keeps from training, or only the others; None takes all.
+        bucket: only its clips; None takes those of all buckets.
 
     Attributes:
+        table: which clip is in which bucket; None without buckets.
         indices: of the records that it gives.
 
     Raises:
-        InputError: store or features do not fit the config, or the tokenizer or decoder is missing.
+        InputError: store or features do not fit the config, a bucket is empty, or the tokenizer or decoder is missing.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class FlashI2VDataset(Dataset[Sample]):
         tokenizer: Tokenizer | None = None,
         provenance: Mapping[str, Any] | None = None,
         held_out: bool | None = None,
+        bucket: Bucket | None = None,
     ) -> None:
         if len(store) == 0:
             raise InputError(f"{store.paths[0]} holds no records: see the report beside it for why all were dropped")
@@ -96,19 +97,57 @@ class FlashI2VDataset(Dataset[Sample]):
         self.features = None if config.features_path is None else FeatureStore(config.features_path, provenance)
         default = f"{config.metafile_or_dir_path.rstrip('/')}.quarantine.jsonl"
         self.quarantine = Quarantine(config.quarantine_path or default)
-        self.indices = _part(store, config.held_out_clips, held_out)
-        self.stand_ins = StandIns(store, self.quarantine, seed, self.indices)
+        self.table = None
+        if config.buckets is not None:
+            self.table = build_table(store, config)
+            self.config = config.model_copy(update={"buckets": [*self.table.buckets]})
+        self.indices = self._part(held_out, bucket)
+        if self.table is None:
+            self.stand_ins = StandIns(store, self.quarantine, seed, [self.indices])
+        else:
+            given = set(self.indices)
+            groups = [[i for i in self.table.members(one) if i in given] for one in self.table.buckets]
+            self.stand_ins = StandIns(store, self.quarantine, seed, groups, self.table.number_of)
 
     def __len__(self) -> int:
         """Return the number of records that it gives."""
         return len(self.indices)
 
+    def _part(self, held_out: bool | None, bucket: Bucket | None) -> Sequence[int]:
+        """Return the indices of all records, of those held out, or of the others; with buckets, of those in one."""
+        config, table, every = self.config, self.table, range(len(self.store))
+        # Validation looks at one shape.
+        from_these: Sequence[int] = every if table is None else table.members(config.main_bucket)
+        number, total = config.held_out_clips, len(from_these)
+        if held_out is not None and number >= total:
+            kind = "" if table is None else f" of the shape {config.main_bucket}"
+            raise InputError(f"held_out_clips is {number}, and {self.store.paths[0]} holds {total}{kind}: set fewer")
+        # Spread evenly: neighbours in a store are often alike.
+        chosen = [from_these[(2 * place + 1) * total // (2 * number)] for place in range(number)]
+        if held_out:
+            return chosen
+        if table is None:
+            return every if held_out is None or not chosen else sorted({*every} - {*chosen})
+        if bucket is None:
+            table.check_filled()
+        taken = table.number_of >= 0 if bucket is None else table.number_of == table.buckets.index(bucket)
+        found: list[int] = np.flatnonzero(taken).tolist()
+        return found if held_out is None else sorted({*found} - {*chosen})
+
+    def shape_of(self, index: int) -> Bucket:
+        """Return the shape that a record is brought to."""
+        return self.config.main_bucket if self.table is None else self.table.buckets[self.table.number_of[index]]
+
     @property
-    def pictures_shape(self) -> tuple[int, int, int, int]:
-        """(T, 3, H, W) of the pictures that `read` gives; T is 0 with load_video_features."""
-        config = self.config
-        frames = 0 if config.load_video_features else config.sample_num_frames
-        return frames, 3, config.sample_height, config.sample_width
+    def memory_size(self) -> int:
+        """Bytes of pictures that `read` needs room for; none with load_video_features."""
+        shapes = [self.config.main_bucket] if self.table is None else self.table.buckets
+        return 0 if self.config.load_video_features else max(3 * math.prod(shape) for shape in shapes)
+
+    def pictures(self, index: int, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the part of (memory_size,) that holds a record's pictures, as (T, 3, H, W)."""
+        frames, height, width = self.shape_of(index)
+        return memory[: 3 * frames * height * width].reshape(frames, 3, height, width)
 
     def __getitem__(self, key: SampleKey | int) -> Sample:
         """Return the sample of a record; a plain index means its first epoch.
@@ -119,18 +158,18 @@ class FlashI2VDataset(Dataset[Sample]):
             InputError: features of a caption are to be loaded, and are missing.
         """
         key = SampleKey(*key) if isinstance(key, tuple) else SampleKey(0, key)
-        pictures = np.empty(self.pictures_shape, np.uint8)
-        sample = self.read_some(key, pictures)
-        if len(pictures):
-            sample["video"] = self.transform.normalise(torch.from_numpy(pictures))
+        memory = np.empty(self.memory_size, np.uint8)
+        sample = self.read_some(key, memory)
+        if len(memory):
+            sample["video"] = self.transform.normalise(torch.from_numpy(self.pictures(key.index, memory)))
         return sample
 
-    def read_some(self, key: SampleKey, pictures: NDArray[np.uint8]) -> Sample:
+    def read_some(self, key: SampleKey, memory: NDArray[np.uint8]) -> Sample:
         """Read the sample's own record, or the first readable one that may stand in; see `read`."""
         skipped: list[str] = []
         for index in self.stand_ins.candidates(key, skipped):
             try:
-                sample = self.read(key, index, pictures)
+                sample = self.read(key, index, memory)
             except DecodeError as error:
                 skipped.append(self.stand_ins.note(index, error))
             else:
@@ -138,13 +177,13 @@ class FlashI2VDataset(Dataset[Sample]):
                 return sample
         raise AssertionError("candidates end by an error")
 
-    def read(self, key: SampleKey, index: int, pictures: NDArray[np.uint8]) -> Sample:
-        """Read one record for a sample, without its `video`: that is left in `pictures`, not normalised yet.
+    def read(self, key: SampleKey, index: int, memory: NDArray[np.uint8]) -> Sample:
+        """Read one record for a sample, without its `video`: that is left in the memory, not normalised yet.
 
         Args:
             key: decides what is random.
             index: of the record, from `choose`.
-            pictures: (T, 3, H, W), see `pictures_shape`.
+            memory: (memory_size,), see `pictures`.
 
         Raises:
             DecodeError: the video is unreadable, not what its record says, or was so when it was encoded.
@@ -185,13 +224,13 @@ class FlashI2VDataset(Dataset[Sample]):
                 raise record_fault(record, reason)
             sample["video_features"] = features
         else:
-            convert = self._converter(record, flip)
+            convert = self._converter(record, self.shape_of(index), flip)
             read_frames(
                 record["path"],
                 frames,
                 self.decoder,
                 convert=convert,
-                out=pictures,
+                out=self.pictures(index, memory),
                 geometry=self.config.geometry,
                 tone_map=self.config.tone_map,
                 moments=moments,
@@ -212,28 +251,28 @@ class FlashI2VDataset(Dataset[Sample]):
         # Features are encoded once for each record, so crop in time and mirroring are the same in every epoch, and for
         # whichever sample the record stands in.
         draw = SampleKey(0 if self.config.load_video_features else epoch, index)
-        frames, moments = self._frames(record, draw)
+        frames, moments = self._frames(record, draw, self.shape_of(index).num_frames)
         flip = self._random("flip", draw) < self.transform.flip_probability
         return frames, moments, flip, video_key(record["path"], frames, flip=flip, crop=_crop(record))
 
-    def _frames(self, record: Record, key: SampleKey) -> tuple[list[int], Moments | None]:
+    def _frames(self, record: Record, key: SampleKey, num_frames: int) -> tuple[list[int], Moments | None]:
         config = self.config
         interval = frame_interval(record["fps"], config.train_fps, config.sample_stride)
-        if record["num_frames"] / interval > _MAX_FRAMES:
+        if record["num_frames"] / interval > MAX_FRAMES:
             raise record_fault(record, f"{record['num_frames']} frames at fps {record['fps']:g} are no clip")
         indices = frame_indices(record["start_frame_idx"], record["num_frames"], interval)
-        begin, end = temporal_crop(
-            len(indices), config.sample_num_frames, generator(self.seed, "crop", key.epoch, key.index)
-        )
-        if end - begin < config.sample_num_frames:
-            raise record_fault(record, f"has {end} frames at the training rate, {config.sample_num_frames} are needed")
+        begin, end = temporal_crop(len(indices), num_frames, generator(self.seed, "crop", key.epoch, key.index))
+        if end - begin < num_frames:
+            raise record_fault(record, f"has {end} frames at the training rate, {num_frames} are needed")
         moments = None
         if config.train_fps is not None:
             seconds = (np.arange(begin, end) * interval / record["fps"]).tolist()
             moments = Moments(record["start_frame_idx"], record["start_frame_idx"] + record["num_frames"], seconds)
         return indices[begin:end].tolist(), moments
 
-    def _converter(self, record: Record, flip: bool) -> Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]:
+    def _converter(
+        self, record: Record, shape: Bucket, flip: bool
+    ) -> Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]:
         crop = _crop(record)
         # Stores of the public code may not say the size; no file is then smaller than its record says.
         resolution = record.get("resolution")
@@ -241,9 +280,7 @@ class FlashI2VDataset(Dataset[Sample]):
 
         def convert(frame: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
             height, width, _ = frame.shape
-            if any(
-                side < min(recorded, needed) for side, recorded, needed in zip(frame.shape, sides, self.transform.size)
-            ):
+            if any(side < min(recorded, needed) for side, recorded, needed in zip(frame.shape, sides, shape[1:])):
                 raise record_fault(record, f"is {height}x{width}, smaller than the sample and than its record says")
             if crop is not None:
                 left, right, top, bottom = crop
@@ -326,20 +363,6 @@ def _columns(record: Record, config: DatasetParam) -> dict[str, Tensor]:
     return columns
 
 
-def _part(store: LmdbStore, num_held_out: int, held_out: bool | None) -> Sequence[int]:
-    """Return the indices of all records, of those held out, or of the others."""
-    total = len(store)
-    if held_out is None:
-        return range(total)
-    if num_held_out >= total:
-        raise InputError(f"held_out_clips is {num_held_out}, and {store.paths[0]} holds {total}: set fewer")
-    # Spread evenly: neighbours in a store are often alike.
-    chosen = [(2 * number + 1) * total // (2 * num_held_out) for number in range(num_held_out)]
-    if held_out:
-        return chosen
-    return sorted(set(range(total)) - set(chosen)) if chosen else range(total)
-
-
 def _check_fit(store: LmdbStore, config: DatasetParam) -> None:
     """A store holds clips that are long enough at one rate; another rate or length would fail clip by clip."""
     for key in ("train_fps", "sample_stride", "geometry"):
@@ -348,6 +371,8 @@ def _check_fit(store: LmdbStore, config: DatasetParam) -> None:
                 f"{store.paths[0]} was filtered with {key} {store.config[key]}, data.json says {getattr(config, key)}: "
                 "set the same value, or filter again"
             )
+    if config.buckets is not None:
+        return  # every clip goes where it is long enough
     filtered = store.config.get("sample_num_frames", config.sample_num_frames)
     if not isinstance(filtered, int) or config.sample_num_frames > filtered:
         raise InputError(

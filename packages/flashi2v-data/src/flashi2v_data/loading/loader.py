@@ -22,7 +22,8 @@ from torch import Tensor
 
 from flashi2v_data.captions.cleaning import CaptionCount, TextLoss
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.loading.config import DataConfig, DataloaderParam
+from flashi2v_data.loading.composer import ComposedSampler, ComposedState
+from flashi2v_data.loading.config import Bucket, DataConfig, DataloaderParam
 from flashi2v_data.loading.dataset import FlashI2VDataset, Sample
 from flashi2v_data.loading.sampler import SampleKey, SamplerState, StatefulDistributedSampler
 from flashi2v_data.loading.shared_memory import SharedArray
@@ -32,6 +33,9 @@ from flashi2v_data.store.reader import open_store
 from flashi2v_data.workers import Limits, Task, WorkerLost, WorkerPool
 
 logger = logging.getLogger(__name__)
+
+# Which sample is next.
+Order = StatefulDistributedSampler | ComposedSampler
 
 # Long enough for a clip of a long video on a slow network disk, short beside the 300 and 600 s of the reference.
 DECODE_TIMEOUT_SECONDS = 120.0
@@ -76,6 +80,7 @@ def build_dataloader(
     provenance: Mapping[str, Any] | None = None,
     num_required: int | None = None,
     held_out: bool = False,
+    bucket: Bucket | None = None,
 ) -> "StatefulLoader":
     """Make the training loader that data.json describes.
 
@@ -91,6 +96,7 @@ def build_dataloader(
         provenance: what features must have been made from, where any are loaded; None accepts any.
         num_required: records that the store must hold at least; the default is one batch of all ranks.
         held_out: read the clips that `held_out_clips` keeps from training, instead of the others.
+        bucket: read its clips alone.
 
     Raises:
         InputError: the store is missing, does not fit the config, or holds fewer records than required.
@@ -102,7 +108,9 @@ def build_dataloader(
             f"{store.paths[0]} holds {len(store)} records, fewer than the {num_required} of one batch over all ranks: "
             "lower the batch size, or relax the filter"
         )
-    dataset = FlashI2VDataset(store, config.dataset_param, seed=seed, provenance=provenance, held_out=held_out)
+    dataset = FlashI2VDataset(
+        store, config.dataset_param, seed=seed, provenance=provenance, held_out=held_out, bucket=bucket
+    )
     sampler = StatefulDistributedSampler(
         len(dataset),
         rank=rank,
@@ -167,20 +175,22 @@ class StatefulLoader:
     def __init__(
         self,
         dataset: FlashI2VDataset,
-        sampler: StatefulDistributedSampler,
+        sampler: Order,
         batch_size: int,
         config: DataloaderParam,
         device: torch.device | str | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}")
+        if batch_size > 1 and dataset.table is not None and len({*map(dataset.shape_of, dataset.indices)}) > 1:
+            raise InputError("clips of several buckets do not fit into one batch: set batch_size to 1")
         self.dataset = dataset
         self.batch_size = batch_size
         self.skipped: set[str] = set()
         self.captions = CaptionCount(dataset.config.tokenizer_max_length)
         self._told: dict[str, int] = {}  # how many of each kind the last warning was about
         self._sampler = sampler
-        self._delivered = sampler.state_dict()
+        self._delivered: Any = sampler.state_dict()
         self._config = config
         self._pins = config.pin_memory and torch.accelerator.is_available()
         self._device = torch.device(device or "cpu")
@@ -219,12 +229,12 @@ class StatefulLoader:
             self._readers.pool.close()
             self._readers = None
 
-    def _read_here(self, sampler: StatefulDistributedSampler) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
-        pictures = np.empty(self.dataset.pictures_shape, np.uint8)
+    def _read_here(self, sampler: Order) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
+        memory = np.empty(self.dataset.memory_size, np.uint8)
         for key in sampler:
-            yield self.dataset.read_some(key, pictures), pictures
+            yield self.dataset.read_some(key, memory), memory
 
-    def _read_ahead(self, sampler: StatefulDistributedSampler) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
+    def _read_ahead(self, sampler: Order) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
         if self._readers is None:
             self._readers = self._start_readers()
         (pool, pictures, process), keys = self._readers, iter(sampler)
@@ -264,7 +274,7 @@ class StatefulLoader:
             int((config.worker_memory_gib or WORKER_MEMORY_GIB) * 2**30),
             config.worker_max_samples,
         )
-        memory = SharedArray((_DEPTH * config.num_workers, *self.dataset.pictures_shape))
+        memory = SharedArray((_DEPTH * config.num_workers, self.dataset.memory_size))
         reader = _Reader(self.dataset, memory)
         pool = WorkerPool(
             reader, config.num_workers, limits, start=clean_start(preload="flashi2v_data.loading.dataset"), depth=_DEPTH
@@ -274,14 +284,19 @@ class StatefulLoader:
     def _collate(self, samples: Iterator[tuple[Sample, NDArray[np.uint8]]]) -> Batch:
         """Stack the next samples; pictures are taken from memory that is used again for the next ones."""
         taken: list[Sample] = []
-        pictures, video = self._reserve()
+        pictures = video = None
         for place in range(self.batch_size):
             sample, memory = next(samples)
             taken.append(sample)
+            if not len(memory):
+                continue
+            read = torch.from_numpy(self.dataset.pictures(sample["index"], memory))
+            if video is None:
+                pictures, video = self._reserve(read.shape)
             if pictures is not None:
-                pictures[place].copy_(torch.from_numpy(memory))
-            elif video is not None:
-                self.dataset.transform.normalise(torch.from_numpy(memory), video[place])
+                pictures[place].copy_(read)
+            else:
+                self.dataset.transform.normalise(read, video[place])
         batch = collate(taken)
         if self._pins:
             _pin(batch)
@@ -292,16 +307,12 @@ class StatefulLoader:
             batch["video"] = video
         return batch
 
-    def _reserve(self) -> tuple[Tensor | None, Tensor | None]:
+    def _reserve(self, of_one: torch.Size) -> tuple[Tensor | None, Tensor]:
         """Make room for a batch's `video`, and for its pictures where they are normalised on an accelerator."""
-        num_frames, colours, height, width = self.dataset.pictures_shape
+        num_frames, colours, height, width = of_one
         shape = (self.batch_size, colours, num_frames, height, width)
-        if num_frames == 0:
-            return None, None
         if self._device.type != "cpu":
-            pictures = torch.empty(
-                (self.batch_size, *self.dataset.pictures_shape), dtype=torch.uint8, pin_memory=self._pins
-            )
+            pictures = torch.empty((self.batch_size, *of_one), dtype=torch.uint8, pin_memory=self._pins)
             return pictures, torch.empty(shape, device=self._device)
         return None, torch.empty(shape, pin_memory=True) if self._pins else empty_video(shape)
 
@@ -320,11 +331,12 @@ class StatefulLoader:
                 self._told[kind] = count
                 logger.warning("%s", line)
 
-    def state_dict(self) -> SamplerState:
+    def state_dict(self) -> SamplerState | ComposedState:
         """Return where the delivered batches end."""
-        return {**self._delivered}
+        state: SamplerState | ComposedState = copy.copy(self._delivered)
+        return state
 
-    def load_state_dict(self, state: SamplerState) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Continue after the batches of a state, at the next `iter()`; the number of ranks may differ.
 
         Raises:
@@ -385,7 +397,7 @@ class _Reader:
 
 
 class _Readers(NamedTuple):
-    """The workers, the memory in which they leave pictures, (slots, T, 3, H, W), and the process that started them."""
+    """The workers, the memory in which they leave pictures, (slots, bytes), and the process that started them."""
 
     pool: WorkerPool[_Read, Sample | DecodeError]
     pictures: NDArray[np.uint8]

@@ -4,7 +4,9 @@ import bisect
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flashi2v_data.errors import DecodeError, RecordError
 from flashi2v_data.loading.quarantine import Quarantine
@@ -24,14 +26,20 @@ class StandIns:
         store: the clips.
         quarantine: of unreadable files; it is added to.
         seed: of the choice.
-        indices: of the clips that may stand in for each other, in ascending order; all by default.
+        groups: of clips that may stand in for each other, each in ascending order.
+        group_of: the number of every clip's group; the first by default.
     """
 
     def __init__(
-        self, store: LmdbStore, quarantine: Quarantine, seed: int, indices: Sequence[int] | None = None
+        self,
+        store: LmdbStore,
+        quarantine: Quarantine,
+        seed: int,
+        groups: Sequence[Sequence[int]],
+        group_of: NDArray[np.int64] | None = None,
     ) -> None:
         self._store = store
-        self._indices = range(len(store)) if indices is None else indices
+        self._groups, self._group_of = groups, group_of
         self._quarantine = quarantine
         self._seed = seed
         # Reasons by record, as others of the same file may be right; not on disk, as records are fixed without a trace
@@ -49,9 +57,12 @@ class StandIns:
             DecodeError: more than 100 in a row are unreadable.
             IndexError: there is no such record.
         """
-        num_records = len(self._indices)
-        own = bisect.bisect_left(self._indices, key.index)
-        if own == num_records or self._indices[own] != key.index:
+        if not 0 <= key.index < len(self._store):
+            raise IndexError(f"sample {key.index} of {len(self._store)}")
+        indices = self._groups[0 if self._group_of is None else int(self._group_of[key.index])]
+        num_records = len(indices)
+        own = bisect.bisect_left(indices, key.index)
+        if own == num_records or indices[own] != key.index:
             raise IndexError(f"sample {key.index} of {len(self._store)}")
         # A walk through all records whose stride is drawn: neighbours often lie in one broken directory.
         random = generator(self._seed, "substitute", key.epoch, key.index)
@@ -60,7 +71,7 @@ class StandIns:
             stride += 1
         num_tried = min(num_records, MAX_SKIPPED_IN_A_ROW + 1)
         for number in range(num_tried):
-            index = self._indices[(own + number * stride) % num_records]
+            index = indices[(own + number * stride) % num_records]
             fault = self._known_fault(index)
             if fault is None:
                 yield index

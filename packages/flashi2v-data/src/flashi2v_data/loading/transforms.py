@@ -96,9 +96,9 @@ class VideoTransform:
         return self.normalise(torch.from_numpy(pictures))
 
     def put_picture(self, frame: NDArray[np.uint8], out: NDArray[np.uint8], *, flip: bool = False) -> None:
-        """Bring one frame to the sample's size: (H, W, 3) to (3, h, w), both uint8."""
-        resize = self._resize
-        picture = _crop_resize(frame, self.size, resize.interpolation_mode, resize.antialias, resize.align_corners)
+        """Bring one frame to the size of `out`: (H, W, 3) to (3, h, w), both uint8."""
+        resize, size = self._resize, (out.shape[1], out.shape[2])
+        picture = _crop_resize(frame, size, resize.interpolation_mode, resize.antialias, resize.align_corners)
         torch.from_numpy(out).copy_(picture.flip(-1) if flip else picture)
 
     def normalise(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
