@@ -18,7 +18,7 @@ from torch import Tensor
 from flashi2v_data.errors import InputError
 from flashi2v_data.loading.loader import Batch as LoadedBatch
 from flashi2v_data.loading.loader import build_dataloader
-from flashi2v_data.loading.sampler import SampleKey, SamplerState
+from flashi2v_data.loading.sampler import SampleKey
 from flashi2v_data.randomness import generator
 from flashi2v_model.encoders import (
     Posterior,
@@ -260,11 +260,11 @@ class FeatureSource:
         whole = {name: gather(tensor) for name, tensor in batch.items()}
         return whole, [origin for same_turn in zip(*everyones, strict=True) for origin in same_turn]
 
-    def state_dict(self) -> SamplerState:
+    def state_dict(self) -> dict[str, Any]:
         """Return where the steps that were given out end, whatever has been read ahead."""
         return {**self._state}
 
-    def load_state_dict(self, state: SamplerState) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the steps of a state, on any layout.
 
         Raises:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from flashi2v_data.captions.cleaning import CaptionCount, TextLoss
 from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.loading.composer import ComposedSampler, ComposedState
+from flashi2v_data.loading.composer import ComposedSampler
 from flashi2v_data.loading.config import Bucket, DataConfig, DataloaderParam
 from flashi2v_data.loading.dataset import FlashI2VDataset, Sample
-from flashi2v_data.loading.sampler import SampleKey, SamplerState, StatefulDistributedSampler
+from flashi2v_data.loading.sampler import SampleKey, StatefulDistributedSampler
 from flashi2v_data.loading.shared_memory import SharedArray
 from flashi2v_data.loading.transforms import empty_video
 from flashi2v_data.start_methods import clean_start
@@ -331,10 +331,9 @@ class StatefulLoader:
                 self._told[kind] = count
                 logger.warning("%s", line)
 
-    def state_dict(self) -> SamplerState | ComposedState:
+    def state_dict(self) -> dict[str, Any]:
         """Return where the delivered batches end."""
-        state: SamplerState | ComposedState = copy.copy(self._delivered)
-        return state
+        return {**self._delivered}
 
     def load_state_dict(self, state: Any) -> None:
         """Continue after the batches of a state, at the next `iter()`; the number of ranks may differ.
