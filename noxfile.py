@@ -34,7 +34,7 @@ PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-tra
 EXTRAS = {
     "flashi2v-train": "[wandb]",
     "flashi2v-data": "[decord,parquet,plots,tokenizer,torchcodec]",
-    "flashi2v-model": "[lora]",
+    "flashi2v-model": "[gguf,lora]",
     "flashi2v-infer": "[lora]",
 }
 TEST_TOOLS = (
@@ -45,7 +45,6 @@ TEST_TOOLS = (
     "matplotlib>=3.8",
     "pip",  # with which tests install distributions of their own
     *("nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"),  # which run the notebook
-    "gguf>=0.10",  # with which diffusers reads weights of llama.cpp's format
 )
 # What `lowest` runs: what leans on other libraries most, where it is quick. And what it leaves as pip finds it: what is
 # built for one torch or for other machines, or only talks to a service.
@@ -59,7 +58,7 @@ NOT_LOWEST = ("decord", "decord2", "flash-attn", "wandb")
 LINTERS = ("ruff>=0.9", "mypy>=1.15", "import-linter>=2.1", "deptry>=0.23")
 BUILDERS = ("build", "hatchling>=1.26")
 # Declared and imported nowhere: what other libraries import only where it is there, and decord under its other name.
-NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2"
+NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf"
 # One environment for all that looks at the sources as they are.
 SHARED = ROOT / ".nox/shared"
 shared_session = nox.session(venv_backend="none")

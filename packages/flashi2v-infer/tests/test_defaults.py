@@ -122,8 +122,11 @@ def test_the_package_may_be_imported_before_diffusers():
     assert done.stdout.split() == ["FlashI2VPipeline"], done.stderr
 
 
-def test_a_pipeline_of_t5_loads(trained, tmp_path):
+def test_a_pipeline_of_t5_loads_here_and_from_the_hub(trained, tmp_path, monkeypatch):
     from transformers import T5Config, T5EncoderModel
+
+    from flashi2v_infer.plan.skeleton import parts_of
+    from flashi2v_model.presets import save_pipeline
 
     pipe = FlashI2VPipeline.from_pretrained(trained)
     config = T5Config(
@@ -136,9 +139,26 @@ def test_a_pipeline_of_t5_loads(trained, tmp_path):
         is_encoder_decoder=False,
         use_cache=False,
     )
-    FlashI2VPipeline(**pipe.components | {"text_encoder": T5EncoderModel(config)}).save_pretrained(tmp_path / "t5")
-    assert type(FlashI2VPipeline.from_pretrained(tmp_path / "t5").text_encoder) is T5EncoderModel
-    assert torch.is_tensor(FlashI2VPipeline.from_pretrained(tmp_path / "t5").encode_prompt("a cat")[0])
+    directory = tmp_path / "models--someone--t5" / "snapshots" / "1"
+    FlashI2VPipeline(**pipe.components | {"text_encoder": T5EncoderModel(config)}).save_pretrained(directory)
+    expected = FlashI2VPipeline.from_pretrained(directory).encode_prompt("a cat", max_sequence_length=8)[0]
+    # A repository as the hub's cache holds it.
+    (tmp_path / "models--someone--t5" / "refs").mkdir()
+    (tmp_path / "models--someone--t5" / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in (str(directory), "someone/t5"):
+        found = FlashI2VPipeline.from_pretrained(name)
+        model = ModelDirectory(name, Execution(device="cpu"))
+        for loaded in (found, model.load(model.settle())):
+            assert type(loaded.text_encoder) is T5EncoderModel
+            assert torch.equal(loaded.encode_prompt("a cat", max_sequence_length=8)[0], expected)
+    assert type(parts_of(ModelDirectory(str(directory), Execution()), "cpu").text_encoder) is T5EncoderModel
+    save_pipeline(pipe.transformer, tmp_path / "converted", encoders=directory)
+    assert type(FlashI2VPipeline.from_pretrained(tmp_path / "converted").text_encoder) is T5EncoderModel
+    model = ModelDirectory("someone/other", Execution(device="cpu"))
+    with pytest.raises(InputError, match=r"--model: there is no directory someone/other, nor is it on the hub"):
+        model.load(model.settle())
 
 
 def test_a_saved_pipeline_has_a_model_card(trained, tmp_path, monkeypatch):

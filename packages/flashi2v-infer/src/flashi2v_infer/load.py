@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
-from transformers import UMT5EncoderModel
 
 from flashi2v_data.captions.tokenizer import load_model
 from flashi2v_data.errors import InputError
@@ -297,6 +296,18 @@ class ModelDirectory(Model):
             )
         return None
 
+    def _fetched(self) -> Path:
+        """Return where the files of a hub id are on this disk.
+
+        Raises:
+            InputError: they cannot be had.
+        """
+        try:
+            return Path(FlashI2VPipeline.download(self.name))
+        except Exception as error:  # whatever the libraries raise
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise InputError(f"--model: there is no directory {self.name}, nor is it on the hub: {reason}") from error
+
     def part_configs(self) -> tuple[PartConfig, PartConfig, PartConfig]:
         if (path := self.directory()) is None:
             return None, None, None
@@ -306,19 +317,18 @@ class ModelDirectory(Model):
         return transformer, text_encoder, vae
 
     def load(self, settled: Settled, context: dist.ProcessGroup | None = None) -> FlashI2VPipeline:
-        encoder: type | None = UMT5EncoderModel
-        if (directory := self.directory()) is not None:
-            with named("--model"):
-                check_model_index(directory)
-                encoder = class_of("text_encoder", read_json(directory / FILE)["text_encoder"])
-                for name in ("tokenizer", "scheduler"):
-                    if (directory / name).is_dir():
-                        check_directory(directory / name)
+        directory = self.directory() or self._fetched()
+        with named("--model"):
+            check_model_index(directory)
+            encoder = class_of("text_encoder", read_json(directory / FILE)["text_encoder"])
+            for name in ("tokenizer", "scheduler"):
+                if (directory / name).is_dir():
+                    check_directory(directory / name)
         self.check_changes()
         where = home(settled.execution, settled.device)
 
         def part(cls: Any, name: str, dtype: str, device: torch.device = where) -> Any:
-            loaded = load_pretrained(cls, self.name, "--model", DTYPES[dtype], device, subfolder=name)
+            loaded = load_pretrained(cls, str(directory), "--model", DTYPES[dtype], device, subfolder=name)
             return loaded.requires_grad_(False).eval()
 
         network = transformer_class(settled.execution.recipe)
@@ -331,7 +341,7 @@ class ModelDirectory(Model):
         self.change(parts["transformer"])
         parts["transformer"].to(where)
         try:
-            pipeline: FlashI2VPipeline = FlashI2VPipeline.from_pretrained(self.name, **parts)
+            pipeline: FlashI2VPipeline = FlashI2VPipeline.from_pretrained(directory, **parts)
         except Exception as error:  # whatever the libraries raise on what they cannot read
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise InputError(f"--model: cannot load {self.name}: {reason}") from error

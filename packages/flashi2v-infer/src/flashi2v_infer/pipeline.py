@@ -44,6 +44,7 @@ from flashi2v_infer.output import AnyFrames, FlashI2VPipelineOutput
 from flashi2v_infer.preview import PreviewMap, map_of
 from flashi2v_infer.publishing import hub_options, upload, vae_directories, write_beside
 from flashi2v_infer.settings import SamplingSettings
+from flashi2v_infer.single_file import SingleFileMixin
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.config import SPATIAL_STRIDE
 from flashi2v_model.encoders import encode_text, encode_video
@@ -60,7 +61,7 @@ StepCallback: TypeAlias = Callable[["FlashI2VPipeline", int, Tensor, dict[str, A
 _USUAL_TEXT_LENGTH = 512  # of every release
 
 
-class FlashI2VPipeline(DiffusionPipeline, LoraMixin):
+class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin):
     """Samples videos that start with an image and follow a prompt.
 
     Args:

@@ -3,15 +3,16 @@
 B batch, C latent channels, T video frames, F latent frames, L text tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
-from transformers import UMT5EncoderModel
+from transformers import T5EncoderModel, UMT5EncoderModel
 
 from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, AEConfig, TextEncoderConfig, check_pretrained
 from flashi2v_model.errors import InputError, named
@@ -19,6 +20,7 @@ from flashi2v_model.weights.reading import check_directory, read_json
 from flashi2v_npu_ops import route_conv3d
 from flashi2v_npu_ops.faults import explain_fault
 
+TextEncoder: TypeAlias = UMT5EncoderModel | T5EncoderModel
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,6 +47,13 @@ def configure_tiling(vae: AutoencoderKLWan, config: AEConfig) -> None:
         tile_sample_stride_height=stride_height * SPATIAL_STRIDE,
         tile_sample_stride_width=stride_width * SPATIAL_STRIDE,
     )
+
+
+def text_encoder_class(config: Path | Mapping[str, Any]) -> type[TextEncoder]:
+    """Return the class of a text encoder, by its directory or config.json: T5 where that says so, else UMT5."""
+    if isinstance(config, Path):
+        config = read_json(config / "config.json") if (config / "config.json").is_file() else {}
+    return T5EncoderModel if config.get("model_type") == "t5" else UMT5EncoderModel
 
 
 def load_text_encoder(config: TextEncoderConfig, device: torch.device) -> UMT5EncoderModel:
@@ -175,11 +184,11 @@ def decode_video(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return vae.decode((latents * std + mean).to(vae.dtype)).sample.float().clamp(-1, 1)
 
 
-def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor, *, use_mask: bool = True) -> Tensor:
+def encode_text(encoder: TextEncoder, ids: Tensor, mask: Tensor, *, use_mask: bool = True) -> Tensor:
     """Encode tokens; the states of padding positions are set to zero, after the encoder.
 
     Args:
-        encoder: UMT5.
+        encoder: UMT5, or T5.
         ids: (B, L) token ids, padded.
         mask: (B, L), 1 for tokens and 0 for padding.
         use_mask: hide padding from the encoder's own attention (Wan2.1 does; `use_attention_mask` false does not).

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderMo
 
 from flashi2v_model.card import CARD, model_card
 from flashi2v_model.config import Defaults, DiffusionConfig
+from flashi2v_model.encoders import text_encoder_class
 from flashi2v_model.errors import InputError
 from flashi2v_model.scheduler import euler_scheduler
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
@@ -31,7 +32,6 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 
 _COMPONENTS = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-    "text_encoder": ("transformers", "UMT5EncoderModel"),
     "transformer": ("flashi2v_model.transformer", "FlashI2VTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
 }
@@ -111,6 +111,7 @@ def _write_index(directory: Path, defaults: Defaults | None = None) -> None:
     index: dict[str, Any] = {
         "_class_name": "FlashI2VPipeline",
         **_COMPONENTS,
+        "text_encoder": ("transformers", text_encoder_class(directory / "text_encoder").__name__),
         "tokenizer": ("transformers", _tokenizer_class(directory)),
     }
     if defaults is not None and (known := defaults.model_dump(exclude_none=True)):

@@ -25,6 +25,8 @@ class OriginalModel(FromOriginalModelMixin):
         cls,
         pretrained_model_link_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
         *,
+        config: str | os.PathLike[str] | None = None,
+        subfolder: str | None = None,
         num_heads: int | None = None,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
@@ -36,6 +38,8 @@ class OriginalModel(FromOriginalModelMixin):
         Args:
             pretrained_model_link_or_path_or_dict: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.gguf` file in any
                 published layout, under any prefix and beside other parts; or such weights.
+            config: a directory whose config.json says what weights do not tell.
+            subfolder: of that directory.
             num_heads: number of attention heads, if no config.json or header says it and heads are not 128 wide.
             dtype: of the weights; None: as they are stored, and for GGUF what it computes in.
             torch_dtype: an older name of it.
@@ -46,11 +50,12 @@ class OriginalModel(FromOriginalModelMixin):
             InputError: there is no such file, or its weights are not those of one whole transformer; every missing,
                 unexpected and misshapen key is listed.
         """
-        from flashi2v_model.weights.conversion import as_model, convert_state_dict, model_arguments  # know this class
+        from flashi2v_model.weights.conversion import as_model, convert_state_dict  # which know this class
         from flashi2v_model.weights.reading import read_state_dict
         from flashi2v_model.weights.writing import independent
 
         given, dtype = pretrained_model_link_or_path_or_dict, dtype or torch_dtype
+        where = None if config is None else Path(config, subfolder or "")
         is_gguf = not isinstance(given, dict) and Path(given).suffix == ".gguf"
         if (quantization_config is not None) != is_gguf:
             raise InputError(
@@ -59,10 +64,10 @@ class OriginalModel(FromOriginalModelMixin):
             )
         if is_gguf:
             assert not isinstance(given, dict)
-            return cls._from_gguf(Path(given), quantization_config, num_heads, dtype, device)
+            return cls._from_gguf(Path(given), quantization_config, where, num_heads, dtype, device)
         path = Path("") if isinstance(given, dict) else Path(given)
         ours = convert_state_dict(given if isinstance(given, dict) else read_state_dict(path))
-        arguments, _ = model_arguments(path, ours, num_heads)
+        arguments = _arguments(path, ours, where, num_heads)
         model = as_model(independent(ours), arguments, cls)
         for name, parameter in model.named_parameters():
             kept = any(part in model._keep_in_fp32_modules for part in name.split("."))
@@ -74,11 +79,12 @@ class OriginalModel(FromOriginalModelMixin):
         cls,
         path: Path,
         quantization_config: Any,
+        where: Path | None,
         num_heads: int | None,
         dtype: torch.dtype | None,
         device: str | torch.device | None,
     ) -> Any:
-        from flashi2v_model.weights.conversion import convert_state_dict, model_arguments
+        from flashi2v_model.weights.conversion import convert_state_dict
         from flashi2v_model.weights.key_names import detect_layout, is_trunk, translate
         from flashi2v_model.weights.reading import without_prefix
 
@@ -87,7 +93,7 @@ class OriginalModel(FromOriginalModelMixin):
         ours = convert_state_dict(shapes)  # refuses what is not one transformer
         if is_trunk(ours):
             raise InputError(f"{path}: these are weights of a text-to-video trunk, without FlashI2V's new layers")
-        arguments, _ = model_arguments(path, ours, num_heads)
+        arguments = _arguments(path, ours, where, num_heads)
         names = translate(weights, detect_layout(weights), "diffusers")
         whole = [*(quantization_config.modules_to_not_convert or []), *_WHOLE]
         quantization_config.modules_to_not_convert = whole
@@ -104,6 +110,21 @@ class OriginalModel(FromOriginalModelMixin):
                 torch_dtype=dtype,
                 device=device,
             )
+
+
+def _arguments(path: Path, ours: dict[str, Tensor], where: Path | None, num_heads: int | None) -> dict[str, Any]:
+    """Return the model's constructor arguments, by its weights and what is written beside them, or in a directory."""
+    from flashi2v_model.weights.conversion import model_arguments
+    from flashi2v_model.weights.settings import contradictions, stored_settings
+
+    file, said = ("", {}) if where is None else stored_settings(where)
+    if where is not None and not file:
+        raise InputError(f"config: {where} holds no config.json of such a transformer")
+    arguments, assumed = model_arguments(path, ours, num_heads or said.get("num_attention_heads"))
+    arguments |= {key: said[key] for key in assumed if key in said}
+    if faults := contradictions(file, said, arguments, "the weights have"):
+        raise InputError(f"config: {'; '.join(faults)}")
+    return arguments
 
 
 def _as_it_is(checkpoint: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:

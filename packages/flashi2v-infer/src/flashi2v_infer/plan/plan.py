@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import UMT5EncoderModel
 
 from flashi2v_infer.arguments import check_conditioning
 from flashi2v_infer.decoding import choose_decoding, decoding_as, describe
@@ -26,7 +25,7 @@ from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.caching import text_kept
 from flashi2v_model.config import SchedulerName
 from flashi2v_model.cost import held_while_running, num_bytes, tracing
-from flashi2v_model.encoders import decode_video, encode_text, encode_video
+from flashi2v_model.encoders import TextEncoder, decode_video, encode_text, encode_video
 from flashi2v_model.sampling import VelocityField, exact_timesteps, set_timesteps
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_npu_ops.device import free_memory, missing
@@ -234,7 +233,7 @@ def _notes(execution: Execution) -> Iterator[str]:
 
 
 def group_sizes(
-    transformer: FlashI2VTransformer3DModel, text_encoder: UMT5EncoderModel, streaming: bool
+    transformer: FlashI2VTransformer3DModel, text_encoder: TextEncoder, streaming: bool
 ) -> dict[nn.Module, int]:
     """Return the bytes that offloading in groups holds on the device while each of these modules runs.
 

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
 
 from flashi2v_infer.execution import DTypes
 from flashi2v_infer.load import Model, PartConfig, cast
 from flashi2v_model import FlashI2VTransformer3DModel
-from flashi2v_model.encoders import DTYPES, configure_tiling
+from flashi2v_model.encoders import DTYPES, TextEncoder, configure_tiling, text_encoder_class
 from flashi2v_model.presets import TRANSFORMERS
 from flashi2v_model.variants import transformer_class
 
@@ -33,7 +32,7 @@ class Parts:
     """The modules of a pipeline without numbers, in their dtypes, and what had to be assumed of them."""
 
     transformer: FlashI2VTransformer3DModel
-    text_encoder: UMT5EncoderModel
+    text_encoder: TextEncoder
     vae: AutoencoderKLWan
     assumptions: tuple[str, ...] = ()
 
@@ -76,10 +75,12 @@ def build_parts(
         for part, config in found.items()
         if config is None
     )
+    text_encoder = text_encoder or _UMT5_XXL
+    encoder = text_encoder_class(text_encoder)
     with torch.device("meta"):
         parts = Parts(
             network.from_config(transformer or TRANSFORMERS["1.3b"]),
-            UMT5EncoderModel(UMT5Config(**(text_encoder or _UMT5_XXL))),
+            encoder(encoder.config_class(**text_encoder)),
             AutoencoderKLWan.from_config(vae or {}),
             assumptions,
         )
