@@ -82,9 +82,9 @@ def test_a_batch_is_what_its_jobs_are_whatever_their_order_and_number(config, as
     jobs = batch.jobs
     alone = Processes(torch.device("cpu"))
     pipe = model.load(model.settle())
-    sample_jobs(pipe, model, [jobs[2], jobs[0]], alone, Meter(alone.device))
+    sample_jobs(pipe, model, [jobs[2], jobs[0]], alone, Meter(alone.device).on_step_end)
     assert [job.request.index for job in unfinished(jobs)] == [1]
-    sample_jobs(pipe, model, jobs[1:2], alone, Meter(alone.device))
+    sample_jobs(pipe, model, jobs[1:2], alone, Meter(alone.device).on_step_end)
     assert unfinished(jobs) == []
     assert write_together(batch) == []
     assert_whole(Path("apart"))

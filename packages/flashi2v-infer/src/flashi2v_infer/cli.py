@@ -66,6 +66,8 @@ class VideoOptions:
         fps: Frames per second of the file (default 16).
         scheduler: The sampler: euler as the reference, or heun, unipc, dpm++, of second order (default: the model's
             own).
+        flow_shift: Of the noise levels: above 1, more of the steps go where there is much noise (default: the model's
+            own, 7 in the released one).
         conditioning: What a variant of the network (--recipe) asks for: motion_score=0.7, or camera=0,0,1 for a list
             of numbers.
     """
@@ -83,6 +85,7 @@ class VideoOptions:
     width: int | None = None
     fps: float | None = None
     scheduler: SchedulerName | None = None
+    flow_shift: float | None = None
     conditioning: list[str] | None = None
 
     def given(self) -> list[str]:
@@ -210,7 +213,10 @@ def infer(
         from flashi2v_infer.commands.run import print_plan, sample
         from flashi2v_infer.load import ModelDirectory
 
-    model = ModelDirectory(video.model, execution, video.scheduler, read_choices(common.lora or ()))
+    if video.flow_shift is not None and not 0 < video.flow_shift < float("inf"):
+        raise InputError(f"flow_shift must be positive, got {video.flow_shift}")
+    lora = read_choices(common.lora or ())
+    model = ModelDirectory(video.model, execution, video.scheduler, lora, video.flow_shift)
     if request is None:
         print_plan(model, settings)
         return

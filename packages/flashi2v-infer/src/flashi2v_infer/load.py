@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, SchedulerMixin
 
 from flashi2v_data.captions.tokenizer import load_model
 from flashi2v_data.errors import InputError
@@ -261,6 +261,7 @@ class ModelDirectory(Model):
         execution: how to compute.
         scheduler: the sampler; None is the model's own.
         lora: adapters.
+        flow_shift: of the noise levels; None is the model's own.
     """
 
     def __init__(
@@ -269,8 +270,10 @@ class ModelDirectory(Model):
         execution: Execution,
         scheduler: SchedulerName | None = None,
         lora: tuple[AdapterChoice, ...] = (),
+        flow_shift: float | None = None,
     ) -> None:
         self.name, self.execution, self.scheduler, self.lora = str(directory_of(name)), execution, scheduler, lora
+        self.flow_shift = flow_shift
         self.device_name = execution.device or "auto"
 
     def check(self) -> None:
@@ -345,10 +348,7 @@ class ModelDirectory(Model):
         except Exception as error:  # whatever the libraries raise on what they cannot read
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise InputError(f"--model: cannot load {self.name}: {reason}") from error
-        if self.scheduler is not None:
-            own = pipeline.scheduler.config
-            shift = float(own.get("shift", own.get("flow_shift", 1.0)))  # of the noise levels, as the model has it
-            pipeline.scheduler = make_scheduler(self.scheduler, shift)
+        pipeline.scheduler = rescheduled(pipeline.scheduler, self.scheduler, self.flow_shift)
         place(pipeline, settled.execution, settled.device, context)
         return pipeline
 
@@ -363,6 +363,14 @@ class ModelDirectory(Model):
 
     def remarks(self, prompt: str, vae_psnr: float) -> list[str]:
         return demo.notes(prompt, vae_psnr) if Path(self.name) == demo.DIRECTORY else []
+
+
+def rescheduled(own: SchedulerMixin, name: SchedulerName | None, shift: float | None) -> SchedulerMixin:
+    """Return a sampler in the place of a model's own: another one, or with another shift of the noise levels."""
+    key = "shift" if "shift" in own.config else "flow_shift"
+    if name is not None:
+        return make_scheduler(name, float(own.config.get(key, 1.0) if shift is None else shift))
+    return own if shift is None else type(own).from_config({**own.config, key: shift})
 
 
 def dtype_name(module: Any) -> str:

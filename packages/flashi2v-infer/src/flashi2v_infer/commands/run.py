@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers.callbacks import PipelineCallback
 from tqdm import tqdm
 
 from flashi2v_data.console import configure_logging, one_line
@@ -23,7 +24,7 @@ from flashi2v_infer.execution import Execution
 from flashi2v_infer.files.export import save_video, write_picture
 from flashi2v_infer.files.records import versions
 from flashi2v_infer.load import ConfiguredModel, Model, dtype_name
-from flashi2v_infer.pipeline import FlashI2VPipeline
+from flashi2v_infer.pipeline import FlashI2VPipeline, StepCallback
 from flashi2v_infer.placement import encode_prompts, put_away_text_encoder
 from flashi2v_infer.plan.measured import Meter, comparison
 from flashi2v_infer.plan.plan import Plan, make_plan, target_device
@@ -124,7 +125,7 @@ def sample(
             if not is_one:
                 configure_logging(logging.INFO if processes.is_first else logging.WARNING)
             pipeline, meter = model.load(settled, processes.context), Meter(processes.device)
-            sample_jobs(pipeline, model, processes.share(jobs), processes, meter, is_one=is_one)
+            sample_jobs(pipeline, model, processes.share(jobs), processes, meter.on_step_end, is_one=is_one)
             if planned is not None:
                 print(comparison(planned, meter.read()))
         processes.barrier()
@@ -156,7 +157,7 @@ def sample_jobs(
     model: Model,
     jobs: Sequence[Job],
     processes: Processes,
-    meter: Meter,
+    on_step_end: StepCallback | PipelineCallback,
     *,
     is_one: bool = False,
 ) -> None:
@@ -167,7 +168,7 @@ def sample_jobs(
         model: where it comes from.
         jobs: the videos.
         processes: this one among all; of those that share a video one writes it.
-        meter: measures the steps.
+        on_step_end: the pipeline's `callback_on_step_end`.
         is_one: there is no other video, so that its failure ends the run; of several, one that fails is reported and
             left out.
 
@@ -178,7 +179,7 @@ def sample_jobs(
     facts = model.source(pipeline).facts()
     hidden = None if processes.is_first else True
     try:
-        sampler = _sampler(pipeline, [job.request for job in jobs], processes, meter)
+        sampler = _sampler(pipeline, [job.request for job in jobs], processes, on_step_end)
         with tqdm(total=len(jobs), desc="videos", unit="video", disable=is_one or hidden, smoothing=0) as bar:
             for job in jobs:
                 pipeline.set_progress_bar_config(disable=hidden, desc=job.path.stem, unit="step", leave=False)
@@ -204,14 +205,19 @@ def sample_jobs(
         raise error if is_one else StorageError(f"{error}; once that is fixed, {_GOES_ON}") from error
 
 
-def _sampler(pipeline: FlashI2VPipeline, requests: Sequence[Request], processes: Processes, meter: Meter) -> Sampler:
+def _sampler(
+    pipeline: FlashI2VPipeline,
+    requests: Sequence[Request],
+    processes: Processes,
+    on_step_end: StepCallback | PipelineCallback,
+) -> Sampler:
     """Encode all prompts, and put the text encoder away, which is then no burden while videos are sampled."""
     prompts = [request.prompt for request in requests]
     prompts += [request.negative_prompt for request in requests if request.settings.uses_negative_prompt]
     length = requests[0].settings.max_sequence_length if requests else None
     texts = encode_prompts(pipeline, prompts, pipeline.execution, processes.device, length)
     put_away_text_encoder(pipeline, pipeline.execution, processes.device)
-    return Sampler(pipeline, texts, on_step_end=meter.on_step_end)
+    return Sampler(pipeline, texts, on_step_end=on_step_end)
 
 
 def _measured(pipeline: FlashI2VPipeline, sample: Sample) -> dict[str, Any]:

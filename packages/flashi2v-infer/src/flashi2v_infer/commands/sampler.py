@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from diffusers.callbacks import PipelineCallback
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -62,7 +63,7 @@ class Sampler:
         pipeline: FlashI2VPipeline,
         texts: Mapping[str, Tensor],
         *,
-        on_step_end: StepCallback | None = None,
+        on_step_end: StepCallback | PipelineCallback | None = None,
     ) -> None:
         self.pipeline = pipeline
         self._texts = texts
