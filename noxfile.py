@@ -57,6 +57,7 @@ LOWEST_TESTS = (
 NOT_LOWEST = ("decord", "decord2", "flash-attn", "wandb")
 LINTERS = ("ruff>=0.9", "mypy>=1.15", "import-linter>=2.1", "deptry>=0.23")
 BUILDERS = ("build", "hatchling>=1.26")
+DOCS = ("zensical>=0.0.73", "mkdocstrings-python>=2.0", "griffe-pydantic>=1.3")
 # Declared and imported nowhere: what other libraries import only where it is there, and decord under its other name.
 NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf"
 # One environment for all that looks at the sources as they are.
@@ -76,7 +77,7 @@ def install_shared(session: nox.Session) -> None:
         return
     if not SHARED.exists():
         uv(session, "venv", "--python", sys.executable, str(SHARED))
-    packages = (*sources(EXTRAS), *TEST_TOOLS, *LINTERS, *BUILDERS)
+    packages = (*sources(EXTRAS), *TEST_TOOLS, *LINTERS, *BUILDERS, *DOCS)
     uv(session, "pip", "install", "--python", str(SHARED), "-c", str(CONSTRAINTS), *packages)
     _installed.extend(PACKAGES)
 
@@ -147,6 +148,13 @@ def imports(session: nox.Session) -> None:
     for package in (f"packages/{name}" for name in PACKAGES):
         config = ("--config", f"{package}/pyproject.toml", "--per-rule-ignores", NEEDED_BY_OTHERS)
         run_shared(session, "deptry", f"{package}/src", *config)
+
+
+@shared_session
+def docs(session: nox.Session) -> None:
+    """The site of documentation, built strictly, in .site/html: links followed, commands and names as they are now."""
+    install_shared(session)
+    run_shared(session, "python", "docs/build.py")
 
 
 @shared_session
