@@ -136,6 +136,29 @@ def test_what_does_not_fit_leaves_the_pipeline_as_it_was(own, adapter, sampled, 
     assert torch.equal(sampled(image=photograph), style)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about this machine
+def test_compiled_blocks_swap_adapters_of_other_ranks_without_being_compiled_again(
+    own, adapter, make_adapter, sampled, photograph
+):
+    other = make_adapter(own.transformer, rank=5, seed=1)
+    eager, quick = [], {"image": photograph, "num_inference_steps": 1, "guidance_scale": 1.0}
+    for state_dict in (adapter, other):
+        own.load_lora_weights(state_dict)
+        eager.append(sampled(**quick))
+        own.unload_lora_weights()
+    assert (eager[1] - eager[0]).norm() > 0.01 * eager[0].norm()
+    torch._dynamo.reset()
+    own.enable_lora_hotswap(target_rank=8)
+    own.load_lora_weights(adapter, adapter_name="style")
+    own.transformer.compile_repeated_blocks(backend="eager")
+    torch.testing.assert_close(sampled(**quick), eager[0], atol=1e-4, rtol=0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for state_dict, expected in ((other, eager[1]), (adapter, eager[0])):
+            own.load_lora_weights(state_dict, adapter_name="style", hotswap=True)
+            torch.testing.assert_close(sampled(**quick), expected, atol=1e-4, rtol=0)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 def test_adapters_come_to_an_offloaded_transformer(kind, own, adapter, sampled, photograph):
     own.load_lora_weights(adapter)

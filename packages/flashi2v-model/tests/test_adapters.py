@@ -229,6 +229,21 @@ def test_an_adapter_is_swapped_for_one_of_other_ranks_and_alphas(rank, trained, 
     assert model.peft_config["style"].lora_alpha == 8
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about this machine
+def test_a_compiled_model_does_not_notice_a_swap(trained, distilled, model):
+    whole = output(_merged(distilled, 1.0))
+    torch._dynamo.reset()
+    model.enable_lora_hotswap(target_rank=40)
+    model.load_lora_adapter(distilled, adapter_name="style")
+    model.compile(backend="eager")
+    assert distance(output(model), whole) < 1e-6
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for adapter, expected in ((trained.adapter, trained.output), (distilled, whole)):
+            model.load_lora_adapter(adapter, adapter_name="style", hotswap=True)
+            assert distance(output(model), expected) < 1e-6
+    torch._dynamo.reset()
+
+
 # What is wrong, made from an adapter in ComfyUI's spelling, and what the error says.
 FAULTS = {
     "another width": (
@@ -352,6 +367,39 @@ def test_names_and_swaps_that_make_no_sense_are_refused(trained, distilled, mode
     assert torch.equal(output(model), trained.output)
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"foo": 1, "bar": 2}, "sets bar 2, foo 1: its weights alone do not say what it does"),
+        ({"layer_replication": [[0, 4]]}, r"sets layer_replication \[\[0, 4\]\]"),
+        ({"init_lora_weights": "pissa_niter_4"}, "sets init_lora_weights 'pissa_niter_4'"),
+        ({"peft_type": "LOKR"}, "sets peft_type 'LOKR'"),
+        ({"use_dora": True}, "says use_dora, and it has no lora_magnitude_vector"),
+        ({"r": 3}, "says rank 3 of .*, which has 4"),
+    ],
+)
+def test_a_setting_that_nobody_reads_is_named(setting, words, trained, model, tmp_path):
+    state_dict, header = spell(trained.adapter, "diffusers")
+    config = json.loads(header[CONFIG]) | {"transformer.future": None, "transformer.lora_dropout": 0.1}
+    model.load_lora_adapter(state_dict, adapter_name="fine", metadata=config)
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    config |= {f"transformer.{key}": value for key, value in setting.items()}
+    save_file(state_dict, tmp_path / "a.safetensors", metadata={CONFIG: json.dumps(config)})
+    for given in ({"metadata": config}, {}):
+        with pytest.raises(InputError, match=f"lora_adapter_metadata {words}"):
+            model.load_lora_adapter(state_dict if given else tmp_path / "a.safetensors", **given)
+    assert equal(model.state_dict(), before)
+
+
+def test_alphas_that_differ_are_refused_and_one_that_nobody_reads_is_named(trained, caplog):
+    layer = "blocks.0.attn1.to_q"
+    with pytest.raises(InputError, match=f"says alpha 8 of {layer}, its tensor 9"):
+        read_adapter(trained.adapter | {f"{layer}.alpha": torch.tensor(9.0)}, trained.header)
+    pairs = {key: t for key, t in trained.adapter.items() if not key.endswith("alpha")}
+    assert read_adapter(pairs, {"ss_network_alpha": "2"}).keys() == pairs.keys()
+    assert "its header says {'ss_network_alpha': '2'}, which is not read" in caplog.text
+
+
 def test_an_adapter_of_eight_bits_is_read(trained, model):
     small = {key: t.to(torch.float8_e4m3fn) for key, t in trained.adapter.items()}
     model.load_lora_adapter(small)
@@ -402,6 +450,7 @@ def test_the_command_line_says_what_an_adapter_is_and_rewrites_it(distilled, tmp
         r"parameters +[\d,]+ in float32\n",
         r"pairs +blocks\.0-1\.attn1\.to_k, .*learnable_proj\.proj\.0\n",
         r"differences +.*blocks\.0-1\.norm2 \(bias\), .*modulation \(weight\), patch_embedding \(weight\)",
+        r"header +ss_steps 2\n",
     ):
         assert re.search(words, told), words
     for name in SPELLINGS:

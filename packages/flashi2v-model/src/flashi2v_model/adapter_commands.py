@@ -25,6 +25,8 @@ from flashi2v_model.weights.comparing import fault_phrases
 from flashi2v_model.weights.reading import read_tensors
 from flashi2v_model.weights.writing import independent
 
+_OWN = ("format", CONFIG, ALPHA_DTYPE)  # entries of a header that this package writes
+
 
 def find_adapter(path: Path) -> Path | None:
     """Return the file of the adapter that lies at a path; None where there is something else, or nothing.
@@ -70,6 +72,8 @@ def describe(path: Path) -> dict[str, str]:
         "size": f"{path.stat().st_size / 1e6:,.3f} MB",
         "pairs": _named(pairs),
         "differences": _named(differences),
+        # Of training, as kohya's programs write it; what an adapter does, its tensors say.
+        "header": ", ".join(f"{key} {value:.20}" for key, value in sorted(header.items()) if key not in _OWN)[:400],
     }
     if any("lora_magnitude_vector" in parts for parts in pairs.values()):
         facts["kind"] = f"DoRA adapter of {len(layers)} layers"
@@ -102,7 +106,7 @@ def write_adapter(source: Path, destination: Path, to: str) -> None:
     """
     state_dict, header = read_adapter_file(source)
     spelled, config = spell(read_adapter(state_dict, header), to)
-    kept = {key: value for key, value in header.items() if key not in (CONFIG, ALPHA_DTYPE)}
+    kept = {key: value for key, value in header.items() if key not in _OWN}
     if to == "peft":
         destination.mkdir()
         (destination / PEFT_CONFIG).write_text(json.dumps(json.loads(config.pop(CONFIG)), indent=2) + "\n")

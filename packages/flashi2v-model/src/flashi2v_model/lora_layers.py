@@ -95,11 +95,15 @@ class DifferenceLayer(nn.Module, LoraLayer):
         self._holder = (holder,)  # in a tuple, as it is no part of this one
 
     def add(self, name: str, parts: Mapping[str, Tensor]) -> None:
-        """Take what an adapter adds, in place of what it added before."""
-        changes = nn.Module()
+        """Take what an adapter adds, in place of what it added before, whose parameters compiled code may hold."""
+        is_new = name not in self.lora_diff
+        changes = nn.Module() if is_new else self.lora_diff[name]
         for key, own in self._changed().items():
             given = parts.get(f"lora_diff.{key}")
             change = torch.zeros(own.shape) if given is None else given.reshape(own.shape)
+            if not is_new:
+                changes.get_parameter(key).data.copy_(change)
+                continue
             # Where the weights are put away, what changes them waits on the CPU.
             change = change.to("cpu" if own.is_meta else own.device, own.dtype, copy=True)
             changes.register_parameter(key, nn.Parameter(change, requires_grad=False))

@@ -101,10 +101,7 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             header = dict(file.metadata() or {})
     beside = path.parent / PEFT_CONFIG
     if CONFIG not in header and path.name == NAMES[1] and beside.is_file():
-        config = read_json(beside)
-        if config.get("peft_type", "LORA") != "LORA":
-            raise InputError(f"{beside}: peft_type is {config['peft_type']!r}: only LORA is read")
-        header[CONFIG] = json.dumps(config)
+        header[CONFIG] = json.dumps(read_json(beside))
     return state_dict, header
 
 

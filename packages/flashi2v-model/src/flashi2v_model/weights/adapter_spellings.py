@@ -4,6 +4,7 @@ What an adapter is, whatever its spelling, says `flashi2v_model.weights.adapters
 """
 
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -19,10 +20,22 @@ from flashi2v_model.weights.adapters import TABLE, TABLE_LAYER, Adapter, by_laye
 from flashi2v_model.weights.comparing import fault_phrases
 from flashi2v_model.weights.key_names import modules, translate
 
+logger = logging.getLogger(__name__)
+
 Header = Mapping[str, str]  # of a safetensors file
 
 CONFIG = "lora_adapter_metadata"  # where diffusers writes peft's configuration, as JSON
 ALPHA_DTYPE = "flashi2v_alpha_dtype"  # of the tensors that it was; "none" of an adapter without
+# Settings of peft that are read, that tensors say too, or that are of training alone. Any other changes what an adapter
+# does, where it is set.
+_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "peft_type"}
+_TOLD_BY_TENSORS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_OF_TRAINING = {
+    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "bias"),
+    *("lora_dropout", "init_lora_weights", "eva_config", "megatron_core", "megatron_config", "qalora_group_size"),
+}
+# Ways to start that take something off the model's own weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -180,23 +193,35 @@ def peft_config(header: Header | None) -> dict[str, Any]:
     """Return peft's configuration as diffusers and peft write it; {} where there is none.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, or sets what is not read here.
     """
     text = (header or {}).get(CONFIG)
     if text is None:
         return {}
     try:
         values = json.loads(text)
-        return {key.removeprefix(SPELLINGS["diffusers"].prefix): value for key, value in values.items()}
+        config = {key.removeprefix(SPELLINGS["diffusers"].prefix): value for key, value in values.items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"this adapter's {CONFIG} is damaged: {error}") from error
+    odd = {key for key, value in config.items() if value and key not in _READ | _TOLD_BY_TENSORS | _OF_TRAINING}
+    odd |= {"init_lora_weights"} if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE) else set()
+    odd |= {"peft_type"} if config.get("peft_type", "LORA") != "LORA" else set()
+    if odd:
+        said = ", ".join(f"{key} {config[key]!r:.60}" for key in sorted(odd))
+        raise InputError(f"this adapter's {CONFIG} sets {said}: its weights alone do not say what it does")
+    return config
 
 
 def _alphas(adapter: Adapter, header: Header | None) -> Adapter:
-    """Return the alphas that a configuration says; what tensors say goes before."""
+    """Return the alphas that a configuration says, and no tensor does."""
     config, written = peft_config(header), (header or {}).get(ALPHA_DTYPE, "float32")
     if not config or written == "none":
+        unread = {key: value for key, value in (header or {}).items() if re.search(r"(^|_)alpha$", key)}
+        if unread and not any(name.endswith(".alpha") for name in adapter):
+            logger.warning("this adapter weighs 1, as it has no alpha; its header says %s, which is not read", unread)
         return {}
+    if config.get("use_dora") and not any(name.endswith("lora_magnitude_vector") for name in adapter):
+        raise InputError(f"this adapter's {CONFIG} says use_dora, and it has no lora_magnitude_vector")
     alphas: Adapter = {}
     try:
         dtype = getattr(torch, written)
@@ -207,8 +232,10 @@ def _alphas(adapter: Adapter, header: Header | None) -> Adapter:
             if (said := _of_pattern(config.get("rank_pattern"), layer, config["r"])) != rank:
                 raise InputError(f"this adapter's {CONFIG} says rank {said} of {layer}, which has {rank}")
             alpha = float(_of_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]))
+            weighed = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+            if "alpha" in parts and not math.isclose(own := parts["alpha"].item(), weighed, rel_tol=1e-2):
+                raise InputError(f"this adapter's {CONFIG} says alpha {weighed:g} of {layer}, its tensor {own:g}")
             if "alpha" not in parts:
-                weighed = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
                 alphas[f"{layer}.alpha"] = torch.tensor(weighed, dtype=dtype)
     except (AttributeError, KeyError, TypeError, re.error) as error:
         raise InputError(f"this adapter's {CONFIG} is damaged: {error!r}") from error
