@@ -46,6 +46,8 @@ TEST_TOOLS = (
     "pip",  # with which tests install distributions of their own
     *("nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"),  # which run the notebook
 )
+# What the tests of the web drive it with, and Chromium, which comes with the system.
+WEB_TOOLS = ("openai>=3.50,<4",)
 # What `lowest` runs: what leans on other libraries most, where it is quick. And what it leaves as pip finds it: what is
 # built for one torch or for other machines, or only talks to a service.
 LOWEST_TESTS = (
@@ -219,6 +221,24 @@ def quantized(session: nox.Session) -> None:
     install(session, *sources(extras), *TEST_TOOLS[:4], "optimum-quanto>=0.2.7")
     tests = (str(path) for path in Path().glob("packages/*/tests/test_quantized.py"))
     session.run("python", "-m", "pytest", *tests, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def web(session: nox.Session) -> None:
+    """The page and the HTTP interface, as browsers, the official client and strangers meet them.
+
+    Gradio asks for an older Pillow than all else is tested with.
+    """
+    extras = {"flashi2v-data": "[plots]", "flashi2v-infer": "[lora,web]"}
+    install(session, *sources(extras), *TEST_TOOLS[:4], *WEB_TOOLS)
+    # The queue itself needs none of these libraries: the shared environment tests it.
+    tests = sorted(
+        {*Path().glob("packages/*/tests/test_web_*.py")} - {*Path().glob("packages/*/tests/test_web_jobs.py")}
+    )
+    pytest = ("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations=10")
+    session.run(
+        *pytest, *map(str, tests), *session.posargs, env={"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    )
 
 
 @nox.session

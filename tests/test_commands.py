@@ -66,6 +66,7 @@ COMMANDS = {
         (*CONFIGS, "--save", "new", "--dry-run"),
         (*CONFIGS, "--save", "new", "--train-iters", "1", "--micro-batch-size", "1"),
     ),
+    "flashi2v-web": Command(("--lora", ABSENT, "--data", "new", "--device", "cpu")),
 }
 every_command = pytest.mark.parametrize("name", COMMANDS)
 

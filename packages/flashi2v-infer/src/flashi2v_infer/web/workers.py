@@ -7,17 +7,34 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 from flashi2v_data.start_methods import clean_start, without_interrupts
+from flashi2v_infer.execution import Execution
+from flashi2v_infer.load import Model
 from flashi2v_infer.web.jobs import Jobs
 from flashi2v_infer.web.worker import READY, Setup, work
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE, _END_SECONDS = 60.0, 10.0
+
+
+def num_devices(model: Model, execution: Execution) -> int:
+    """Return how many workers this machine has devices for.
+
+    Raises:
+        InputError: it has no such device.
+    """
+    device = model.settle().device
+    if device.type == "cpu" or ":" in (execution.device or ""):
+        return 1
+    return max(1, getattr(torch, device.type).device_count() // execution.context_parallel_size)
 
 
 class Workers:
@@ -34,8 +51,13 @@ class Workers:
         self._jobs, self._stopping = jobs, threading.Event()
         self._thread = threading.Thread(target=self._look_after, daemon=True)
 
-    def start(self) -> None:
-        """Start them all; what others left unfinished is named, and not tried again."""
+    def start(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Start them all; what others left unfinished is named, and not tried again.
+
+        Args:
+            on_failure: is called once, where none can load the model.
+        """
+        self._on_failure = on_failure
         for job in self._jobs.interrupted(None, "the server ended"):
             logger.warning("%s was %s", job.id, "interrupted when the server ended before")
         self._thread.start()
@@ -44,6 +66,8 @@ class Workers:
         while not self._stopping.is_set():
             for group in self._groups:
                 group.tend(self._jobs)
+            if self.have_failed:
+                return self._on_failure()
             wait([handle for group in self._groups for handle in group.handles()], timeout=0.5)
 
     def wake(self) -> None:
@@ -57,8 +81,9 @@ class Workers:
 
     @property
     def have_failed(self) -> bool:
-        """Whether none could load the model yet, and one has tried."""
-        return not self.num_ready() and any(group.num_failures for group in self._groups)
+        """Whether one could not load the model, and none ever did."""
+        never = not any(group.is_ready or group.was_ready for group in self._groups)
+        return never and any(group.num_failures for group in self._groups)
 
     def stop(self) -> None:
         """End them at once; what they work on goes back into the queue."""
@@ -80,7 +105,7 @@ class _Group:
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._connections: list[Connection] = []
         self._next_start = 0.0
-        self.is_ready, self.num_failures = False, 0
+        self.is_ready, self.was_ready, self.num_failures = False, False, 0
 
     def handles(self) -> list[Connection | int]:
         """Return what shows that there is something to tend."""
@@ -97,8 +122,9 @@ class _Group:
         if ended:
             code = ended[0].exitcode or 0
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            self.num_failures = 1 if self.is_ready else self.num_failures + 1
-            pause = 0.0 if self.is_ready else min(_LONGEST_PAUSE, 2.0**self.num_failures)
+            self.was_ready |= self.is_ready
+            self.num_failures = 0 if self.is_ready else self.num_failures + 1
+            pause = min(_LONGEST_PAUSE, 2.0**self.num_failures - 1)
             self.end()
             for job in jobs.interrupted(self._name, f"its worker ended ({how})"):
                 logger.error("%s: %s", job.id, f"interrupted, its worker ended ({how})")
