@@ -58,7 +58,7 @@ LOWEST_TESTS = (
 )
 NOT_LOWEST = ("decord", "decord2", "flash-attn", "wandb")
 LINTERS = ("ruff>=0.9", "mypy>=1.15", "import-linter>=2.1", "deptry>=0.23")
-BUILDERS = ("build", "hatchling>=1.26")
+BUILDERS = ("build", "hatchling>=1.26", "hatch-fancy-pypi-readme>=24.1")
 DOCS = ("zensical>=0.0.73", "mkdocstrings-python>=2.0", "griffe-pydantic>=1.3")
 # Declared and imported nowhere: what other libraries import only where it is there, and decord under its other name.
 NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf"

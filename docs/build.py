@@ -106,6 +106,8 @@ def command_reference(name: str) -> str:
     if hasattr(module, "app"):
         text: str = module.app.generate_docs(output_format="markdown")
         text = re.sub(r"^## Table of Contents\n.*?\n(?=\*\*)", "", text, flags=re.DOTALL | re.MULTILINE)
+        examples = re.compile(r"^(Examples?:)? ?(flashi2v-[^\n]*)$", re.MULTILINE)
+        text = outside_code(text, lambda part: examples.sub(r"\1\n\n```bash\n\2\n```\n", part))
         return outside_code(text, lambda part: re.sub(r"<(?=\w)", "&lt;", part))
     told = [help_of(name)]
     told += [help_of(name, word) for word in re.search(r"\{(.*?)\}", told[0])[1].split(",")]  # type: ignore[index]
