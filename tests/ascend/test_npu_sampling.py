@@ -33,7 +33,20 @@ def sampled(first_frame, runs, tmp_path_factory):
 
     def sample(name, *options, device="npu", processes=1):
         out = root / name
-        words = ["--model", "demo", "--image", first_frame, "--prompt", PROMPT, "-o", f"{out}/", "--seed", 1]
+        words = [
+            "--model",
+            "demo",
+            "--image",
+            first_frame,
+            "--prompt",
+            PROMPT,
+            "-o",
+            f"{out}/",
+            "--scale",
+            1,
+            "--seed",
+            1,
+        ]
         words += ["--num-inference-steps", STEPS, "--guidance-scale", 2, "--device", device, *options]
         runs(f"sampling: {name}", "flashi2v-infer", *words, processes=processes)
         frames = [np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))]

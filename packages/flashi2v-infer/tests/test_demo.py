@@ -1,6 +1,7 @@
 """The model that comes with the package: what it samples must move as the prompt says."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,9 @@ def test_with_no_other_option_it_samples_the_bundled_image(tmp_path, monkeypatch
     assert done.returncode == 0, done.stderr
     assert done.stdout == "wrote demo.mp4 and strip.png\n"
     assert "WARNING" not in done.stderr
-    video = read_frames("demo.mp4", range(17))
+    shown = read_frames("demo.mp4", range(17))
+    assert shown.shape == (17, 384, 384, 3)
+    video = np.stack([np.asarray(Image.fromarray(frame).resize((64, 64), Image.Resampling.BOX)) for frame in shown])
     motion = track(video, STAR)
     assert (motion.direction, motion.pace) == ("upper right", "quickly")
     assert np.linalg.norm(motion.path[0] - centres(STAR, 17, 64, 64, 16)[0]) < 3
@@ -53,6 +56,7 @@ def test_with_no_other_option_it_samples_the_bundled_image(tmp_path, monkeypatch
     record = json.loads(Path("demo.json").read_text())
     assert record["first_frame_psnr"] > 22
     assert record["settings"]["num_inference_steps"] == 25
+    assert record["scale"] == 6
 
 
 def test_one_image_moves_as_the_prompt_says(pipeline):
@@ -81,10 +85,21 @@ def test_it_says_so_where_it_is_asked_for_more_than_it_knows(tmp_path, monkeypat
                     "--num-inference-steps", 2)  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "wrote cat.gif\n")
     words, picture = [line for line in done.stderr.splitlines() if "demo model" in line]
-    assert words.startswith("WARNING the demo model cannot read cat: ")
+    nearest = demo.nearest("a red cat moves up")
+    assert words == f"WARNING the demo model cannot read cat; the nearest sentence that it knows: {nearest!r}"
+    assert {"red", "moves", "up"} <= {*nearest.split()}
     assert picture.startswith("WARNING the image is far from what the demo model knows")
+    assert done.stderr.index("cannot read cat") < done.stderr.index("first frame")  # before anything is sampled
 
 
-def test_known_words_are_those_of_the_prompts():
-    assert {"star", "quickly", "still"} <= demo.known_words()
-    assert demo.notes(demo.PROMPT.upper(), 30.0) == []
+def test_an_image_without_words_shows_five_sentences():
+    done = run_demo("--image", demo.IMAGE)
+    assert done.returncode == 2
+    assert [sentence in done.stderr for sentence in demo.sentences()[:6]] == [True] * 5 + [False]
+
+
+def test_known_words_are_those_of_the_sentences():
+    assert {word for sentence in demo.sentences() for word in re.findall(r"\w+", sentence)} == demo.known_words()
+    assert demo.sentences()[0] == demo.PROMPT
+    assert demo.prompt_note(demo.PROMPT.upper()) is None
+    assert demo.nearest("large star, quickly upper right") == demo.PROMPT

@@ -13,7 +13,7 @@ from PIL import Image
 from flashi2v_data import read_frames
 from flashi2v_data.errors import DecodeError, StorageError
 from flashi2v_infer import InputError, read_record, save_video, write_mp4
-from flashi2v_infer.files.export import check_output, check_picture, durations, record_path, write_picture
+from flashi2v_infer.files.export import check_output, check_picture, durations, enlarged, record_path, write_picture
 
 RECORD = {"prompt": "a “red” circle\nmoves \0 <&", "seed": 3, "settings": {"height": 32}, "image": "ä b.png"}
 OUTPUTS = ["a b.mp4", "ä.gif", "c.webp", "frames", "frames.v2/"]
@@ -52,6 +52,16 @@ def test_every_kind_of_output_carries_its_record_and_has_it_beside(tmp_path, fra
     assert json.loads(record_path(path).read_text("utf-8")) == read_record(record_path(path)) == RECORD
     kinds = {path.name, record_path(path).name} if path.suffix in (".mp4", ".gif", ".webp") else {path.name}
     assert {child.name for child in path.parent.iterdir()} == kinds
+
+
+def test_an_enlarged_video_is_the_same_one_smoothly(frames):
+    large = enlarged(frames, 3)
+    assert large.shape == (9, 96, 144, 3)
+    back = large.reshape(9, 32, 3, 48, 3, 3).mean((2, 4))
+    assert np.abs(back - frames)[:, 2:-2, 2:-2].max() < 3
+    steps, before = (np.abs(np.diff(video.astype(int), axis=2)).max() for video in (large, frames))
+    assert steps < 0.7 * before  # where a pixel ends there is none as large
+    assert enlarged(frames, 1) is frames
 
 
 def test_a_video_has_its_rate_and_frames(tmp_path, frames):

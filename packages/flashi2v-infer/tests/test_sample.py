@@ -38,6 +38,16 @@ def test_a_video_starts_elsewhere_when_the_vae_is_not_the_reason(first_frame, va
     assert Sample(np.zeros((1, 2, 2, 3), np.uint8), first_frame, vae, "").starts_elsewhere is elsewhere
 
 
+def test_a_second_frame_that_is_another_picture_is_a_jump():
+    moving = np.zeros((5, 8, 32, 3), np.uint8)
+    for number, frame in enumerate(moving):
+        frame[:, number] = 200  # a bar that wanders: as much from every frame to the next
+    assert not Sample(moving, 30.0, 30.0, "").jumps
+    dark = np.concatenate((moving[:1], moving[1:] + 40))
+    assert Sample(dark, 30.0, 30.0, "").jumps
+    assert not Sample(moving[:1], 30.0, 30.0, "").jumps
+
+
 @pytest.fixture
 def image(photograph) -> np.ndarray:
     return center_crop_resize(photograph[None], 32, 48)[0]
@@ -84,6 +94,9 @@ def test_a_video_that_starts_elsewhere_is_warned_about(pipe, image, caplog, monk
 def test_requests_that_make_no_sense_are_refused():
     with pytest.raises(InputError, match="fps must be positive, got 0"):
         replace(REQUEST, fps=0)
+    for scale in (0, 86):
+        with pytest.raises(InputError, match=f"scale must be 1 to 85 for 4096 pixels at most, got {scale}"):
+            replace(REQUEST, scale=scale)
     with pytest.raises(InputError, match=r"prompt: not UTF-8 text: a \? cat"):
         replace(REQUEST, prompt="a \udcff cat")
     with pytest.raises(InputError, match="negative_prompt has no effect with guidance_scale 1"):

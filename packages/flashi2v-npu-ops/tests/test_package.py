@@ -29,6 +29,7 @@ def python(code: str, *paths: Path, **environment: str) -> str:
 
 def install(directory: Path, name: str, entry_points: str, modules: dict[str, str]) -> Path:
     """Make a wheel and let pip install it into `directory`/site."""
+    pytest.importorskip("pip")
     info = f"{name}-1.0.dist-info"
     files = {
         **{f"{module}.py": text for module, text in modules.items()},

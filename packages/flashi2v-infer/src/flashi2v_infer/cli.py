@@ -68,6 +68,9 @@ class VideoOptions:
             own).
         flow_shift: Of the noise levels: above 1, more of the steps go where there is much noise (default: the model's
             own, 7 in the released one).
+        scale: Enlarge the file so many times, smoothly; a whole number (default 1; of the demo so that the shorter side
+            has 384 pixels).
+        preview: Show in the terminal what the video will be while it is sampled (default: where there is a terminal).
         conditioning: What a variant of the network (--recipe) asks for: motion_score=0.7, or camera=0,0,1 for a list
             of numbers.
     """
@@ -86,6 +89,8 @@ class VideoOptions:
     fps: float | None = None
     scheduler: SchedulerName | None = None
     flow_shift: float | None = None
+    scale: int | None = None
+    preview: bool | None = None
     conditioning: list[str] | None = None
 
     def given(self) -> list[str]:
@@ -108,10 +113,8 @@ class VideoOptions:
         if self.model != demo.NAME:
             return self
         if self.image is not None and self.prompt is None:
-            raise InputError(
-                f"--image also needs --prompt, in the words that the demo model knows: {demo.PROMPT!r}, or "
-                f"{demo.OTHER_PROMPT!r}"
-            )
+            known = "; ".join(demo.sentences()[:5])
+            raise InputError(f"--image also needs --prompt, a sentence that the demo model knows: {known}")
         return replace(
             self,
             image=self.image or demo.IMAGE,
@@ -129,7 +132,11 @@ class VideoOptions:
             missing = [name for name in ("image", "prompt", "output") if getattr(self, name) is None]
             raise InputError(f"--model also needs {', '.join(map(_option, missing))}")
         fps = fps_of(defaults) if self.fps is None else self.fps
-        return Request(self.prompt, str(self.image), self.negative_prompt or "", seed or 0, fps=fps, settings=settings)
+        scale = self.scale
+        if scale is None:
+            scale = demo.scale_of(settings.height, settings.width) if self.model == demo.NAME else 1
+        negative = self.negative_prompt or ""
+        return Request(self.prompt, str(self.image), negative, seed or 0, fps=fps, scale=scale, settings=settings)
 
 
 @dataclass(frozen=True)
@@ -221,7 +228,14 @@ def infer(
         print_plan(model, settings)
         return
     output = str(video.output)
-    sample(model, settings, lambda: read_one(request, output, common.strip), plan=common.plan, dry_run=common.dry_run)
+    sample(
+        model,
+        settings,
+        lambda: read_one(request, output, common.strip),
+        plan=common.plan,
+        dry_run=common.dry_run,
+        preview=video.preview,
+    )
 
 
 def _sample_batch(file: Path, resume: bool, video: VideoOptions, common: CommonOptions, execution: Execution) -> None:

@@ -167,9 +167,13 @@ class Model(ABC):
             quantize(transformer, self.execution.quantize)
         load_adapters(transformer, self.lora)
 
-    def remarks(self, prompt: str, vae_psnr: float) -> list[str]:
-        """Return what to tell whoever asks the model for more than it knows; arguments as of `demo.notes`."""
-        return []
+    def prompt_note(self, prompt: str) -> str | None:
+        """Return what to tell, before sampling, whoever asks the model for more than it knows."""
+        return None
+
+    def image_note(self, vae_psnr: float) -> str | None:
+        """Return what to tell of an image that the VAE alone repaints with so many dB PSNR."""
+        return None
 
 
 class ConfiguredModel(Model):
@@ -361,8 +365,11 @@ class ModelDirectory(Model):
         }
         return Source(self.name, settings, {"pipeline": fingerprint(self.name)}, tuple(map(str, self.lora)))
 
-    def remarks(self, prompt: str, vae_psnr: float) -> list[str]:
-        return demo.notes(prompt, vae_psnr) if Path(self.name) == demo.DIRECTORY else []
+    def prompt_note(self, prompt: str) -> str | None:
+        return demo.prompt_note(prompt) if Path(self.name) == demo.DIRECTORY else None
+
+    def image_note(self, vae_psnr: float) -> str | None:
+        return demo.image_note(vae_psnr) if Path(self.name) == demo.DIRECTORY else None
 
 
 def rescheduled(own: SchedulerMixin, name: SchedulerName | None, shift: float | None) -> SchedulerMixin:

@@ -176,9 +176,17 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin):
         Raises:
             InputError: no map is known for this VAE; the message says how to fit one.
         """
+        return self.preview_map().pictures(latents)
+
+    def preview_map(self) -> PreviewMap:
+        """Return the map that `preview` draws by.
+
+        Raises:
+            InputError: none is known for this VAE; the message says how to fit one.
+        """
         if self._preview is None:
             self._preview = map_of(self.vae, vae_directories(self))
-        return self._preview.pictures(latents)
+        return self._preview
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any

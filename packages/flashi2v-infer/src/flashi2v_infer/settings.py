@@ -8,6 +8,7 @@ from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
 
 # The transformer's patch is 2 x 2.
 SPATIAL_MULTIPLE, TEMPORAL_MULTIPLE = 2 * SPATIAL_STRIDE, TEMPORAL_STRIDE
+LARGEST_SIDE = 4096  # pixels of an enlarged file, which H.264's decoders still play
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,12 @@ class Request:
         seed: of the run.
         index: of the video in its run; its noise depends on seed and index alone.
         fps: frames per second of the file.
+        scale: how many times larger than the video its file is.
         settings: the numbers of the sampling run.
 
     Raises:
-        InputError: the negative prompt would have no effect, `fps` is not positive, or a text is not UTF-8.
+        InputError: the negative prompt would have no effect, `fps` is not positive, `scale` would make a file too
+            large, or a text is not UTF-8.
     """
 
     prompt: str
@@ -125,6 +128,7 @@ class Request:
     seed: int = 0
     index: int = 0
     fps: float = 16.0
+    scale: int = 1
     settings: SamplingSettings = SamplingSettings()
 
     def __post_init__(self) -> None:
@@ -133,3 +137,6 @@ class Request:
             check_text(getattr(self, name), name)
         if not 0 < self.fps < float("inf"):
             raise InputError(f"fps must be positive, got {self.fps}")
+        largest = LARGEST_SIDE // max(self.settings.height, self.settings.width)
+        if self.scale != 1 and not 1 <= self.scale <= largest:
+            raise InputError(f"scale must be 1 to {largest} for {LARGEST_SIDE} pixels at most, got {self.scale}")

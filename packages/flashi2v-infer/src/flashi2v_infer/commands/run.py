@@ -18,10 +18,11 @@ from flashi2v_data.errors import InputError, StorageError
 from flashi2v_data.video.strips import film_strip
 from flashi2v_infer.commands.batch import Batch, Job, read_batch, unfinished, write_together
 from flashi2v_infer.commands.sampler import Sample, Sampler
+from flashi2v_infer.commands.terminal import TerminalPreview
 from flashi2v_infer.config import InferenceConfig
 from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.execution import Execution
-from flashi2v_infer.files.export import save_video, write_picture
+from flashi2v_infer.files.export import enlarged, save_video, write_picture
 from flashi2v_infer.files.records import versions
 from flashi2v_infer.load import ConfiguredModel, Model, dtype_name
 from flashi2v_infer.pipeline import FlashI2VPipeline, StepCallback
@@ -80,6 +81,7 @@ def sample(
     resume: bool = False,
     plan: bool = False,
     dry_run: bool = False,
+    preview: bool | None = None,
 ) -> None:
     """Sample videos into their files.
 
@@ -90,6 +92,7 @@ def sample(
         resume: leave videos alone that are finished.
         plan: print what the run will take, and at the end what it took.
         dry_run: check everything that was given, and sample nothing.
+        preview: draw one video in the terminal while it is sampled; None where that can be done.
 
     Raises:
         InputError: anything that the user can fix. At the end where some images could not be used: the other videos
@@ -124,8 +127,14 @@ def sample(
         if jobs:
             if not is_one:
                 configure_logging(logging.INFO if processes.is_first else logging.WARNING)
+            if processes.is_first:
+                for note in filter(None, map(model.prompt_note, dict.fromkeys(job.request.prompt for job in jobs))):
+                    logger.warning(note)
             pipeline, meter = model.load(settled, processes.context), Meter(processes.device)
-            sample_jobs(pipeline, model, processes.share(jobs), processes, meter.on_step_end, is_one=is_one)
+            drawn = TerminalPreview(pipeline, meter.on_step_end)
+            is_drawn = is_one and processes.is_first and drawn.can_be_seen(preview)
+            on_step_end = drawn if is_drawn else meter.on_step_end
+            sample_jobs(pipeline, model, processes.share(jobs), processes, on_step_end, is_one=is_one)
             if planned is not None:
                 print(comparison(planned, meter.read()))
         processes.barrier()
@@ -192,12 +201,11 @@ def sample_jobs(
                 else:
                     if processes.writes:
                         record = job.origin | facts | _measured(pipeline, made)
-                        save_video(job.path, made.frames, job.request.fps, record)
+                        save_video(job.path, enlarged(made.frames, job.request.scale), job.request.fps, record)
                         if is_one and job.strip is not None:
                             write_picture(job.strip, film_strip(job.image, made.frames), record)
-                    if processes.is_first:
-                        for remark in model.remarks(job.request.prompt, made.vae_psnr):
-                            logger.warning(remark)
+                    if processes.is_first and (note := model.image_note(made.vae_psnr)):
+                        logger.warning(note)
                 bar.update()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*() if is_one else (_GOES_ON,)) from None

@@ -1,9 +1,11 @@
 """One video, and what is known about it. T frames, H W height and width."""
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # A first frame below this PSNR is visibly another picture, unless the VAE itself does hardly better on the image.
 _POOR_PSNR, _TOLERANCE = 20.0, 6.0
+# A second frame is another picture where it changes so many levels, and so many times as much as frames do later.
+_JUMP, _JUMP_RATIO = 6.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,17 @@ class Sample:
     def starts_elsewhere(self) -> bool:
         """Whether the video does not start with the image, and the VAE is not the reason."""
         return self.first_frame_psnr < min(_POOR_PSNR, self.vae_psnr - _TOLERANCE)
+
+    @cached_property
+    def changes(self) -> NDArray[np.float64]:
+        """Mean changes from frame to frame, (T - 1,), in levels of 255."""
+        return np.array([np.abs(b.astype(int) - a).mean() for a, b in itertools.pairwise(self.frames)])
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the second frame does not continue the first."""
+        first, *later = self.changes if len(self.frames) > 1 else [0.0]
+        return first > _JUMP and first > _JUMP_RATIO * np.median([*later, 0.0])
 
 
 class Sampler:
@@ -105,6 +120,14 @@ class Sampler:
                 "video %d does not start with its image: check that the weights are those of a trained FlashI2V model "
                 "and that guidance_scale and low_freq_energy_ratio are near 5 and 0.1",
                 request.index,
+            )
+        elif sample.jumps:
+            logger.warning(
+                "video %d jumps after its first frame, by %.0f levels where later frames change by %.0f: the image may "
+                "be unlike what the model knows; more steps or another seed may help",
+                request.index,
+                sample.changes[0],
+                np.median(sample.changes[1:]),
             )
         return sample
 

@@ -6,6 +6,7 @@ its model card: how it was trained, and how good it is.
 
 import json
 import re
+from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 
@@ -14,32 +15,59 @@ _HERE = Path(__file__).parent
 DIRECTORY = _HERE / "model"  # a pipeline in diffusers' layout
 IMAGE = _HERE / "image.png"
 PROMPT = "a large pink star moves quickly to the upper right on a dark blue background"
-OTHER_PROMPT = "a small yellow circle moves slowly down on a grey background"
 OUTPUT = "demo.mp4"
+_SHOWN = 384  # pixels of the shorter side of a file that people can look at
 
 # The VAE repaints the first frames of 200 held-out scenes with 27 dB or more.
 _KNOWN_PSNR = 25.0
 
 
-def notes(prompt: str, vae_psnr: float) -> list[str]:
-    """Return what to tell whoever asks the model for more than it knows.
+def scale_of(height: int, width: int) -> int:
+    """Return how many times a video of this size is enlarged for people to look at."""
+    return -(-_SHOWN // min(height, width))
+
+
+def prompt_note(prompt: str) -> str | None:
+    """Say which words of a prompt the model's tokenizer does not know, and which sentence comes next to it."""
+    unknown = sorted(set(_words(prompt)) - known_words())
+    if not unknown:
+        return None
+    return f"the demo model cannot read {', '.join(unknown)}; the nearest sentence that it knows: {nearest(prompt)!r}"
+
+
+def image_note(vae_psnr: float) -> str | None:
+    """Say that an image is far from what the model knows.
 
     Args:
-        prompt: of the video.
         vae_psnr: between the image and its reconstruction by the VAE alone, in dB.
     """
-    found = []
-    if unknown := sorted(set(re.findall(r"\w+", prompt.lower())) - known_words()):
-        found.append(
-            f"the demo model cannot read {', '.join(unknown)}: it was taught sentences like {PROMPT!r}, "
-            f"of the words {', '.join(sorted(known_words()))}"
-        )
-    if vae_psnr < _KNOWN_PSNR:
-        found.append(
-            "the image is far from what the demo model knows, one flat shape before a flat background: "
-            f"its VAE alone repaints it with {vae_psnr:.1f} dB PSNR"
-        )
-    return found
+    if vae_psnr >= _KNOWN_PSNR:
+        return None
+    return (
+        "the image is far from what the demo model knows, one flat shape before a flat background: "
+        f"its VAE alone repaints it with {vae_psnr:.1f} dB PSNR"
+    )
+
+
+def nearest(prompt: str) -> str:
+    """Return the sentence of `sentences` that shares most words with a prompt; of several the most alike."""
+    told = _words(prompt)
+    return max(sentences(), key=lambda known: (_shared(told, known), SequenceMatcher(None, prompt, known).ratio()))
+
+
+def _shared(told: list[str], sentence: str) -> float:
+    known = _words(sentence)
+    return len({*told} & {*known}) / len({*told} | {*known})
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+@cache
+def sentences() -> tuple[str, ...]:
+    """Return sentences as the model was taught them, which hold all of its words."""
+    return tuple((_HERE / "sentences.txt").read_text().splitlines())
 
 
 @cache

@@ -36,6 +36,14 @@ _LARGEST_RECORD = 2**23  # bytes; a record takes some kB
 _ASCII = b"ASCII\0\0\0"  # how EXIF says which text a user's comment is
 
 
+def enlarged(frames: Frames, scale: int) -> Frames:
+    """Return frames (T, H, W, 3) so many times as large, smoothly."""
+    if scale == 1:
+        return frames
+    size = (frames.shape[2] * scale, frames.shape[1] * scale)
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames])
+
+
 def check_output(text: str, fps: float, option: str) -> Path:
     """Refuse a name that could not be written, before hours of sampling rather than after.
 
