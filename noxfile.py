@@ -32,7 +32,7 @@ CONSTRAINTS = ROOT / ".ci/constraints.txt"
 # In the order of the arrows: each needs only those before it.
 PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-train", "flashi2v-infer")
 EXTRAS = {
-    "flashi2v-train": "[wandb]",
+    "flashi2v-train": "[lora,wandb]",
     "flashi2v-data": "[decord,parquet,plots,tokenizer,torchcodec]",
     "flashi2v-model": "[gguf,lora]",
     "flashi2v-infer": "[lora]",
@@ -220,7 +220,10 @@ def quantized(session: nox.Session) -> None:
     extras = {"flashi2v-data": "[plots]", "flashi2v-infer": "[lora,quantize]"}
     install(session, *sources(extras), *TEST_TOOLS[:4], "optimum-quanto>=0.2.7")
     tests = (str(path) for path in Path().glob("packages/*/tests/test_quantized.py"))
-    session.run("python", "-m", "pytest", *tests, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    alone = {"OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", *tests, *session.posargs, env=alone)
+    layouts = "packages/flashi2v-train/tests/test_layouts.py"
+    session.run("python", "-m", "pytest", layouts, "-k", "int8", *session.posargs, env=alone)
 
 
 @nox.session

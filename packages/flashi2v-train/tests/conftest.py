@@ -47,6 +47,21 @@ class Workspace:
             (self.directory / f"{name}.json").write_text("# as users write them\n" + text.replace("\n}", ",\n}"))
         return {"mm_model": self.directory / "model.json", "mm_data": self.directory / "data.json"}
 
+    def base(self, changes: dict[str, Any] | None = None) -> Path:
+        """Write a transformer to start from, no layer of which is zero, in diffusers' layout."""
+        import torch
+
+        from flashi2v_train.config import TrainOptions, read_run_config
+
+        config = read_run_config(TrainOptions(**self.files(changes)))
+        torch.manual_seed(0)
+        transformer = config.recipe.build(config.model.predictor)
+        for parameter in transformer.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.05)
+        transformer.save_pretrained(self.directory / "base")
+        return self.directory / "base"
+
     def arguments(self, changes: dict[str, Any] | None = None, **options: Any) -> list[str]:
         """Return a command line."""
         values = {"device": "cpu", "save": self.directory / "run", **self.files(changes), **options}

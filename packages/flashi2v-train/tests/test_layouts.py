@@ -8,13 +8,16 @@ import math
 import os
 import shutil
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import forked
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from flashi2v_model.weights import read_state_dict
 from flashi2v_train import encode
 from flashi2v_train.clip import AdaptiveClip, scale_gradients, share_of_square
 from flashi2v_train.config import read_run_config
@@ -69,6 +72,32 @@ FROZEN = {
     "freeze": ["patch_embedding*", "fourier_*", "learnable_*", "condition_*", *(f"blocks.{n}.*" for n in range(3))]
 }
 LAYOUTS |= {"frozen half": (1, FROZEN, None), "frozen half, pipeline 2": (2, PIPELINE | FROZEN, [3, 3])}
+# Adapters that go on from a file, and two parts that are trained whole beside them.
+LORA = TWO_AT_ONCE | {"lora_also": ["learnable_proj", "fourier_embedding"]}
+LAYOUTS |= {
+    "lora": (1, LORA, None),
+    "lora, data 2": (2, LORA, None),
+    "lora, tensor 2": (2, LORA | {"tensor_model_parallel_size": 2}, None),
+    "lora, context 2": (2, LORA | {"context_parallel_size": 2}, None),
+    "lora, pipeline 2": (2, LORA | PIPELINE, [3, 3]),
+    "lora, tensor 2 x data 2": (4, LORA | {"tensor_model_parallel_size": 2}, None),
+    "lora, pipeline 2 x tensor 2": (4, LORA | PIPELINE | {"tensor_model_parallel_size": 2}, [3, 3]),
+}
+# `nox -s quantized` has torchao, and runs these alone.
+INT8 = LORA | {"lora_quantize": "int8"}
+if find_spec("torchao"):
+    LAYOUTS |= {
+        "int8 lora": (1, INT8, None),
+        "int8 lora, data 2": (2, INT8, None),
+        "int8 lora, tensor 2 x context 2": (
+            4,
+            INT8 | {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
+            None,
+        ),
+        "int8 lora, pipeline 2": (2, INT8 | PIPELINE, [3, 3]),
+    }
+# What others are compared with.
+REFERENCES = ("frozen half", "int8 lora", "lora", "one")
 # A run saved on one layout goes on as another one.
 RELAYOUTS = [
     ("data 4, two replicas of shards", "data 2, sharded"),
@@ -79,19 +108,27 @@ RELAYOUTS = [
     ("context 2", "pipeline 2 x tensor 2"),
     ("pipeline 4", "pipeline 4"),
     ("data 2, sharded", "data 2, sharded"),
+    ("lora, tensor 2 x data 2", "lora"),
+    ("lora", "lora, pipeline 2"),
+    ("lora, data 2", "lora, data 2"),
 ]
 RESUMED = {f"{old} -> {new}": (old, new) for old, new in RELAYOUTS}
 
 
-def make_options(workspace, name: str, save: Path, features: Path) -> TrainOptions:
+SIZES = {"model.predictor.num_layers": 6, "model.predictor.num_heads": 4}
+
+
+def make_options(workspace, name: str, save: Path, root: Path) -> TrainOptions:
     _, options, split = LAYOUTS[name]
     changes = {
         **workspace.loaded,
-        "data.dataset_param.features_path": str(features),
-        "model.predictor.num_layers": 6,
-        "model.predictor.num_heads": 4,
+        **SIZES,
+        "data.dataset_param.features_path": str(root / "features"),
         "model.predictor.pipeline_num_layers": split,
     }
+    if "lora" in name:
+        changes["model.predictor.from_pretrained"] = str(root / "base")
+        options = options | {"lora_from": str(root / "lora.safetensors")}
     return TrainOptions(
         **workspace.files(changes),
         save=save,
@@ -144,8 +181,8 @@ def run_case(rank: int, case: Case) -> dict[str, torch.Tensor]:
     with join_world("cpu", config.parallel_dims(case.num_processes)) as world:
         trainer = Recorded(config, world)
         trainer.run(StopSignal())
-        trace = clip_trace(trainer)
-    return {**(trainer.gradients or {}), "clipped norms": trace}
+        trace = {} if case.options.trains_adapters else {"clipped norms": clip_trace(trainer)}
+    return {**(trainer.gradients or {}), **trace}
 
 
 def clip_trace(trainer: Trainer) -> torch.Tensor:
@@ -191,18 +228,44 @@ def go_back(old: Path, new: Path) -> None:
         shutil.rmtree(new / f"iter_{step:07d}")
 
 
+def make_adapter(base: Path, file: Path) -> None:
+    """Write an adapter of all matrices of a model's blocks."""
+    generator, adapter = torch.Generator().manual_seed(0), {}
+    for key, weight in read_state_dict(base, device="meta").items():
+        layer = key.removesuffix(".weight")
+        if key.startswith("blocks.") and layer != key and weight.ndim == 2:
+            adapter[f"{layer}.lora_A.weight"] = 0.1 * torch.randn(3, weight.shape[1], generator=generator)
+            adapter[f"{layer}.lora_B.weight"] = 0.1 * torch.randn(weight.shape[0], 3, generator=generator)
+            adapter[f"{layer}.alpha"] = torch.tensor(6.0 if ".ffn." in key else 2.0)
+    save_file(adapter, file)
+
+
+def reference(name: str) -> str:
+    return next((reference for reference in REFERENCES if reference in name), "one")
+
+
+def needed(items: list[pytest.Item]) -> dict[str, tuple[str | None, str]]:
+    """Return what the tests that were chosen compare: where from, and the layout."""
+    chosen = {item.callspec.params["name"] for item in items if item.path == Path(__file__)}
+    chosen |= {layout for name in chosen & RESUMED.keys() for layout in RESUMED[name]}
+    chosen |= {reference(name) for name in chosen & LAYOUTS.keys()}
+    every = {**{name: (None, name) for name in LAYOUTS}, **RESUMED}
+    return {name: case for name, case in every.items() if name in chosen}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, new_workspace, free_ports) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
+def runs(request, tmp_path_factory, new_workspace, free_ports) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
     """Directory and first gradients of every case."""
     root = tmp_path_factory.mktemp("layouts")
-    names = {**{name: (None, name) for name in LAYOUTS}, **RESUMED}  # where from, and the layout
+    names = needed(request.session.items)
     places = {name: root / str(number) for number, name in enumerate(names)}
-    features = root / "features"  # made by one process; who encodes what on a layout is test_features' matter
-    encode.launch(options=encode.EncodeOptions(**new_workspace(root).files(), output=features, device="cpu"))
+    # Made by one process; who encodes what on a layout is test_features' matter.
+    encode.launch(options=encode.EncodeOptions(**new_workspace(root).files(), output=root / "features", device="cpu"))
+    make_adapter(new_workspace(root).base(SIZES), root / "lora.safetensors")
     cases = []
     for port, (name, (old, layout)) in zip(free_ports(len(names)), names.items()):
         places[name].mkdir()
-        options = make_options(new_workspace(places[name]), layout, places[name] / "run", features)
+        options = make_options(new_workspace(places[name]), layout, places[name] / "run", root)
         cases.append(Case(name, LAYOUTS[layout][0], port, options, places[old] / "run" if old else None))
     forked.call("flashi2v-train", NUM_PROCESSES, work, cases, root)
     return {
@@ -228,11 +291,12 @@ def column(directory: Path, key: str) -> list[float]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_computes_what_one_process_computes(runs, name):
-    (one, expected), (several, gradients) = runs["frozen half" if "frozen" in name else "one"], runs[name]
+    (one, expected), (several, gradients) = runs[reference(name)], runs[name]
     assert len(column(several, "loss")) == STEPS
     assert column(several, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
     assert column(several, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-4)
-    assert gradients["clipped norms"].tolist() == pytest.approx([after for _, after in CLIP_TRACE], abs=2e-5)
+    if "lora" not in name:
+        assert gradients["clipped norms"].tolist() == pytest.approx([after for _, after in CLIP_TRACE], abs=2e-5)
     assert gradients.keys() == expected.keys()
     for key, gradient in expected.items():
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")

@@ -29,7 +29,7 @@ _OWN = ("format", CONFIG, ALPHA_DTYPE)  # entries of a header that this package 
 
 
 def find_adapter(path: Path) -> Path | None:
-    """Return the file of the adapter that lies at a path; None where there is something else, or nothing.
+    """Return the file, or checkpoint, of the adapter at a path; None where there is something else, or nothing.
 
     Raises:
         InputError: the file is damaged.
@@ -39,6 +39,8 @@ def find_adapter(path: Path) -> Path | None:
             path = adapter_file(path)
         except InputError:
             return None
+        if path.is_dir():
+            return path
     if not path.is_file():
         return None
     return path if is_adapter(read_tensors(path, device="meta")) else None
@@ -69,7 +71,7 @@ def describe(path: Path) -> dict[str, str]:
         "alpha": _counted(alphas),
         "width": ", ".join(map(str, sorted(widths))) or "not told by its layers",
         "parameters": f"{numbers:,} in {', '.join(dtypes)}",
-        "size": f"{path.stat().st_size / 1e6:,.3f} MB",
+        "size": f"{sum(tensor.nbytes for tensor in state_dict.values()) / 1e6:,.3f} MB",
         "pairs": _named(pairs),
         "differences": _named(differences),
         # Of training, as kohya's programs write it; what an adapter does, its tensors say.
@@ -93,18 +95,19 @@ def _named(layers: Mapping[str, object] | set[str]) -> str:
     return ", ".join(phrase.removeprefix("missing ") for phrase in fault_phrases(missing=sorted(layers)))
 
 
-def write_adapter(source: Path, destination: Path, to: str) -> None:
+def write_adapter(source: Path, destination: Path, to: str, *, ema: bool = True) -> None:
     """Write an adapter in another spelling, with all else that the header of its file says.
 
     Args:
-        source: its file.
+        source: its file, or the checkpoint of a run.
         destination: a new file; for peft a new directory.
         to: one of `SPELLINGS`.
+        ema: as of `read_adapter_file`.
 
     Raises:
         InputError: it is no adapter of this network, or the spelling has no place for a part of it.
     """
-    state_dict, header = read_adapter_file(source)
+    state_dict, header = read_adapter_file(source, ema=ema)
     spelled, config = spell(read_adapter(state_dict, header), to)
     kept = {key: value for key, value in header.items() if key not in _OWN}
     if to == "peft":

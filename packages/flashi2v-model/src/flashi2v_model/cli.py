@@ -132,7 +132,8 @@ def convert(
         LoRA adapter
     destination
         a new directory for diffusers; otherwise a new .safetensors or .pt file (MindSpeed-MM loads npu as .pt). Of an
-        adapter a new .safetensors file; for peft a new directory
+        adapter a new .safetensors file; for peft a new directory. Of a run that trained an adapter, a directory for
+        diffusers, or npu and main, get the whole model with the adapter in it
     to
         the layout to write: diffusers, wan, npu or main; of an adapter the spelling: diffusers (transformer.*), wan and
         bare (names alone), peft, comfyui (lora_down), comfyui-ab (lora_A) or kohya
@@ -166,28 +167,31 @@ def convert(
     from flashi2v_model.weights.libraries import quieten
     from flashi2v_model.weights.runs import run_of
     from flashi2v_model.weights.settings import stored_settings, unusual
+    from flashi2v_model.weights.trained_adapters import merged_run
     from flashi2v_model.weights.writing import TORCH_SUFFIXES, independent
 
     if destination.exists():
         raise InputError(f"{destination} exists: name a new place, or remove it first")
-    if (adapter := find_adapter(source)) is not None:
+    adapter, ema = find_adapter(source), weights == "ema"
+    of_a_run = adapter is not None and adapter.is_dir()
+    merges = of_a_run and (to in ("npu", "main") or (to == "diffusers" and destination.suffix != ".safetensors"))
+    if weights == "raw" and not of_a_run and not is_checkpoint(checkpoint_directory(source)):
+        raise InputError(f"--weights raw is for a run of flashi2v-train, which {source} is not")
+    if adapter is not None and not merges:
         options = {"--lora": lora, "--encoders": encoders, "--shift": shift, "--dtype": dtype, "--recipe": recipe}
         check_spelling(destination, to, options | {"--max-shard-size": max_shard_size, "--num-heads": num_heads})
         with _appearing_whole(destination) as temporary:
-            write_adapter(adapter, temporary, to)
+            write_adapter(adapter, temporary, to, ema=ema)
         print(f"wrote {destination} (LoRA adapter, {to})")
         return
     adapters = read_choices(lora or ())
     _check_destination(destination, to)
     _check_directory_options(to, encoders, shift, max_shard_size)
-    if weights == "raw" and not is_checkpoint(checkpoint_directory(source)):
-        raise InputError(f"--weights raw is for a run of flashi2v-train, which {source} is not")
     quieten()
     is_variant = (network := transformer_class(recipe)) is not FlashI2VTransformer3DModel
     stored_settings(source, network)  # refuses another variant before its weights are looked at
-    ours, arguments, assumed = _understood(
-        source, read_state_dict(source, ema=weights == "ema"), to, network, num_heads
-    )
+    stored = read_state_dict(source, ema=ema) if adapter is None else merged_run(adapter, ema=ema)
+    ours, arguments, assumed = _understood(source, stored, to, network, num_heads)
     ours = merged(ours, adapters)
     if dtype is not None:
         for key in ours:  # one by one, so that there is no second copy of all

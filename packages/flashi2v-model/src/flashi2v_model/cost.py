@@ -150,6 +150,7 @@ class Operations:
         matrices: of one block, all else.
         head: the projection to the velocity.
         num_layers: number of blocks.
+        frozen: with weights that are not trained, for which the backward pass has no gradients to compute.
     """
 
     embedding: float
@@ -157,6 +158,7 @@ class Operations:
     matrices: float
     head: float
     num_layers: int
+    frozen: float = 0.0
 
     @property
     def layer(self) -> float:
@@ -170,8 +172,8 @@ class Operations:
 
     @property
     def training(self) -> float:
-        """Forward and backward pass, which takes twice as long; what is computed again does not count."""
-        return 3 * self.forward
+        """Forward and backward pass, which takes as long for inputs and for weights; no second forward pass counts."""
+        return 3 * self.forward - self.frozen
 
 
 def count_operations(transformer: FlashI2VTransformer3DModel, inputs: Mapping[str, Tensor]) -> Operations:

@@ -73,7 +73,7 @@ class AdapterModel(PeftAdapterMixin):
             header = {**header, CONFIG: json.dumps(dict(metadata), default=list)}
         base = dict(self._base_layers())
         adapter = read_adapter(state_dict, header, base)
-        if faults := misfits(adapter, _shapes(base)):
+        if faults := misfits(adapter, parameter_shapes(base)):
             raise InputError(f"this adapter does not fit the transformer: {'; '.join(faults)}")
         name = self._checked_name(adapter_name, hotswap)
         pairs, differences = _as_layers(adapter, base)
@@ -193,7 +193,7 @@ def _grouped(keys: list[str]) -> list[str]:
     return [phrase.removeprefix("missing ") for phrase in fault_phrases(missing=keys)]
 
 
-def _shapes(base: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(base: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what adapters may change, by name."""
     shapes = {}
     for path, module in base.items():

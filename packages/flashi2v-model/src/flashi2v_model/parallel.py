@@ -42,7 +42,7 @@ def parallelise_tensors(transformer: FlashI2VTransformer3DModel, mesh: DeviceMes
     """
     check_degree(mesh.size(), transformer.config.num_attention_heads, "tensor")
     for block in transformer.blocks.children():
-        plan: dict[str, Any] = {"ffn.net.0.proj": ColwiseParallel(), "ffn.net.2": RowwiseParallel()}
+        plan: dict[str, Any] = {**_by_rows(block, "ffn.net.0.proj"), **_by_columns(block, "ffn.net.2")}
         texts: dict[str, Placement] = {"encoder_hidden_states": Replicate()}
         for name, inputs in (("attn1", None), ("attn2", texts)):
             plan |= {
@@ -53,8 +53,10 @@ def parallelise_tensors(transformer: FlashI2VTransformer3DModel, mesh: DeviceMes
                     input_kwarg_layouts=inputs,
                     desired_input_kwarg_layouts=inputs,
                 ),
-                **{f"{name}.{part}": ColwiseParallel() for part in ("to_q", "to_k", "to_v")},
-                f"{name}.to_out.0": RowwiseParallel(),
+                **_by_rows(block, f"{name}.to_q"),
+                **_by_rows(block, f"{name}.to_k"),
+                **_by_rows(block, f"{name}.to_v"),
+                **_by_columns(block, f"{name}.to_out.0"),
             }
         parallelize_module(block, mesh, plan)
         for name in ("attn1", "attn2"):
@@ -64,6 +66,26 @@ def parallelise_tensors(transformer: FlashI2VTransformer3DModel, mesh: DeviceMes
             for norm in (attention.norm_q, attention.norm_k):
                 if isinstance(norm, RMSNorm):
                     _share_norm(norm, mesh)
+
+
+def _by_rows(block: nn.Module, name: str) -> dict[str, Any]:
+    """Give each process rows of a matrix; of its adapters all of A, and rows of B."""
+    if (downs := getattr(block.get_submodule(name), "lora_A", None)) is None:
+        return {name: ColwiseParallel()}
+    for down in downs.values():
+        down.register_forward_pre_hook(_as_local)
+    return {f"{name}.base_layer": ColwiseParallel()} | {f"{name}.lora_B.{key}": ColwiseParallel() for key in downs}
+
+
+def _by_columns(block: nn.Module, name: str) -> dict[str, Any]:
+    """Give each process columns of a matrix; of its adapters columns of A, and all of B."""
+    if (downs := getattr(block.get_submodule(name), "lora_A", None)) is None:
+        return {name: RowwiseParallel()}
+    return {f"{name}.base_layer": RowwiseParallel()} | {f"{name}.lora_A.{key}": RowwiseParallel() for key in downs}
+
+
+def _as_local(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in args)
 
 
 def _share_norm(norm: RMSNorm, mesh: DeviceMesh) -> None:

@@ -33,6 +33,7 @@ from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_model.errors import DamagedError
 from flashi2v_model.weights.checkpoint import (
+    ADAPTERS,
     LATEST,
     SafeReader,
     cause_of,
@@ -412,16 +413,17 @@ def _load(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any
     if ours != theirs:
         only = [f"the run alone has {key}" for key in sorted(ours - theirs)]
         only += [f"the checkpoint alone has {key}" for key in sorted(theirs - ours)]
-        raise InputError(f"{directory} is of another model, --use-ema or --freeze: {'; '.join(only)[:300]}")
+        raise InputError(f"{directory} is of another model, --use-ema, --freeze or LoRA: {'; '.join(only)[:300]}")
     try:
         saved_config, progress = (dict(json.loads(reader.fs.read(directory / name))) for name in (_CONFIG, PROGRESS))
     except DamagedError:
         raise
     except (ValueError, TypeError, RecursionError, OSError) as error:
         raise DamagedError(f"{directory} is damaged: {_reason(error)}") from error
-    for key, value in config.items():
-        if (key == "_class_name" or not key.startswith("_")) and saved_config.get(key) != value:
-            raise InputError(f"{directory} was trained with {key} {saved_config.get(key)}, this run has {value}")
+    ours_said, said = ({**values, **values.get(ADAPTERS, {})} for values in (config, saved_config))
+    for key, value in ours_said.items():
+        if (key == "_class_name" or not key.startswith("_")) and said.get(key) != value:
+            raise InputError(f"{directory} was trained with {key} {said.get(key)}, this run has {value}")
     try:
         load_tensors(dict(state), storage_reader=reader, process_group=world.control)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:

@@ -228,6 +228,8 @@ def read_run_config(options: TrainOptions, *, recipe: "RecipeClass | None" = Non
         raise InputError("--feature-cache-gib has no effect where all features are loaded: leave it out")
     if dataset.buckets is not None:
         raise InputError(f"{options.mm_data}: buckets are read by the loader, not yet by training: leave them out")
+    if options.trains_adapters and model.predictor.from_pretrained is None:
+        raise InputError(f"{options.mm_model}: LoRA changes a trained model: set predictor.from_pretrained")
     dataset.transform_pipeline.check_range()
     check_directory(options.save, "--save")
     read_eval_data(options, data)

@@ -13,6 +13,7 @@ from torch import Tensor
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.cost import Operations, count_operations, kept_bytes
 from flashi2v_train.config import RunConfig
+from flashi2v_train.lora import plan_adapters
 from flashi2v_train.optim import freeze
 from flashi2v_train.parallel_dims import ParallelDims
 from flashi2v_train.parallelise import Stage, keep_layers
@@ -51,12 +52,29 @@ def peak_flops(device_name: str) -> float | None:
 
 def operations_of(config: RunConfig) -> Operations:
     """Count the operations of one sample."""
-    return count_operations(_network(config), {name: tensor.to(_META) for name, tensor in example(config)[0].items()})
+    inputs = {name: tensor.to(_META) for name, tensor in example(config)[0].items()}
+    plain = count_operations(_network(config), inputs)
+    if not config.options.trains_adapters:
+        return plain
+    weights = plain.forward - plain.num_layers * plain.attention
+    return replace(count_operations(_trained(config), inputs), frozen=weights)
 
 
 def _network(config: RunConfig) -> FlashI2VTransformer3DModel:
     with _META:
         return config.recipe.build(config.model.predictor)
+
+
+def _trained(config: RunConfig) -> FlashI2VTransformer3DModel:
+    """Build the whole network as it is trained."""
+    network = _network(config)
+    if config.options.trains_adapters:
+        adapters = plan_adapters(network, config)
+        with _META:
+            adapters.apply(network)
+    else:
+        freeze(network, config.options.freeze)
+    return network
 
 
 def count_recomputed(config: RunConfig, dims: ParallelDims) -> float:
@@ -95,8 +113,8 @@ class Memory:
     """Bytes of one process.
 
     Attributes:
-        weights: fp32, its shards.
-        gradients: fp32, the same.
+        weights: its shards, in fp32; of a model that is not trained in the dtype of computation, or in 8 bits.
+        gradients: fp32, of what is trained.
         optimizer: AdamW's two moments.
         average: the moving average.
         gathered: weights that are whole for a while, in the dtype of computation.
@@ -147,20 +165,23 @@ def predict(config: RunConfig, dims: ParallelDims) -> list[ProcessCost]:
     for rank in range(dims.pipeline):
         numbers = dims.stages_of(rank)
         stages = [build_stage(config, dims, number) for number in numbers]
-        sizes = [_stage_sizes(stage, dims.tensor) for stage in stages]
-        whole, trained = sum(size.all for size in sizes), sum(size.trained for size in sizes)
+        sizes = [_stage_sizes(stage, dims.tensor, config) for stage in stages]
+        trained = sum(size.trained for size in sizes)
+        averaged = trained if options.trains_adapters else sum(size.all for size in sizes)
         # Two blocks at a time: one computes while the next is fetched.
-        gathered = (sum(s.root for s in sizes) + 2 * max(s.block for s in sizes)) if options.reshards else whole
+        gathered = sum(s.root for s in sizes) + (
+            2 * max(s.block for s in sizes) if options.reshards else sum(s.blocks for s in sizes)
+        )
         kept = sum(_kept_bytes(stage, config) for stage in stages) / len(stages)
         costs.append(
             ProcessCost(
-                whole,
+                sum(size.all for size in sizes),
                 Memory(
-                    weights=on_device * 4 * whole / shards,
+                    weights=on_device * sum(size.stored for size in sizes) / shards,
                     gradients=on_device * 4 * trained / shards,
                     optimizer=on_device * 8 * trained / shards,
-                    average=on_device * 4 * whole / shards if options.use_ema else 0,
-                    gathered=(2 if config.bf16 else 4) * gathered if gathers else 0,
+                    average=on_device * 4 * averaged / shards if options.use_ema else 0,
+                    gathered=(gathered if gathers else 0) + max(size.unpacked for size in sizes),
                     activations=kept * in_flight(config, dims, rank) / dims.context,
                     recomputed=_recomputed_bytes(config, dims, numbers) / dims.context,
                 ),
@@ -217,10 +238,9 @@ def build_stage(config: RunConfig, dims: ParallelDims, number: int) -> Stage:
     """Build a pipeline stage on the meta device.
 
     Raises:
-        InputError: `--freeze` names no parameter.
+        InputError: `--freeze` names no parameter, or what is said of adapters does not fit.
     """
-    part = _network(config)
-    freeze(part, config.options.freeze)
+    part = _trained(config)
     if dims.num_stages > 1:
         part = keep_layers(part, dims.layers_of(number), embeds=number == 0, projects=number == dims.num_stages - 1)
     return Stage(part.train(), config.latent_shape, tuple(example(config)[0]))
@@ -250,26 +270,33 @@ def _inputs(stage: Stage, config: RunConfig, dtype: torch.dtype) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class _Sizes:
+    """Of a stage: numbers of parameters, then bytes of what is stored, gathered, and unpacked from 8 bits."""
+
     all: int
     trained: int
-    block: int  # the largest block
+    stored: int
+    block: int  # the largest block, gathered
+    blocks: int
     root: int  # what is in no block
+    unpacked: int  # the largest matrix
 
 
-def _stage_sizes(stage: Stage, tensor: int) -> _Sizes:
+def _stage_sizes(stage: Stage, tensor: int, config: RunConfig) -> _Sizes:
     """Count a stage's parameters; matrices of blocks are shared among `tensor` processes."""
-
-    def count(name: str, numel: int) -> int:
-        shared = name.startswith("blocks.") and any(part in name for part in (".attn1.", ".attn2.", ".ffn."))
-        return numel // tensor if shared else numel
-
-    named = [(name, p.requires_grad, count(name, p.numel())) for name, p in stage.transformer.named_parameters()]
+    computed = 2 if config.bf16 else 4  # bytes
+    total = trained = stored = root = unpacked = 0
     blocks: dict[str, int] = {}
-    for name, _, number in named:
+    for name, parameter in stage.transformer.named_parameters():
+        shared = name.startswith("blocks.") and any(part in name for part in (".attn1.", ".attn2.", ".ffn."))
+        number, size = parameter.numel() // (tensor if shared else 1), parameter.element_size()
+        total += number
+        trained += number if parameter.requires_grad else 0
+        stored += number * size
         if name.startswith("blocks."):
             block = name.split(".")[1]
-            blocks[block] = blocks.get(block, 0) + number
-    total = sum(number for _, _, number in named)
-    return _Sizes(
-        total, sum(number for _, trains, number in named if trains), max(blocks.values()), total - sum(blocks.values())
-    )
+            blocks[block] = blocks.get(block, 0) + number * min(size, computed)
+        else:
+            root += number * min(size, computed)
+        if not parameter.is_floating_point():
+            unpacked = max(unpacked, number * computed)
+    return _Sizes(total, trained, stored, max(blocks.values()), sum(blocks.values()), root, unpacked)

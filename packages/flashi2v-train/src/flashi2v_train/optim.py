@@ -39,8 +39,8 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerOp
             scale = options.proj_lr_scale if name.startswith("learnable_proj.") else 1.0
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             groups.setdefault((scale, mesh), []).append(parameter)
-    # A pipeline's process may hold frozen layers only; AdamW wants a parameter, and leaves alone what has no gradient.
-    idle = [{"params": [next(iter(parameters.values()))], "lr_scale": 1.0}]
+    # A pipeline's process may hold frozen layers only, and AdamW wants a parameter; this one never has a gradient.
+    idle = [{"params": [nn.Parameter(torch.zeros(()))], "lr_scale": 1.0}]
     optimizer = torch.optim.AdamW(
         [{"params": group, "lr_scale": scale} for (scale, _), group in groups.items()] or idle,
         lr=options.lr,

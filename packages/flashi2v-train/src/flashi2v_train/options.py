@@ -10,6 +10,9 @@ from typing import Literal
 from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# The matrices of the blocks.
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
 
 class FileOptions(BaseModel):
     """What to train, on what."""
@@ -223,6 +226,47 @@ class CheckpointOptions(BaseModel):
     save_optim: bool = Field(True, description="save the optimizer, too; no: a run cannot be resumed exactly")
 
 
+class LoraOptions(BaseModel):
+    """Adapters that are trained in place of all weights."""
+
+    lora_rank: int | None = Field(
+        None, ge=1, description="train LoRA adapters of this rank, and leave the weights of the model as they are"
+    )
+    lora_alpha: float | None = Field(None, gt=0, description="what they add is weighed by alpha / rank; default: by 1")
+    lora_targets: list[str] = Field(
+        [*LORA_TARGETS], description="matrices that get one, by the ends of their names; again for another"
+    )
+    lora_also: list[str] = Field(
+        [], description="a part to train whole beside them, such as learnable_proj or fourier_embedding; again likewise"
+    )
+    lora_from: str | None = Field(
+        None,
+        description="an adapter to go on with: a file, a directory, a hub id, or a run; it says rank, alpha and layers",
+    )
+    lora_quantize: Literal["int8"] | None = Field(
+        None, description="keep the matrices of the model in 8 bits (torchao): pip install 'flashi2v-train[quantize]'"
+    )
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are trained."""
+        return self.lora_rank is not None or self.lora_from is not None
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> "LoraOptions":
+        given = [name for name in LoraOptions.model_fields if name in self.model_fields_set]
+        said = [name for name in given if name in ("lora_rank", "lora_alpha", "lora_targets")]
+        if self.lora_from is not None and said:
+            raise ValueError(f"{_flag(said[0])} is said by the adapter of --lora-from: leave it out")
+        if given and not self.trains_adapters:
+            raise ValueError(f"{_flag(given[0])} has no effect without --lora-rank or --lora-from")
+        return self
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 class WatchOptions(BaseModel):
     """What a run says of itself."""
 
@@ -322,6 +366,7 @@ class TrainOptions(
     WatchOptions,
     CheckpointOptions,
     MemoryOptions,
+    LoraOptions,
     OptimizerOptions,
     BatchOptions,
     ParallelOptions,
@@ -348,12 +393,23 @@ class TrainOptions(
     def _check_schedule(self) -> "TrainOptions":
         again = self.recompute_granularity == "full" or self.recompute_skip_core_attention
         if self.pipeline_schedule == "zero-bubble":
-            other = "--recompute-granularity full" if again else "--compile" if self.compile else "--freeze"
-            if again or self.compile or self.freeze:
+            found = {
+                "--recompute-granularity full": again,
+                "--compile": self.compile,
+                "--freeze": bool(self.freeze),
+                "LoRA": self.trains_adapters,
+            }
+            if other := next((name for name, there in found.items() if there), None):
                 raise ValueError(
                     "--pipeline-schedule zero-bubble takes the backward pass of a layer apart, which "
                     f"{other} does not allow: choose another schedule, or leave that out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_frozen(self) -> "TrainOptions":
+        if self.freeze and self.trains_adapters:
+            raise ValueError("--freeze has no effect with LoRA, which trains the adapters alone: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -394,6 +450,7 @@ group_options(
         ParallelOptions: "Layout",
         BatchOptions: "Batch",
         OptimizerOptions: "Optimizer",
+        LoraOptions: "LoRA",
         MemoryOptions: "Memory and speed",
         CheckpointOptions: "Checkpoints",
         WatchOptions: "Watching",

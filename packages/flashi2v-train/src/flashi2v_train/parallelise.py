@@ -17,6 +17,7 @@ from flashi2v_model.parallel import parallelise_context, parallelise_tensors
 from flashi2v_model.transformer import EMBED_INPUTS
 from flashi2v_model.weights.key_names import NEW_LAYERS
 from flashi2v_train.config import RunConfig
+from flashi2v_train.lora import check_start, plan_adapters
 from flashi2v_train.optim import freeze
 from flashi2v_train.options import ParallelOptions
 from flashi2v_train.recipe import example
@@ -98,18 +99,25 @@ def build_stages(config: RunConfig, world: World, *, weights: bool) -> list[Stag
     Args:
         config: of the run.
         world: this process among all.
-        weights: load those that `predictor.from_pretrained` names; not needed where a checkpoint is loaded next.
+        weights: load those that `predictor.from_pretrained` names; not needed where a checkpoint is loaded next that
+            holds all of them.
 
     Raises:
-        InputError: the weights do not fit the transformer.
+        InputError: the weights, or what is said of adapters, do not fit the transformer.
     """
     predictor, options, dims = config.model.predictor, config.options, world.dims
     torch.manual_seed(options.seed)  # all processes start from the same weights
     whole = config.recipe.build(predictor)
     use_fused_rms_norm(whole, predictor.use_fused_rmsnorm)
-    if weights:
-        _start(whole, predictor.from_pretrained)
-    freeze(whole.train(), options.freeze)
+    adapters = plan_adapters(whole, config) if options.trains_adapters else None
+    if weights or adapters is not None:
+        started = _start(whole, predictor.from_pretrained)
+    if adapters is None:
+        freeze(whole, options.freeze)
+    else:
+        check_start(str(predictor.from_pretrained), started, adapters)
+        adapters.apply(whole)
+    whole.train()
     names = tuple(example(config)[0])
     stages = []
     for number in dims.stages_of(world.pipeline_rank):
@@ -125,10 +133,11 @@ def build_stages(config: RunConfig, world: World, *, weights: bool) -> list[Stag
     return stages
 
 
-def _start(transformer: FlashI2VTransformer3DModel, path: str | None) -> None:
+def _start(transformer: FlashI2VTransformer3DModel, path: str | None) -> list[str]:
+    """Load the weights to start from; return the parameters that they lack."""
     if path is None:
         logger.info("predictor.from_pretrained is not set: the transformer starts from random weights")
-        return
+        return []
     started = load_weights(transformer, path, new_layers_may_start=True)
     own = [name for name in started if not name.startswith(NEW_LAYERS)]
     if len(own) < len(started):
@@ -137,6 +146,7 @@ def _start(transformer: FlashI2VTransformer3DModel, path: str | None) -> None:
         logger.info(
             "%s lacks layers of %s, which keep their start values: %s", path, type(transformer).__name__, ", ".join(own)
         )
+    return started
 
 
 def parallelise(transformer: FlashI2VTransformer3DModel, world: World) -> None:

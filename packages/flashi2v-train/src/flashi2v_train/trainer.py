@@ -26,6 +26,7 @@ from flashi2v_train.config import RunConfig
 from flashi2v_train.ema import EMA
 from flashi2v_train.engines import build_engine
 from flashi2v_train.features import FeatureSource, Origin
+from flashi2v_train.lora import checkpoint_facts, trained_parameters
 from flashi2v_train.metrics import Meter, Metrics, MetricsLog, disk_failures_reported, open_log
 from flashi2v_train.optim import build_optimizer, learning_rate, set_learning_rate
 from flashi2v_train.parallelise import build_stages
@@ -84,9 +85,7 @@ class Trainer:
         iteration = None if is_restarted() else options.load_iteration
         resumed = find_checkpoint(options.save, options.load, iteration, world)
         self.stages = build_stages(config, world, weights=resumed is None)
-        self.parameters = {
-            name: parameter for stage in self.stages for name, parameter in stage.transformer.named_parameters()
-        }
+        self.parameters = trained_parameters(self.stages, options)
         self.engine = build_engine(config, world, self.stages)
         self.validation = self._build_validation()
         self.optimizer = build_optimizer(self.parameters, options)
@@ -96,7 +95,7 @@ class Trainer:
             if options.clip_grad_ema_decay is None
             else AdaptiveClip(options.clip_grad, options.clip_grad_ema_decay)
         )
-        self.transformer_config = dict(json.loads(self.stages[0].transformer.to_json_string()))
+        self.transformer_config = json.loads(self.stages[0].transformer.to_json_string()) | checkpoint_facts(config)
         self.state = self._state(optimizer=options.save_optim)
         self.step = 0
         self.waited = 0.0  # for data, in this step

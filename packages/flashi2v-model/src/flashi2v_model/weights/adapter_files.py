@@ -15,6 +15,7 @@ from torch import Tensor
 from flashi2v_model.errors import InputError
 from flashi2v_model.weights.adapter_spellings import CONFIG, Header
 from flashi2v_model.weights.reading import read_json, read_tensors
+from flashi2v_model.weights.trained_adapters import find_trained, trained_adapter
 
 # The names that diffusers and peft write; peft's has its configuration beside it.
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -40,7 +41,8 @@ def open_adapter(
     """Return an adapter's tensors as they are spelled, and the header of their file.
 
     Args:
-        source: a file, a directory, a hub id (owner/name, or owner/name/file.safetensors), or the tensors by name.
+        source: a file, a directory, a run of flashi2v-train, a hub id (owner/name, or owner/name/file.safetensors), or
+            the tensors by name.
         weight_name: of the file in a directory or repository.
         subfolder: of these, in which it lies.
         fetching: as of `Fetching`.
@@ -59,10 +61,10 @@ def open_adapter(
 
 
 def adapter_file(path: Path, weight_name: str | None = None) -> Path:
-    """Return the file of an adapter: the path itself, or the one file of a directory.
+    """Return the file of an adapter: the path itself, or the one file of a directory; of a run, its checkpoint.
 
     Args:
-        path: a file or directory.
+        path: a file, a directory, or a run of flashi2v-train that trained adapters.
         weight_name: the name of the file in the directory.
 
     Raises:
@@ -76,6 +78,8 @@ def adapter_file(path: Path, weight_name: str | None = None) -> Path:
         )
     if weight_name is not None:
         return path / weight_name
+    if (checkpoint := find_trained(path)) is not None:
+        return checkpoint
     files = sorted(file.name for file in path.iterdir() if file.suffix == ".safetensors")
     found = [name for name in NAMES if name in files] or files
     if len(found) != 1:
@@ -84,17 +88,20 @@ def adapter_file(path: Path, weight_name: str | None = None) -> Path:
     return path / found[0]
 
 
-def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_adapter_file(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return an adapter's tensors as they are spelled, and the header of its file.
 
     A configuration of peft that lies beside it is put where diffusers has it in its header.
 
     Args:
-        path: a file, `.safetensors` or `torch.save`'s.
+        path: from `adapter_file`.
+        ema: of a checkpoint, the moving average where it has one, instead of the raw weights.
 
     Raises:
         InputError: it is not there, damaged, or holds more than tensors.
     """
+    if path.is_dir():
+        return trained_adapter(path, ema=ema), {}
     state_dict, header = read_tensors(path), {}
     if path.suffix == ".safetensors":
         with safe_open(path, framework="numpy") as file:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _METADATA = ".metadata"
 _RAW, _EMA = "model.", "ema."
 LATEST = "latest_checkpointed_iteration.txt"
+ADAPTERS = "_lora"  # in the config.json of a checkpoint that holds adapters: what it says of them
 
 
 def newest_checkpoint(run: Path) -> Path | None:
