@@ -30,6 +30,7 @@ PAGES = SITE / "pages"
 PROJECT = tomllib.loads(CONFIG.read_text())["project"]
 # A link or a picture of Markdown: its text, its target without the anchor, its anchor.
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]*)(#[^)\s]*)?(\))")
+CHINESE = "[\u3001-\u9fff\uff01-\uff5e]"
 FENCE = re.compile(r"^( *)(```+).*?^\1\2$", re.DOTALL | re.MULTILINE)
 
 
@@ -44,6 +45,8 @@ def main() -> None:
         else:
             text = adopted(page)
         write(page, text)
+    for style in PROJECT["extra_css"]:
+        shutil.copy(ROOT / style, PAGES / style)
     shutil.copy(CONFIG, SITE)
     build = subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=SITE)
     sys.exit(build.returncode)
@@ -85,7 +88,9 @@ def adopted(page: str) -> str:
             target = f"{PROJECT['repo_url']}/blob/main/{path}"
         return f"{opening}{target}{anchor or ''}{closing}"
 
-    return outside_code((ROOT / source).read_text(), lambda text: LINK.sub(resolved, text))
+    # Markdown makes a space of the end of a line, which Chinese has not.
+    text = re.sub(f"(?<={CHINESE})\n(?={CHINESE})", "", (ROOT / source).read_text())
+    return outside_code(text, lambda text: LINK.sub(resolved, text))
 
 
 def outside_code(text: str, change: Any) -> str:
