@@ -34,7 +34,7 @@ class Measured(Trainer):
 
     def train_step(self, *arguments):
         if self.batch is None:
-            self.batch, _ = self.next_batch()
+            self.batch = self.next_batch()[0].batches[0]
             self.bare, self.whole = [], []
             self._bare()  # warm
         self.bare.append(self._bare())

@@ -4,6 +4,7 @@ import itertools
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashi2v_data.errors import InputError
+from flashi2v_data.loading.buckets import BucketTable, Shape, propose_buckets
+from flashi2v_data.loading.composer import Composer
+from flashi2v_data.loading.config import Bucket
 from flashi2v_train import launcher
+from flashi2v_train.buckets import Cost, compose, exponent, waits
 from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.cost import (
     build_stage,
@@ -95,6 +100,45 @@ def test_a_training_step_of_a_release_has_the_operations_that_torch_counts(works
     operations = operations_of(config)
     # Nothing is behind the first layer's input to have a gradient, which counts among three layers.
     assert operations.training == pytest.approx(counter.get_total_flops(), rel=0.05 if lora else 0.01)
+
+
+MIXTURE = Path(__file__).parents[1] / "bench/mixture.json"  # frames, height, width, and how many clips are so
+
+
+def mixed(workspace, name: str, **options) -> tuple[RunConfig, BucketTable]:
+    """A release over the recorded mixture of 20,000 shapes, with the buckets that suit it."""
+    shapes = [Shape(*shape) for *shape, number in json.loads(MIXTURE.read_text()) for _ in range(number)]
+    assert len(shapes) == 20_000
+    table = BucketTable(shapes, propose_buckets(shapes, Bucket(49, 480, 832)), "the mixture")
+    config = full_size(workspace, name, **options)
+    few = config.model.predictor.model_copy(update={"num_layers": 3})  # of all, as they are alike
+    config = replace(config, model=config.model.model_copy(update={"predictor": few}))
+    param = config.data.dataset_param.model_copy(update={"buckets": [*table.buckets]})
+    return replace(config, data=config.data.model_copy(update={"dataset_param": param})), table
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_eight_ranks_wait_for_each_other_a_tenth_of_a_step_at_most(workspace, name):
+    config, table = mixed(workspace, name)
+    composer = compose(config, table, range(20_000), 8)
+    shares = waits(composer, 8, composer.packs_per_epoch // 8)
+    assert sum(shares) / len(shares) < 0.01
+    assert sum(share > 0.1 for share in shares) <= 2  # where dear and cheap clips meet, once an epoch
+    alone = Composer(table.number_of, [1] * len(config.costs), [1.0] * len(config.costs), 8, seed=0)
+    alone.costs = composer.costs
+    fixed = waits(alone, 8, alone.packs_per_epoch // 8)
+    assert sum(fixed) / len(fixed) > 0.3  # of batches that know of no cost
+
+
+def test_no_micro_batch_costs_more_or_has_more_tokens_than_so_many_of_the_dearest(workspace):
+    config, _ = mixed(workspace, "1.3B", micro_batch_size=2, global_batch_size=2)
+    costs = config.costs
+    most = Cost(*(max(getattr(cost, name) for cost in costs) for name in ("tokens", "operations")), 2)
+    for cost in costs:
+        for name in ("tokens", "operations"):
+            assert cost.clips * getattr(cost, name) <= 2 * getattr(most, name)
+        assert (cost.clips + 1) * cost.tokens > 2 * most.tokens
+    assert exponent(costs) == pytest.approx(1.3, abs=0.1)  # between 1, of the matrices, and 2, of attention
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,11 @@ def read_samples(config: RunConfig, num_steps: int) -> list[tuple]:
     loads = {"video": data.load_video_features, "text": data.load_text_features}
     found = []
     with join_world("cpu", config.parallel_dims(1)) as world:
-        source = FeatureSource(config, world, 1, provenance(config, **loads) if any(loads.values()) else None)
-        for batch, origins in (next(source) for _ in range(num_steps)):
-            tensors = zip(batch["latents"], batch["condition"], batch["text"], strict=True)
+        source = FeatureSource(config, world, provenance(config, **loads) if any(loads.values()) else None)
+        for series, origins in (next(source) for _ in range(num_steps)):
+            tensors = (
+                part for batch in series.batches for part in zip(batch["latents"], batch["condition"], batch["text"])
+            )
             found += [(*origin, of_sample) for origin, of_sample in zip(origins, tensors, strict=True)]
         found.append(source.num_skipped)
     return found
@@ -230,25 +232,25 @@ SHARES = {
 def serve(rank: int, cases: list[tuple[str, TrainOptions]], ports: list[int], directory: Path) -> None:
     torch.set_num_threads(1)
     for (name, options), port in zip(cases, ports):
-        num_places, num_peers, samples = SHARES[name]
+        num_places, num_peers, _ = SHARES[name]
         size = num_places * num_peers
         if rank >= size:
             continue
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         config = read_run_config(options)
         with join_world("cpu", config.parallel_dims(size)) as world:
-            source = FeatureSource(config, world, samples)
+            source = FeatureSource(config, world)
             served = [next(source) for _ in range(3)]
             state = source.state_dict()  # within a round of two
             source.close()
-            source = FeatureSource(config, world, samples)
+            source = FeatureSource(config, world)
             source.load_state_dict(state)
             served.append(next(source))
             source.close()
         found = [
-            ((*origin.key,), origin.path, origin.caption, *(tensor[i] for tensor in batch.values()))
-            for batch, origins in served
-            for i, origin in enumerate(origins)
+            ((*origin.key,), origin.path, origin.caption, *sample)
+            for series, origins in served
+            for origin, sample in zip(origins, (one for b in series.batches for one in zip(*b.values())), strict=True)
         ]
         torch.save(found, directory / f"{name}-{rank}.pt")
 
@@ -257,11 +259,11 @@ def serve(rank: int, cases: list[tuple[str, TrainOptions]], ports: list[int], di
 def test_processes_that_share_samples_see_what_one_sees(workspace, tmp_path, free_ports):
     """Read and encoded in turns by real processes, a resume in the middle of a round included."""
     cases = []
-    for name, (num_places, num_peers, _) in SHARES.items():
+    for name, (_, num_peers, samples) in SHARES.items():
         parallel = {"context_parallel_size": num_peers} if num_peers < 4 else {"tensor_model_parallel_size": 2}
         parallel |= {"context_parallel_size": 2} if num_peers == 4 else {}
         options = TrainOptions(
-            **workspace.files({"model.predictor.num_heads": 4}), device="cpu", nproc_per_node=num_places, **parallel
+            **workspace.files({"model.predictor.num_heads": 4}), device="cpu", micro_batch_size=samples, **parallel
         )
         cases.append((name, options))
     forked.call("flashi2v-train", 4, serve, cases, free_ports(len(cases)), tmp_path)

@@ -10,13 +10,14 @@ import shutil
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import forked
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from flashi2v_data.store.reader import LmdbStore, open_store, write_store
 from flashi2v_model.weights import read_state_dict
 from flashi2v_train import encode
 from flashi2v_train.clip import AdaptiveClip, scale_gradients, share_of_square
@@ -97,7 +98,19 @@ if find_spec("torchao"):
         "int8 lora, pipeline 2": (2, INT8 | PIPELINE, [3, 3]),
     }
 # What others are compared with.
-REFERENCES = ("frozen half", "int8 lora", "lora", "one")
+REFERENCES = ("frozen half", "int8 lora", "lora", "buckets", "one")
+# Four micro batches over all ranks, of clips of three shapes, one of them images.
+BUCKETED = TWO_AT_ONCE | {"global_batch_size": 8}
+LAYOUTS |= {
+    "buckets": (1, BUCKETED, None),
+    "buckets, from pixels": (1, BUCKETED, None),
+    "buckets, data 4": (4, BUCKETED, None),
+    "buckets, data 2 x context 2": (4, BUCKETED | {"context_parallel_size": 2}, None),
+    "buckets, tensor 2": (2, BUCKETED | {"tensor_model_parallel_size": 2}, None),
+    "buckets, pipeline 2 x data 2": (4, BUCKETED | PIPELINE, [3, 3]),
+    "buckets, pipeline 2, interleaved": (2, BUCKETED | PIPELINE, [[1, 2], [2, 1]]),
+    "buckets, pipeline 2, zero-bubble": (2, BUCKETED | PIPELINE | {"pipeline_schedule": "zero-bubble"}, [3, 3]),
+}
 # A run saved on one layout goes on as another one.
 RELAYOUTS = [
     ("data 4, two replicas of shards", "data 2, sharded"),
@@ -111,6 +124,8 @@ RELAYOUTS = [
     ("lora, tensor 2 x data 2", "lora"),
     ("lora", "lora, pipeline 2"),
     ("lora, data 2", "lora, data 2"),
+    ("buckets, data 4", "buckets, pipeline 2, interleaved"),
+    ("buckets, data 2 x context 2", "buckets, data 2 x context 2"),
 ]
 RESUMED = {f"{old} -> {new}": (old, new) for old, new in RELAYOUTS}
 
@@ -118,12 +133,21 @@ RESUMED = {f"{old} -> {new}": (old, new) for old, new in RELAYOUTS}
 SIZES = {"model.predictor.num_layers": 6, "model.predictor.num_heads": 4}
 
 
+def bucketed(root: Path) -> dict[str, Any]:
+    """Changes for a run on clips of several shapes."""
+    return {
+        "data.dataset_param.metafile_or_dir_path": str(root / "mixed.lmdb"),
+        "data.dataset_param.buckets": [[5, 32, 32], [5, 32, 16], [1, 32, 32]],
+    }
+
+
 def make_options(workspace, name: str, save: Path, root: Path) -> TrainOptions:
     _, options, split = LAYOUTS[name]
+    features = str(root / ("mixed" if "buckets" in name else "features"))
     changes = {
-        **workspace.loaded,
+        **({} if "pixels" in name else workspace.loaded | {"data.dataset_param.features_path": features}),
+        **(bucketed(root) if "buckets" in name else {}),
         **SIZES,
-        "data.dataset_param.features_path": str(root / "features"),
         "model.predictor.pipeline_num_layers": split,
     }
     if "lora" in name:
@@ -134,12 +158,11 @@ def make_options(workspace, name: str, save: Path, root: Path) -> TrainOptions:
         save=save,
         device="cpu",
         train_iters=STEPS,
-        global_batch_size=4,
         lr=1e-3,
         ema_decay=0.9,
         clip_grad_ema_decay=0.99,
         save_interval=SAVED_AT,
-        **options,
+        **{"global_batch_size": 4, **options},
     )
 
 
@@ -228,6 +251,13 @@ def go_back(old: Path, new: Path) -> None:
         shutil.rmtree(new / f"iter_{step:07d}")
 
 
+def make_mixed(store: LmdbStore, path: Path) -> None:
+    """Write a store that has every clip whole, its left half, and its first frame alone."""
+    clips = [store[index] for index in range(len(store))]
+    halves = [clip | {"crop": [0, 16, 0, 32]} for clip in clips]
+    write_store(path, [*clips, *halves[1:], *(clip | {"num_frames": 1} for clip in clips[2:])], store.config)
+
+
 def make_adapter(base: Path, file: Path) -> None:
     """Write an adapter of all matrices of a model's blocks."""
     generator, adapter = torch.Generator().manual_seed(0), {}
@@ -259,8 +289,11 @@ def runs(request, tmp_path_factory, new_workspace, free_ports) -> dict[str, tupl
     root = tmp_path_factory.mktemp("layouts")
     names = needed(request.session.items)
     places = {name: root / str(number) for number, name in enumerate(names)}
+    make_mixed(open_store(new_workspace(root).data["dataset_param"]["metafile_or_dir_path"]), root / "mixed.lmdb")
     # Made by one process; who encodes what on a layout is test_features' matter.
-    encode.launch(options=encode.EncodeOptions(**new_workspace(root).files(), output=root / "features", device="cpu"))
+    for name, changes in {"features": {}, "mixed": bucketed(root)}.items():
+        files = new_workspace(root).files(changes)
+        encode.launch(options=encode.EncodeOptions(**files, output=root / name, device="cpu"))
     make_adapter(new_workspace(root).base(SIZES), root / "lora.safetensors")
     cases = []
     for port, (name, (old, layout)) in zip(free_ports(len(names)), names.items()):

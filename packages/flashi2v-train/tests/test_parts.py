@@ -6,7 +6,7 @@ from torch import nn
 
 from flashi2v_data import generator
 from flashi2v_data.errors import InputError
-from flashi2v_train.batch import Batch, chunk, join, rows, to
+from flashi2v_train.batch import Batch, chunk, join, to
 from flashi2v_train.clip import AdaptiveClip, PlainClip
 from flashi2v_train.config import RunConfig, TrainOptions, read_run_config
 from flashi2v_train.ema import EMA
@@ -134,5 +134,4 @@ def test_a_batch_is_taken_apart_and_put_together_by_all_its_names():
     parts = chunk(batch, 3)
     assert [part["sigma"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
     assert all(torch.equal(tensor, batch[name]) for name, tensor in join(parts).items())
-    assert rows(batch, 2, 4)["latents"].tolist() == parts[1]["latents"].tolist()
     assert to(batch, "meta")["sigma"].is_meta

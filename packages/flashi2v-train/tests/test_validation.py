@@ -95,7 +95,7 @@ def world():
 
 def make_validation(config: RunConfig, world: World) -> tuple[Validation, Encoders, FlashI2VTransformer3DModel]:
     encoders, transformer = Encoders(config), make_transformer(config)
-    engine = DirectEngine(Stage(transformer, config.latent_shape), 1, config.recipe.loss)
+    engine = DirectEngine(Stage(transformer, config.latent_shape), config.recipe)
     return Validation(config, world, engine.velocity, encoders.encode, encoders.decode), encoders, transformer
 
 
@@ -240,7 +240,7 @@ def test_features_encoded_ahead_give_the_same_loss_and_the_real_video_as_the_vae
         return {**batch["video_features"], "text": torch.cat(texts)}
 
     config = replace(config, data=config.data.model_copy(update={"dataset_param": ahead}))
-    engine = DirectEngine(Stage(transformer, config.latent_shape), 1, config.recipe.loss)
+    engine = DirectEngine(Stage(transformer, config.latent_shape), config.recipe)
     encoders.decoded.clear()
     found = Validation(config, world, engine.velocity, read, encoders.decode)(1)
     of_real_pictures = ("first_frame_psnr", "real_motion", "real_stillness")  # which are now those that the VAE keeps
@@ -286,7 +286,7 @@ def make_velocity(config: RunConfig, world: World) -> Callable:
     parallelise(part, world)
     stage = Stage(part, config.latent_shape)
     if layout.num_stages == 1:
-        return DirectEngine(stage, 1, config.recipe.loss).velocity
+        return DirectEngine(stage, config.recipe).velocity
     return PipelineEngine([stage], world, config, "1f1b").velocity
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError
 from flashi2v_data.loading.sampler import SampleKey
-from flashi2v_train.batch import Batch
+from flashi2v_train.batch import Batch, Series
 from flashi2v_train.features import Origin
 from flashi2v_train.processes import RunError
 
@@ -21,13 +21,15 @@ logger = logging.getLogger(__name__)
 _KEPT = 4
 
 
-def save_autopsy(directory: Path, step: int, batch: Batch, origins: Sequence[Origin], rank: int) -> Path | None:
+def save_autopsy(
+    directory: Path, step: int, batches: Sequence[Batch], origins: Sequence[Origin], rank: int
+) -> Path | None:
     """Write what a step was computed from; of one process the newest few are kept.
 
     Args:
         directory: in the run's directory.
         step: number of the step, from 1.
-        batch: all samples of this data parallel rank, with what was drawn for them.
+        batches: micro batches of this data parallel rank, with what was drawn for them.
         origins: of the samples.
         rank: of this process.
 
@@ -36,7 +38,11 @@ def save_autopsy(directory: Path, step: int, batch: Batch, origins: Sequence[Ori
     """
     path = directory / f"step_{step:07d}_rank_{rank}.safetensors"
     # Clones, as tensors that share memory cannot be written.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in batch.items()}
+    tensors = {
+        f"{number}.{name}": tensor.detach().cpu().clone().contiguous()
+        for number, batch in enumerate(batches)
+        for name, tensor in batch.items()
+    }
     origin = json.dumps({"step": step, "rank": rank, "samples": [*origins]})
     try:
         with atomic_file(path) as temporary:
@@ -49,8 +55,8 @@ def save_autopsy(directory: Path, step: int, batch: Batch, origins: Sequence[Ori
     return path
 
 
-def load_autopsy(path: Path) -> tuple[Batch, list[Origin]]:
-    """Read what `save_autopsy` wrote, onto the CPU: a batch for the recipe's `inputs` and `target`.
+def load_autopsy(path: Path) -> tuple[list[Batch], list[Origin]]:
+    """Read what `save_autopsy` wrote, onto the CPU: micro batches for the recipe's `inputs` and `target`.
 
     Raises:
         InputError: there is no such file, or it is of another kind.
@@ -61,10 +67,13 @@ def load_autopsy(path: Path) -> tuple[Batch, list[Origin]]:
                 Origin(SampleKey(*key), path, caption)
                 for key, path, caption in json.loads(file.metadata()["origin"])["samples"]
             ]
-            batch = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            batches: dict[int, Batch] = {}
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                number, name = key.split(".", 1)
+                batches.setdefault(int(number), {})[name] = file.get_tensor(key)
     except (OSError, SafetensorError, LookupError, ValueError, TypeError) as error:
         raise InputError(f"{path} does not hold the batch of a step: {error}") from None
-    return batch, origins
+    return [batches[number] for number in sorted(batches)], origins
 
 
 class Skips:
@@ -85,7 +94,7 @@ class Skips:
         self._run, self._limit, self._rank, self._keeps = run, limit, rank, keeps
         self.in_a_row = self.total = 0
 
-    def add(self, step: int, loss: float, norm: float, batch: Batch | None, origins: Sequence[Origin]) -> None:
+    def add(self, step: int, loss: float, norm: float, series: Series | None, origins: Sequence[Origin]) -> None:
         """Leave out a step whose loss or gradient is not finite.
 
         Raises:
@@ -94,8 +103,8 @@ class Skips:
         self.in_a_row += 1
         self.total += 1
         path = None
-        if self._keeps and batch is not None:
-            path = save_autopsy(self._run / "autopsy", step, batch, origins, self._rank)
+        if self._keeps and series is not None:
+            path = save_autopsy(self._run / "autopsy", step, series.batches, origins, self._rank)
         if path is not None or self._rank == 0:
             logger.warning(
                 "step %d is not finite and is skipped: loss %s, gradient norm %s%s",

@@ -2,7 +2,8 @@
 
 import importlib.util
 import inspect
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.errors import InputError
+from flashi2v_data.loading.buckets import resolve
 from flashi2v_data.loading.config import DataConfig
 from flashi2v_data.settings import load_config
 from flashi2v_model.config import (
@@ -26,6 +28,7 @@ from flashi2v_train.options import TrainOptions
 from flashi2v_train.parallel_dims import ParallelDims, plan_parallel_dims
 
 if TYPE_CHECKING:
+    from flashi2v_train.buckets import Cost
     from flashi2v_train.recipe import Recipe, RecipeClass
 
 
@@ -113,10 +116,31 @@ class RunConfig:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of one sample's latent."""
-        data = self.data.dataset_param
-        frames = (data.sample_num_frames - 1) // 4 + 1
-        return self.model.predictor.in_dim, frames, data.sample_height // 8, data.sample_width // 8
+        """(C, F, H, W) of one sample's latent; with buckets, of the main one."""
+        frames, height, width = self.data.dataset_param.main_bucket
+        return self.model.predictor.in_dim, (frames - 1) // 4 + 1, height // 8, width // 8
+
+    @cached_property
+    def kinds(self) -> "tuple[RunConfig, ...]":
+        """The run as one of clips of a single shape, for every bucket."""
+        param = self.data.dataset_param
+        if not isinstance(param.buckets, list):
+            return (self,)
+        names = ("sample_num_frames", "sample_height", "sample_width")
+        params = [param.model_copy(update={"buckets": None, **dict(zip(names, one))}) for one in param.buckets]
+        return tuple(replace(self, data=self.data.model_copy(update={"dataset_param": one})) for one in params)
+
+    @cached_property
+    def costs(self) -> "list[Cost]":
+        """What clips of every kind cost, which takes seconds to count."""
+        from flashi2v_train.buckets import costs_of
+
+        return costs_of(self)
+
+    @property
+    def main_kind(self) -> "RunConfig":
+        """The run as one of clips of the main shape alone, at which validation looks."""
+        return next(kind for kind in self.kinds if kind.latent_shape == self.latent_shape)
 
     def parallel_dims(self, world_size: int) -> ParallelDims:
         """Return how this run is spread over a number of processes.
@@ -226,8 +250,6 @@ def read_run_config(options: TrainOptions, *, recipe: "RecipeClass | None" = Non
             )
     if options.feature_cache_gib and dataset.load_video_features and dataset.load_text_features:
         raise InputError("--feature-cache-gib has no effect where all features are loaded: leave it out")
-    if dataset.buckets is not None:
-        raise InputError(f"{options.mm_data}: buckets are read by the loader, not yet by training: leave them out")
     if options.trains_adapters and model.predictor.from_pretrained is None:
         raise InputError(f"{options.mm_model}: LoRA changes a trained model: set predictor.from_pretrained")
     dataset.transform_pipeline.check_range()
@@ -239,6 +261,8 @@ def read_run_config(options: TrainOptions, *, recipe: "RecipeClass | None" = Non
         names = ", ".join(f"{item.key} = {item.path}" for item in missing)
         one = len(missing) == 1
         raise InputError(str(missing[0]) if one else f"--dry-run says where what is missing comes from: {names}")
+    if dataset.buckets == "auto" and os.path.exists(dataset.metafile_or_dir_path):
+        config = replace(config, data=data.model_copy(update={"dataset_param": resolve(dataset)}))
     if encodes:
         return config
     if config.recipe_class is not None:
@@ -288,8 +312,11 @@ def read_eval_data(options: TrainOptions, trained_on: DataConfig) -> DataConfig:
             raise InputError(
                 f"--eval-data {options.eval_data}: {key} is {theirs}, in {options.mm_data} it is {ours}: set the same"
             )
+    ours, theirs = trained_on.dataset_param.buckets, data.dataset_param.buckets
+    if theirs not in (ours, "auto") or (theirs and not ours):
+        raise InputError(f"--eval-data {options.eval_data}: buckets are not those of {options.mm_data}: set the same")
     data.dataset_param.transform_pipeline.check_range()
-    return data
+    return data.model_copy(update={"dataset_param": data.dataset_param.model_copy(update={"buckets": ours})})
 
 
 def _json(value: bool) -> str:

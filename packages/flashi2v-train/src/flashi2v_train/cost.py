@@ -4,6 +4,7 @@ They are built on the meta device, where tensors have shapes and no numbers; `fl
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -52,22 +53,33 @@ def peak_flops(device_name: str) -> float | None:
 
 def operations_of(config: RunConfig) -> Operations:
     """Count the operations of one sample."""
-    inputs = {name: tensor.to(_META) for name, tensor in example(config)[0].items()}
-    plain = count_operations(_network(config), inputs)
-    if not config.options.trains_adapters:
-        return plain
-    weights = plain.forward - plain.num_layers * plain.attention
-    return replace(count_operations(_trained(config), inputs), frozen=weights)
+    return operations_of_kinds([config])[0]
 
 
-def _network(config: RunConfig) -> FlashI2VTransformer3DModel:
+def operations_of_kinds(kinds: Sequence[RunConfig]) -> list[Operations]:
+    """Count the operations of one sample each of configurations that differ in its shape alone."""
+    adapts = kinds[0].options.trains_adapters
+    network, trained = build_network(kinds[0]), _trained(kinds[0]) if adapts else None
+    found = []
+    for config in kinds:
+        inputs = {name: tensor.to(_META) for name, tensor in example(config)[0].items()}
+        operations = count_operations(network, inputs)
+        if trained is not None:
+            weights = operations.forward - operations.num_layers * operations.attention
+            operations = replace(count_operations(trained, inputs), frozen=weights)
+        found.append(operations)
+    return found
+
+
+def build_network(config: RunConfig) -> FlashI2VTransformer3DModel:
+    """Build the whole network on the meta device."""
     with _META:
         return config.recipe.build(config.model.predictor)
 
 
 def _trained(config: RunConfig) -> FlashI2VTransformer3DModel:
     """Build the whole network as it is trained."""
-    network = _network(config)
+    network = build_network(config)
     if config.options.trains_adapters:
         adapters = plan_adapters(network, config)
         with _META:
@@ -103,7 +115,7 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
     """Count the parameters of the transformer by part: embeddings, latent shift, layers, head."""
     parts = {"learnable_proj": "latent shift", "blocks": "layers", "proj_out": "head", "scale_shift_table": "head"}
     counts = dict.fromkeys(("embeddings", *parts.values()), 0)
-    for name, parameter in _network(config).named_parameters():
+    for name, parameter in build_network(config).named_parameters():
         counts[parts.get(name.split(".")[0], "embeddings")] += parameter.numel()
     return counts
 

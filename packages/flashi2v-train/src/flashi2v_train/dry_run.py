@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields
 
+from flashi2v_train.buckets import describe_buckets
 from flashi2v_train.config import RunConfig
 from flashi2v_train.cost import Memory, count_parameters, count_recomputed, num_tokens, operations_of, predict
 from flashi2v_train.downloads import find_missing, hub_ids
@@ -25,16 +26,21 @@ def missing_files(config: RunConfig) -> str | None:
 
 def describe_run(config: RunConfig, dims: ParallelDims) -> str:
     """Return what `--dry-run` prints."""
-    options = config.options
+    options, resolved = config.options, json.dumps(config.as_dict(), indent=1)  # as it would be written to config.json
+    several = config.data.dataset_param.buckets is not None
+    buckets = describe_buckets(config, dims) if several else []
+    config = max(config.kinds, key=num_tokens)  # of the others no more tokens are computed at a time
     operations = operations_of(config)
     micro_batches = config.micro_batches(dims)
     samples = micro_batches * options.micro_batch_size * dims.data
     lines = [
-        json.dumps(config.as_dict(), indent=1),  # as it would be written to config.json
+        resolved,
         "",
         f"parallel     {dims.describe()}" + (f"; {dims.world_size} processes" if dims.world_size > 1 else ""),
         f"batch        samples per step: {samples} = {dims.data} (data parallel) x {micro_batches} (micro batches) x "
-        f"{options.micro_batch_size} (micro batch size)",
+        f"{options.micro_batch_size} (micro batch size)"
+        + (f"; those of {config.data.dataset_param.main_bucket}, of others more" if several else ""),
+        *buckets,
         f"tokens       {num_tokens(config)} per sample, latents (C, F, H, W) = {config.latent_shape}",
         f"operations   {operations.training / 1e12:.4g} TFLOPs per sample, "
         f"{operations.training * samples / 1e12:.4g} per step, forward and backward",

@@ -74,7 +74,7 @@ def _encode_share(config: RunConfig, output: Path, rank: int, size: int) -> None
     dataset = FlashI2VDataset(store, config.data.dataset_param, seed=config.options.seed)
     encoders = Encoders(config, device)
     origin = provenance(config)
-    mine = range(rank, len(store), size)
+    mine = dataset.indices[rank::size]
     captions, count = _captions(dataset, mine)
     # Before any process writes: a store is read without locks, and must not be open twice in a process.
     clips, missing = _not_stored(output, origin, dataset, mine, captions)
@@ -145,7 +145,7 @@ def _write_captions(
 
 
 def _not_stored(
-    output: Path, origin: dict[str, Any], dataset: FlashI2VDataset, indices: range, captions: set[str]
+    output: Path, origin: dict[str, Any], dataset: FlashI2VDataset, indices: Sequence[int], captions: set[str]
 ) -> tuple[list[int], list[str]]:
     """Return the records and captions, of those given, that no store of the folder holds yet."""
     if not feature_stores(output):
@@ -162,7 +162,7 @@ def _is_stored(stored: FeatureStore, dataset: FlashI2VDataset, index: int) -> bo
         return False
 
 
-def _captions(dataset: FlashI2VDataset, indices: range) -> tuple[set[str], CaptionCount]:
+def _captions(dataset: FlashI2VDataset, indices: Sequence[int]) -> tuple[set[str], CaptionCount]:
     """Return all captions that training may see of some records, and the empty one, as they are tokenised.
 
     The count tells of what the text encoder does not get of them, each counted once.

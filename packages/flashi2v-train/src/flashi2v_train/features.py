@@ -3,6 +3,7 @@
 B batch, C latent channels, F latent frames, H W latent grid, L text tokens, T video frames.
 """
 
+import logging
 import math
 import time
 from collections import deque
@@ -16,10 +17,13 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from flashi2v_data.errors import InputError
+from flashi2v_data.loading.composer import ComposedSampler
+from flashi2v_data.loading.dataset import FlashI2VDataset
 from flashi2v_data.loading.loader import Batch as LoadedBatch
-from flashi2v_data.loading.loader import build_dataloader
+from flashi2v_data.loading.loader import StatefulLoader, build_dataloader
 from flashi2v_data.loading.sampler import SampleKey
 from flashi2v_data.randomness import generator
+from flashi2v_data.store.reader import open_store
 from flashi2v_model.encoders import (
     Posterior,
     decode_video,
@@ -28,9 +32,12 @@ from flashi2v_model.encoders import (
     load_vae,
     video_posterior,
 )
-from flashi2v_train.batch import Batch, join, rows, to
+from flashi2v_train.batch import Batch, Series, join, to
+from flashi2v_train.buckets import compose
 from flashi2v_train.config import RunConfig
 from flashi2v_train.world import World
+
+logger = logging.getLogger(__name__)
 
 # Named tensors of a clip: what the VAE says of the whole of it, and of its first frame alone. fp32, (C, F, H, W) and
 # (C, 1, H, W), normalised.
@@ -82,11 +89,21 @@ class Encoders:
         encoded = []
         for i, key in enumerate(zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)):
             clip, states = self.clip(batch, i), self.states(batch, i)
-            noise, still_noise = posterior_noise(self.config, *key) if sampled else (None, None)
+            noise, still_noise = self._noise(clip, *key) if sampled else (None, None)
             latents = Posterior(clip["mean"], clip["std"]).draw(noise)
             condition = Posterior(clip["first_frame_mean"], clip["first_frame_std"]).draw(still_noise)
             encoded.append({"latents": latents[None], "condition": condition[None], "text": states[None]})
         return join(encoded) | to(batch.get("columns", {}), self.device)
+
+    def _noise(self, clip: Clip, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Return a sample's draws from the posteriors of its video and of its first frame."""
+        seed = self.config.options.seed
+        names = {"posterior": "mean", "condition posterior": "first_frame_mean"}
+        latents, condition = (
+            torch.randn(clip[name].shape, generator=generator(seed, purpose, epoch, index))
+            for purpose, name in names.items()
+        )
+        return latents, condition
 
     def clip(self, batch: LoadedBatch, i: int) -> Clip:
         """Return what the VAE says of sample i's clip."""
@@ -146,18 +163,6 @@ def encode_clip(vae: AutoencoderKLWan, batch: LoadedBatch, i: int) -> Clip:
     }
 
 
-def posterior_noise(config: RunConfig, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-    """Return a sample's draws from the VAE's posteriors: (C, F, H, W) of the video, (C, 1, H, W) of its first frame."""
-    channels, frames, height, width = config.latent_shape
-
-    def normal(purpose: str, frames: int) -> Tensor:
-        return torch.randn(
-            channels, frames, height, width, generator=generator(config.options.seed, purpose, epoch, index)
-        )
-
-    return normal("posterior", frames), normal("condition posterior", 1)
-
-
 class Origin(NamedTuple):
     """Where a sample comes from: its key, its video, and its caption as it was encoded."""
 
@@ -171,12 +176,11 @@ class FeatureSource:
 
     The processes that work on the same samples (context and tensor parallel ones) read and encode them in turns: of
     G such peers, peer g has every G-th sample, beginning with number g. A round is as many steps as it takes for all
-    to have equally many; then they exchange what they have.
+    to have about equally many; then they exchange what they have.
 
     Args:
         config: of the run.
         world: this process among all.
-        samples_per_step: of this data parallel rank.
         provenance: what features must have been made by, where any are loaded.
 
     Attributes:
@@ -187,78 +191,125 @@ class FeatureSource:
         InputError: data or encoders do not fit the configuration, or there are fewer samples than one step takes.
     """
 
-    def __init__(
-        self, config: RunConfig, world: World, samples_per_step: int, provenance: Mapping[str, Any] | None = None
-    ) -> None:
-        self._config, self._peers = config, world.peers
-        self._samples_per_step, self._num_replicas = samples_per_step, world.dims.data
+    def __init__(self, config: RunConfig, world: World, provenance: Mapping[str, Any] | None = None) -> None:
+        self._config, self._world = config, world
+        self._num_batches, self._size = config.micro_batches(world.dims), config.options.micro_batch_size
         num_peers = world.peers.size()
-        self._steps_per_round = num_peers // math.gcd(samples_per_step, num_peers)
-        self._loader = build_dataloader(
-            config.data,
+        self._steps_per_round = num_peers // math.gcd(self._num_batches * self._size, num_peers)
+        self._composed: ComposedSampler | None = None
+        self._loader = self._open(provenance)
+        self.encoders = Encoders(config, world.device)
+        self.wait_seconds = 0.0
+        self._batches: Iterator[LoadedBatch] | None = None
+        self._ready: deque[tuple[Series, list[Origin]]] = deque()
+        self._state = self._loader.state_dict()
+
+    def _open(self, provenance: Mapping[str, Any] | None) -> StatefulLoader:
+        config, world, data = self._config, self._world, self._config.data
+        peer, num_peers = world.peers.rank(), world.peers.size()
+        if data.dataset_param.buckets is not None:
+            store = open_store(data.dataset_param.metafile_or_dir_path)
+            seed = config.options.seed
+            dataset = FlashI2VDataset(store, data.dataset_param, seed=seed, provenance=provenance, held_out=False)
+            table = dataset.table
+            assert table is not None
+            if table.num_left_out:
+                logger.info("%d of %d clips are too short for each bucket", table.num_left_out, len(table.number_of))
+            self._composed = ComposedSampler(
+                compose(config, table, dataset.indices, self._num_batches * world.dims.data),
+                rank=world.data_rank,
+                num_replicas=world.dims.data,
+                peer=peer,
+                num_peers=num_peers,
+            )
+            self._steps_per_round = num_peers
+            return StatefulLoader(dataset, self._composed, 1, data.dataloader_param, world.device)
+        loader = build_dataloader(
+            data,
             seed=config.options.seed,
             batch_size=1,
-            rank=world.data_rank + world.dims.data * world.peers.rank(),
+            rank=world.data_rank + world.dims.data * peer,
             num_replicas=world.dims.data * num_peers,
             device=world.device,
             provenance=provenance,
             num_required=1,  # peers may be more than records; what a step takes is checked here
         )
-        total, available = samples_per_step * world.dims.data, len(self._loader.dataset)
+        total, available = self._num_batches * self._size * world.dims.data, len(loader.dataset)
         if available < total:
             raise InputError(
-                f"{config.data.dataset_param.metafile_or_dir_path} holds {available} records, fewer than the {total} "
+                f"{data.dataset_param.metafile_or_dir_path} holds {available} records, fewer than the {total} "
                 "of one optimizer step: lower --global-batch-size (or --micro-batch-size), or relax the filter"
             )
-        self.encoders = Encoders(config, world.device)
-        self.wait_seconds = 0.0
-        self._batches: Iterator[LoadedBatch] | None = None
-        self._ready: deque[tuple[Batch, list[Origin]]] = deque()
-        self._state = self._loader.state_dict()
+        return loader
 
     @property
     def num_skipped(self) -> int:
         """Unreadable videos that this process has met."""
         return len(self._loader.skipped)
 
-    def __next__(self) -> tuple[Batch, list[Origin]]:
+    def __next__(self) -> tuple[Series, list[Origin]]:
         """Return the samples of the next step, and where they come from."""
         if not self._ready:
             self._ready.extend(self._read_round())
-        self._state["consumed_samples"] += self._samples_per_step * self._num_replicas
+        if self._composed is None:
+            self._state["consumed_samples"] += self._num_batches * self._size * self._world.dims.data
+        else:
+            self._state["consumed_batches"] += 1
         return self._ready.popleft()
 
-    def _read_round(self) -> Iterator[tuple[Batch, list[Origin]]]:
+    def _share(self, later: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """Return bucket and size of this rank's micro batches of a step, and the samples of all ranks by bucket.
+
+        Args:
+            later: than the step that is given out next.
+        """
+        if self._composed is None:
+            total = self._num_batches * self._size * self._world.dims.data
+            return [(0, self._size)] * self._num_batches, [total]
+        number, counts = self._state["consumed_batches"] + later, [0] * len(self._config.kinds)
+        for pack in self._composed.composer.batch(number):
+            counts[pack.bucket] += len(pack.keys)
+        return [(pack.bucket, len(pack.keys)) for pack in self._composed.share(number)], counts
+
+    def _read_round(self) -> Iterator[tuple[Series, list[Origin]]]:
         if self._batches is None:
             self._batches = iter(self._loader)
-        size, steps, num_peers = self._samples_per_step, self._steps_per_round, self._peers.size()
-        samples, origins = [], []
-        for _ in range(size * steps // num_peers):
+        shares = [self._share(later) for later in range(self._steps_per_round)]
+        total = sum(size for share, _ in shares for _, size in share)
+        own = []
+        for _ in range(self._world.peers.rank(), total, self._world.peers.size()):
             started = time.perf_counter()
             loaded = next(self._batches)
             self.wait_seconds += time.perf_counter() - started
-            samples.append(self.encoders(loaded, sampled=self._config.model.ae.do_sample))
             key = SampleKey(int(loaded["epoch"][0]), int(loaded["index"][0]))
-            origins.append(Origin(key, loaded["path"][0], loaded["caption"][0]))
-        batch = join(samples)
-        if num_peers > 1:
-            batch, origins = self._exchange(batch, origins)
-        for begin in range(0, size * steps, size):
-            yield rows(batch, begin, begin + size), origins[begin : begin + size]
+            origin = Origin(key, loaded["path"][0], loaded["caption"][0])
+            own.append((self.encoders(loaded, sampled=self._config.model.ae.do_sample), origin))
+        samples = iter(own if self._world.peers.size() == 1 else self._exchange(own, total))
+        for share, counts in shares:
+            packs = [[next(samples) for _ in range(size)] for _, size in share]
+            batches = [join([sample for sample, _ in pack]) for pack in packs]
+            yield Series(batches, [bucket for bucket, _ in share], counts), [o for pack in packs for _, o in pack]
 
-    def _exchange(self, batch: Batch, origins: list[Origin]) -> tuple[Batch, list[Origin]]:
-        """Gather what the peers have; sample number u is the (u // G)-th of peer u % G."""
-        num_peers = self._peers.size()
-
-        def gather(own: Tensor) -> Tensor:
-            everyones = [torch.empty_like(own) for _ in range(num_peers)]
-            dist.all_gather(everyones, own.contiguous(), self._peers)
-            return torch.stack(everyones, 1).flatten(0, 1)
-
-        everyones: list[list[Origin]] = [[] for _ in range(num_peers)]
-        dist.all_gather_object(everyones, origins, self._peers)
-        whole = {name: gather(tensor) for name, tensor in batch.items()}
-        return whole, [origin for same_turn in zip(*everyones, strict=True) for origin in same_turn]
+    def _exchange(self, own: list[tuple[Batch, Origin]], total: int) -> list[tuple[Batch, Origin]]:
+        """Send each sample, of any shape, from the peer that has it to all; number u is the (u // G)-th of u % G."""
+        group, device = self._world.peers, self._world.device
+        told: list[Any] = [None] * group.size()
+        about = [({name: (t.shape, t.dtype) for name, t in sample.items()}, origin) for sample, origin in own]
+        dist.all_gather_object(told, about, group)
+        everyones = []
+        for number in range(total):
+            turn, peer = divmod(number, group.size())
+            shapes, origin = told[peer][turn]
+            if peer == group.rank():
+                sample = {name: tensor.contiguous() for name, tensor in own[turn][0].items()}
+            else:
+                sample = {
+                    name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()
+                }
+            for tensor in sample.values():
+                dist.broadcast(tensor, group=group, group_src=peer)
+            everyones.append((sample, origin))
+        return everyones
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the steps that were given out end, whatever has been read ahead."""

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from flashi2v_data.errors import InputError, StorageError
 from flashi2v_npu_ops.device import name as device_name
 from flashi2v_npu_ops.device import peak_memory
 from flashi2v_train.config import RunConfig
-from flashi2v_train.cost import count_parameters, num_tokens, operations_of, peak_flops
+from flashi2v_train.cost import count_parameters, peak_flops
 from flashi2v_train.history import (
     Curve,
     draw_loss,
@@ -54,23 +54,28 @@ class Meter:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self._config, self._world = config, world
-        self._samples = config.micro_batches(world.dims) * config.options.micro_batch_size * world.dims.data
-        self._flops_per_sample = operations_of(config).training
 
-    def measure(self, seconds: float, waited: float) -> Metrics:
-        """Return what is measured of a step that took some seconds, of which it waited some for data."""
+    def measure(self, seconds: float, waited: float, counts: Sequence[int]) -> Metrics:
+        """Return what is measured of a step.
+
+        Args:
+            seconds: that it took.
+            waited: of these, for data.
+            counts: samples of the global batch, by bucket.
+        """
         device = self._world.device
+        tokens = sum(number * cost.tokens for number, cost in zip(counts, self._config.costs))
+        flops = sum(number * cost.operations for number, cost in zip(counts, self._config.costs))
         metrics: Metrics = {
             "seconds": seconds,
-            "samples_per_second": self._samples / seconds,
-            "tokens_per_second": self._samples * num_tokens(self._config) / seconds,
+            "samples_per_second": sum(counts) / seconds,
+            "tokens_per_second": tokens / seconds,
             "data_wait_share": waited / seconds,
             "peak_memory_bytes": peak_memory(device),
         }
         # What makers promise is for bf16.
         peak = peak_flops(device_name(device.type)) if device.type != "cpu" and self._config.bf16 else None
         if peak is not None:
-            flops = self._flops_per_sample * self._samples
             metrics["model_flops_utilisation"] = flops / seconds / peak / self._world.size
         return metrics
 

@@ -37,6 +37,9 @@ class Stage(nn.Module):
         transformer: with the stage's blocks only, see `keep_layers`.
         latent_shape: (C, F, H, W) of one sample.
         names: of the tensors that the first stage is given.
+
+    Attributes:
+        grid: (F, H, W) of the tokens that it is given next; where it embeds, it sees that by itself.
     """
 
     def __init__(
@@ -67,7 +70,14 @@ class Stage(nn.Module):
     def _embed(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         named = dict(zip(self.names, tensors, strict=True))
         usual = [named.pop(name) for name in EMBED_INPUTS]
-        return self.transformer.embed(*usual, **named)
+        y, timestep, states, *_ = usual
+        self.grid = self.transformer.token_grid(y.shape)
+        x, text, time, modulation = self.transformer.embed(*usual, **named)
+        if y.shape[2] == 1:
+            # An image would be its own condition: the trunk learns from it alone. What stands for the condition is
+            # left out by a factor of zero, so that all processes reduce gradients of the same parameters.
+            x = self.transformer.tokens(y, timestep, states)[0] + 0 * x
+        return x, text, time, modulation
 
 
 def keep_layers(

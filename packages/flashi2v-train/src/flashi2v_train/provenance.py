@@ -34,6 +34,7 @@ def provenance(config: RunConfig, *, video: bool = True, text: bool = True) -> d
             "vae_dtype": _dtype(model.ae.dtype),
             "vae_tiles": model.ae.tiling_param.model_dump(mode="json") if model.ae.enable_tiling else None,
             "size": [data.sample_num_frames, data.sample_height, data.sample_width],
+            "buckets": [[*bucket] for bucket in sorted(data.buckets)] if isinstance(data.buckets, list) else None,
             "train_fps": data.train_fps,
             "sample_stride": data.sample_stride,
             "transforms": transforms,

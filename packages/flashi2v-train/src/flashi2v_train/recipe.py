@@ -9,13 +9,17 @@ B samples, C latent channels, F latent frames, H W latent grid, L text tokens. N
     noise, sigma, ...           what `draw` returns
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flashi2v_data.errors import InputError
+from flashi2v_data.loading.sampler import SampleKey
+from flashi2v_data.randomness import generator
 from flashi2v_data.settings import validate
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.config import PredictorConfig
@@ -23,7 +27,7 @@ from flashi2v_model.config import Settings as StrictSettings
 from flashi2v_model.encoders import DTYPES
 from flashi2v_model.scheduler import NUM_TIMESTEPS, draw_sigmas, dynamic_shift, interpolate, target
 from flashi2v_model.transformer import EMBED_INPUTS
-from flashi2v_train.batch import Batch
+from flashi2v_train.batch import Batch, Series, to
 
 if TYPE_CHECKING:
     from flashi2v_train.config import RunConfig
@@ -129,6 +133,26 @@ def build_recipe(chosen: RecipeClass | None, settings: dict[str, Any], where: st
     if not issubclass(recipe, Recipe):
         raise InputError(f"--recipe: {recipe.__name__} is no flashi2v_train.Recipe, nor a FlashI2VTransformer3DModel")
     return recipe(validate(settings, recipe.Settings, where))
+
+
+def draw_series(config: "RunConfig", series: Series, keys: Iterable[SampleKey], device: torch.device) -> Series:
+    """Add to micro batches what is drawn for their samples.
+
+    Args:
+        config: of the run.
+        series: what was encoded.
+        keys: of all its samples, in order.
+        device: where to.
+    """
+    rest, batches = iter(keys), []
+    for bucket, batch in zip(series.buckets, series.batches):
+        own = [*islice(rest, len(batch["latents"]))]
+
+        def generators(purpose: str, own: list[SampleKey] = own) -> list[torch.Generator]:
+            return [generator(config.options.seed, purpose, *key) for key in own]
+
+        batches.append(batch | to(config.recipe.draw(config.kinds[bucket], generators), device))
+    return replace(series, batches=batches)
 
 
 def example(config: "RunConfig") -> tuple[Batch, Batch]:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,12 +15,11 @@ import torch
 from torch import Tensor
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.randomness import generator
 from flashi2v_model.weights.libraries import quieten
 from flashi2v_npu_ops.device import synchronize
 from flashi2v_npu_ops.faults import device_faults_told
 from flashi2v_train.autopsy import Skips
-from flashi2v_train.batch import Batch, to
+from flashi2v_train.batch import Batch, Series
 from flashi2v_train.checkpoint import PROGRESS, Checkpoints, find_checkpoint, load, run_state
 from flashi2v_train.clip import AdaptiveClip, PlainClip, scale_gradients, share_of_square
 from flashi2v_train.config import RunConfig
@@ -32,6 +32,7 @@ from flashi2v_train.optim import build_optimizer, learning_rate, set_learning_ra
 from flashi2v_train.parallelise import build_stages
 from flashi2v_train.processes import StopSignal, hold_directory, is_restarted
 from flashi2v_train.provenance import provenance_of_features
+from flashi2v_train.recipe import draw_series
 from flashi2v_train.validation import Validation, build_validation
 from flashi2v_train.watchdog import Watchdog
 from flashi2v_train.world import World, join_world, rank_and_size
@@ -79,9 +80,8 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World) -> None:
         options = config.options
         self.config, self.options, self.world, self.recipe = config, options, world, config.recipe
-        samples = config.micro_batches(world.dims) * options.micro_batch_size
         provenance = provenance_of_features(config, world)
-        self.source = FeatureSource(config, world, samples, provenance) if world.embeds else None
+        self.source = FeatureSource(config, world, provenance) if world.embeds else None
         iteration = None if is_restarted() else options.load_iteration
         resumed = find_checkpoint(options.save, options.load, iteration, world)
         self.stages = build_stages(config, world, weights=resumed is None)
@@ -99,6 +99,7 @@ class Trainer:
         self.state = self._state(optimizer=options.save_optim)
         self.step = 0
         self.waited = 0.0  # for data, in this step
+        self.counts: Sequence[int] = ()  # samples of this step by bucket, where they are read
         self.skipped_videos_before = 0
         self.skips = Skips(options.save, options.max_skipped_steps, world.rank, keeps=world.peers.rank() == 0)
         self.meter = Meter(config, world)
@@ -169,7 +170,7 @@ class Trainer:
                 verdict, metrics = self.train_step(stop)
                 self.step += 1
                 synchronize(world.device)
-                metrics |= self.meter.measure(time.perf_counter() - began, verdict.wait_seconds)
+                metrics |= self.meter.measure(time.perf_counter() - began, verdict.wait_seconds, self.counts)
                 metrics |= {"skipped_videos": verdict.skipped_videos, "skipped_steps": self.skips.total}
                 stops = verdict.stops
                 if log is not None:
@@ -191,35 +192,31 @@ class Trainer:
         rate = learning_rate(self.step, self.options)
         set_learning_rate(self.optimizer, rate)
         self.watchdog.beat(self.step + 1, "reading and encoding")
-        batch, origins = self.next_batch()
+        series, origins = self.next_batch()
         self.watchdog.beat(self.step + 1, "forward and backward")
-        loss = self.forward_backward(batch)
+        loss = self.forward_backward(series)
         self.watchdog.beat(self.step + 1, "exchanging gradients")
         verdict = self._agree(loss, stops=stop.received)
         if verdict.is_finite:
             self.skips.in_a_row = 0
             self.update(verdict.norm)
         else:
-            self.skips.add(self.step + 1, verdict.loss, verdict.norm, batch, origins)
+            self.skips.add(self.step + 1, verdict.loss, verdict.norm, series, origins)
         return verdict, {"step": self.step + 1, "loss": verdict.loss, "grad_norm": verdict.norm, "lr": rate}
 
-    def next_batch(self) -> tuple[Batch | None, list[Origin]]:
-        """Return the samples of a step with all that is drawn for them; None where the first stage is not."""
+    def next_batch(self) -> tuple[Series | None, list[Origin]]:
+        """Return the micro batches of a step with all that is drawn for them; None where the first stage is not."""
         if self.source is None:
             return None, []
         before = self.source.wait_seconds
-        features, origins = next(self.source)
-        self.waited = self.source.wait_seconds - before
+        series, origins = next(self.source)
+        self.waited, self.counts = self.source.wait_seconds - before, series.counts
+        return draw_series(self.config, series, [origin.key for origin in origins], self.world.device), origins
 
-        def generators(purpose: str) -> list[torch.Generator]:
-            return [generator(self.options.seed, purpose, *origin.key) for origin in origins]
-
-        return features | to(self.recipe.draw(self.config, generators), self.world.device), origins
-
-    def forward_backward(self, batch: Batch | None) -> Tensor:
-        """Leave the gradients of a batch; return its mean loss, a number, 0 where the last stage is not."""
+    def forward_backward(self, series: Series | None) -> Tensor:
+        """Leave the gradients of a step; return its mean loss, a number, 0 where the last stage is not."""
         self.optimizer.zero_grad(set_to_none=True)
-        return self.engine.train(None if batch is None else (self.recipe.inputs(batch), self.recipe.target(batch)))
+        return self.engine.train(series)
 
     def update(self, norm: float) -> None:
         """Move weights and average by the gradients, clipped by their norm over all processes."""

@@ -160,6 +160,7 @@ class Validation:
             provenance=self._provenance,
             num_required=1,
             held_out=self._data.dataset_param.held_out_clips > 0,
+            bucket=self._data.dataset_param.main_bucket,
         )
 
     def _read(self, loader: StatefulLoader) -> None:
