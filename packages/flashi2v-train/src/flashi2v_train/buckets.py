@@ -104,10 +104,9 @@ def describe_buckets(config: RunConfig, dims: ParallelDims) -> list[str]:
     if (power := exponent(config.costs)) is not None:
         lines.append(f"  a clip costs about its tokens to the power of {power:.3f}")
     if table is not None:
-        table.check_filled()
         composer = compose(config, table, range(len(table.number_of)), config.micro_batches(dims) * dims.data)
         shares = waits(composer, dims.data, min(1000, max(1, composer.packs_per_epoch // composer.num_packs)))
         lines.append(
-            f"  {table.num_left_out} clips are too short for each; a rank waits {np.mean(shares):.1%} of a step"
+            f"  clips too short for each: {table.num_left_out}; a rank waits {np.mean(shares):.1%} of a step for others"
         )
     return lines

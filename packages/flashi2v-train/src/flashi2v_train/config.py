@@ -261,7 +261,7 @@ def read_run_config(options: TrainOptions, *, recipe: "RecipeClass | None" = Non
         names = ", ".join(f"{item.key} = {item.path}" for item in missing)
         one = len(missing) == 1
         raise InputError(str(missing[0]) if one else f"--dry-run says where what is missing comes from: {names}")
-    if dataset.buckets == "auto" and os.path.exists(dataset.metafile_or_dir_path):
+    if dataset.buckets is not None and os.path.exists(dataset.metafile_or_dir_path):
         config = replace(config, data=data.model_copy(update={"dataset_param": resolve(dataset)}))
     if encodes:
         return config

@@ -144,11 +144,10 @@ def resolve(config: DatasetParam) -> DatasetParam:
     """Replace "auto" by the buckets that suit the store.
 
     Raises:
-        InputError: there is no store.
+        InputError: there is no store, or a bucket that no clip of it goes to.
     """
-    if config.buckets != "auto":
-        return config
     table = build_table(open_store(config.metafile_or_dir_path), config)
+    table.check_filled()
     return config.model_copy(update={"buckets": [*table.buckets]})
 
 
