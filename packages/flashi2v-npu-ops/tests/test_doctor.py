@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashi2v_npu_ops import doctor, installation, registry
+from flashi2v_npu_ops import doctor, installation, registry, tested
 from flashi2v_npu_ops.backends import cuda
 
 SOUND = doctor.Survey(
@@ -162,6 +162,47 @@ def test_the_page_for_ascend_machines_lists_the_versions_that_the_doctor_knows()
     page = (Path(__file__).parent.parent / "docs/ascend.md").read_text()
     rows = re.findall(r"^ *\| (\d+\.\d+)\.\w+ \| ([\d., a-z]+) \|$", page, flags=re.MULTILINE)
     assert {cann: tuple(releases.split(", ")) for cann, releases in rows} == installation.RELEASED_WITH
+
+
+TESTED = [
+    {"flashi2v-npu-ops": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1", "what": "tests"},
+    {"flashi2v-npu-ops": "0.1.0", "torch": "2.13.0", "torch_npu": "2.13.0", "CANN": "stubs", "what": "conformance"},
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told", "fix"),
+    [
+        ({}, None, None),
+        ({"torch": "2.13.1+cpu", "diffusers": "0.42.0"}, None, None),
+        ({"diffusers": "0.43.0"}, "diffusers 0.43.0 (tested: 0.42.1)", "pip install 'diffusers==0.42.*'"),
+        ({"diffusers": "0.42.1", "torch_npu": "2.13.0"}, "torch_npu 2.13.0 (tested: none)", "doctor --probe"),
+        ({"torch_npu": "2.13.0", "CANN": "9.2.0"}, "CANN 9.2.0 (tested: stubs)", "doctor --probe"),
+        (
+            {"torch": "2.14.0", "transformers": "6.0"},
+            "torch 2.14.0 (tested: 2.13.0), transformers 6.0",
+            "'torch==2.13.*'",
+        ),
+    ],
+)
+def test_a_combination_that_was_never_tested_is_named(changes, told, fix):
+    findings = [*doctor.combination({"flashi2v-npu-ops": "0.1.0", "torch": "2.13.0"} | changes, TESTED)]
+    assert bool(findings) is bool(told)
+    for finding in findings:
+        assert told in finding.what
+        assert fix in finding.fix
+        assert not finding.is_fault
+
+
+def test_sets_that_were_tested_come_with_every_package_that_is_installed(tmp_path, monkeypatch):
+    (tmp_path / "flashi2v_train").mkdir()
+    (tmp_path / "flashi2v_train/__init__.py").write_text("raise ImportError('it is looked for, not imported')")
+    (tmp_path / "flashi2v_train/tested.json").write_text('[{"torch": "9.9"}]')
+    monkeypatch.delitem(sys.modules, "flashi2v_train", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    sets = [*tested.tested_sets()]
+    assert {"torch": "9.9"} in sets
+    assert any("flashi2v-npu-ops" in each for each in sets)
 
 
 def test_cuda_and_npu_together_are_a_note():

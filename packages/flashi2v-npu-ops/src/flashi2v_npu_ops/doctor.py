@@ -14,6 +14,7 @@ from flashi2v_npu_ops import device, registry
 from flashi2v_npu_ops.installation import Installation, find_installation, fix_of_loading, minor, mismatches, version
 from flashi2v_npu_ops.probe import Probe, setting
 from flashi2v_npu_ops.registry import ENVIRONMENT, Case, UnsupportedError, explain
+from flashi2v_npu_ops.tested import installed, tested_sets, untested
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -135,6 +136,17 @@ def _other_findings(found: Survey, asked: str) -> Iterator[Finding]:
         yield Finding(str(error), "fix what is said above, or choose another device")
 
 
+def combination(versions: Mapping[str, str], sets: list[dict[str, str]]) -> Iterator[Finding]:
+    """Yield what no set of versions that was tested has together with the others, if there is anything."""
+    apart = untested(versions, sets)
+    if apart:
+        named = [f"{name} {versions[name]} (tested: {was or 'none'})" for name, was in apart.items()]
+        pins = [f"'{name}=={minor(was)}.*'" for name, was in apart.items() if was and name != "CANN"]
+        fix = f"pip install {' '.join(pins)}" if pins else "flashi2v-npu-ops doctor --probe"
+        what = f"never tested together with what else is installed: {', '.join(named)}"
+        yield Finding(what, f"if something fails: {fix}", is_fault=False)
+
+
 def serve(operator: str, device_type: str) -> tuple[Served, list[Finding]]:
     """Return what serves an operator on a device, and the faults of FLASHI2V_OPS_BACKEND."""
     by, passed_over, findings = {}, {}, []
@@ -177,6 +189,7 @@ def examine(
         probed = list(probes(chosen))
         route, at_fault = _routed(probed)
         findings += at_fault
+    findings += combination(installed(found), [*tested_sets()])
     missing = {kind: device.missing(kind) for kind in ("npu", "cuda", "cpu")}
     return Report(
         version=flashi2v_npu_ops.__version__,
