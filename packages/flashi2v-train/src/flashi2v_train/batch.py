@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
+"""Tensors by name, `(B, ...)` each: the first dimension counts samples."""
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from flashi2v_train.batch import Batch, Series, to
 if TYPE_CHECKING:
     from flashi2v_train.config import RunConfig
 
-# From what is to be drawn ("noise") to one generator for every sample, seeded by run, purpose, epoch and sample alone.
 Generators = Callable[[str], list[torch.Generator]]
+"""From what is to be drawn ("noise") to a generator for each sample, seeded by run, purpose, epoch and sample alone."""
 
 
 class Recipe:

@@ -19,6 +19,7 @@ class TextTokens(NamedTuple):
 
 
 Tokenizer = Callable[[str], TextTokens]
+"""From a caption to its tokens and their mask, padded to one length."""
 
 
 def load_tokenizer(path: str, max_length: int) -> Tokenizer:

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from flashi2v_model.errors import InputError
 
 LAYOUTS = ("diffusers", "wan", "npu", "main")
-NEW_LAYERS = ("fourier_embedding.", "learnable_proj.")  # in every layout
+"""Published layouts of weights."""
+NEW_LAYERS = ("fourier_embedding.", "learnable_proj.")
+"""What begins the keys of FlashI2V's own layers, in every layout."""
 
 # Modules and bare parameters: Wan2.1's name, diffusers', the NPU release's.  "#" is the number of a block.
 _NAMES = (
