@@ -143,6 +143,18 @@ def test_the_page_of_versions_is_made_from_the_packages():
         assert any(each[package.name] == str(package.version) for each in sets)
 
 
+def test_workflows_run_sessions_that_there_are():
+    sessions = set(re.findall(r"^def (\w+)\(session: nox.Session\) -> None", (ROOT / "noxfile.py").read_text(), re.M))
+    for path in (ROOT / ".github/workflows").iterdir():
+        text = re.sub("#.*", "", path.read_text())
+        named = re.findall(r"\bsession: (.*)|\bsessions: \[(.*)\]|\bnox -s ([^$]+?)\n", text)
+        words = set(re.findall(r"[\w-]+", " ".join(part for parts in named for part in parts)))
+        assert words <= sessions, path
+        assert bool(words) is (path.name != "release.yml")
+    for form in ("ISSUE_TEMPLATE/bug.yml", "ISSUE_TEMPLATE/idea.yml", "pull_request_template.md"):
+        assert "flashi2v-npu-ops doctor --json" in (ROOT / ".github" / form).read_text()
+
+
 @pytest.mark.parametrize("name", QUICK_TESTS)
 def test_changes_stand_in_files_of_their_own(name):
     folder = ROOT / "packages" / name / "changes"
