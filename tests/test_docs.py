@@ -61,7 +61,8 @@ class Block(NamedTuple):
 
 
 def text_of(page: str) -> str:
-    return (ROOT / page).read_text()
+    """A page of the repository, or of the reference of commands."""
+    return SITE["command_reference"](Path(page).stem) if page.startswith(MADE) else (ROOT / page).read_text()
 
 
 def blocks(page: str) -> list[Block]:
@@ -102,7 +103,7 @@ def options() -> dict[str, set[str]]:
     return {name: set(re.findall(r"--[\w-]+", SITE["command_reference"](name))) | {"--help"} for name in SCRIPTS}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *(f"commands/{name}.md" for name in SCRIPTS)])
 def test_commands_options_packages_and_extras_exist(page, options):
     for words in (words for block in blocks(page) if block.language == "bash" for words in block.commands):
         if "pip" in words:
