@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashi2v_model import FlashI2VTransformer3DModel
-from flashi2v_model.caching import text_kept
+from flashi2v_model.caching import conditions_kept
 from flashi2v_model.presets import TRANSFORMERS
 from flashi2v_npu_ops import device as devices
 
@@ -54,7 +54,7 @@ def main() -> None:
             return model(latents, timestep, text, condition, return_dict=False)[0]
 
         # What is measured comes behind one call that is not.
-        return {"FlashI2V, first step": (call, nullcontext()), "FlashI2V, later steps": (call, text_kept(model))}
+        return {"FlashI2V, first step": (call, nullcontext()), "FlashI2V, later steps": (call, conditions_kept(model))}
 
     def calls_of_wan() -> dict[str, tuple[Callable[[], Tensor], AbstractContextManager[None]]]:
         model, noisy = _random(lambda: WanTransformer3DModel(**sizes), dtype, device), latents.to(dtype)

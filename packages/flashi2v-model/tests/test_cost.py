@@ -1,7 +1,7 @@
 import torch
 
 from flashi2v_model import FlashI2VTransformer3DModel, presets
-from flashi2v_model.caching import text_kept
+from flashi2v_model.caching import conditions_kept
 from flashi2v_model.cost import count_operations, kept_bytes, tracing
 from flashi2v_model.sampling import VelocityField
 from flashi2v_model.transformer import EMBED_INPUTS
@@ -15,7 +15,7 @@ def test_operations_of_the_released_model_follow_the_textbook():
     latents = torch.empty(1, 16, 13, 60, 104, device="meta")
     context = torch.empty(1, text, 4096, device="meta")
     velocity = VelocityField(transformer, latents[:, :, :1], context, None, 1.0, 0.1, cfg_batch=False)
-    with text_kept(transformer), tracing() as trace:
+    with conditions_kept(transformer), tracing() as trace:
         velocity(latents, torch.tensor(900.0, device="meta"))
         first = trace.flops
         velocity(latents, torch.tensor(100.0, device="meta"))
@@ -31,14 +31,14 @@ def test_operations_of_the_released_model_follow_the_textbook():
     projections = 2 * tokens * (6 * width**2 + 2 * width * ffn)
     attending = 4 * tokens * width * (tokens + text)
     ends = 2 * tokens * (64 * width + 64 * width)  # patches of the latent, and 64 numbers a patch
-    features = 2 * tokens * (64 * width + width**2)  # patches, a 1x1x1 convolution
+    features = 2 * (tokens // 13) * (64 * width + width**2)  # patches of one frame, a 1x1x1 convolution
     time = 2 * (256 * width + width**2 + 6 * width**2)
     shift = 2 * 13 * 60 * 104 * 27 * (16 * 64 + 64 * 16)
-    step = layers * (projections + attending) + ends + features + time + shift
+    step = layers * (projections + attending) + ends + time
     assert trace.flops - first == step
-    # The first step's own: the text, and its keys and values.
+    # The first step's own: the first frame, the text, and its keys and values.
     keys_values = layers * 2 * text * 2 * width**2
-    assert first - (trace.flops - first) == keys_values + 2 * text * (4096 * width + width**2)
+    assert first - step == keys_values + 2 * text * (4096 * width + width**2) + features + shift
     assert trace.peak < 3 * 2**30  # a matrix of all pairs of tokens would take 18 GiB a layer
     assert operations.forward == first
     assert operations.attention == attending

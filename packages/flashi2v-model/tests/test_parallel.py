@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from flashi2v_model import InputError
-from flashi2v_model.caching import text_kept
+from flashi2v_model.caching import conditions_kept
 from flashi2v_model.parallel import check_degree, parallelise_context, parallelise_tensors
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def _whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def _two_steps(model: torch.nn.Module, grid: tuple[int, ...]) -> torch.Tensor:
     latents, timestep, text, condition = _inputs(grid)
-    with text_kept(model):
+    with conditions_kept(model):
         for _ in range(2):
             latents = model(latents, timestep, text, condition, return_dict=False)[0]
     return latents

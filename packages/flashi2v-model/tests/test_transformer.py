@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashi2v_model import FlashI2VTransformer3DModel
-from flashi2v_model.caching import text_kept
+from flashi2v_model.caching import conditions_kept
 from flashi2v_model.layers import rope_tables, timestep_embedding
 from flashi2v_npu_ops import split_frequencies
 
@@ -185,7 +185,7 @@ def test_weights_stored_in_eight_bits_compute_in_sixteen():
 
 @pytest.mark.parametrize("way", ["plain", "compiled", "blocks offloaded", "layers offloaded"])
 @torch.no_grad()
-def test_texts_that_are_kept_over_the_steps_change_no_number(way):
+def test_what_is_kept_over_the_steps_changes_no_number(way):
     model, cpu = small_model(), torch.device("cpu")
     if way == "compiled":
         model.compile_repeated_blocks()
@@ -195,8 +195,9 @@ def test_texts_that_are_kept_over_the_steps_change_no_number(way):
         model.enable_group_offload(cpu, cpu, offload_type="leaf_level")
     latents, _, text, condition = inputs()
     calls = []
-    model.blocks[0].attn2.to_k.register_forward_hook(lambda *_: calls.append("keys"))
-    with text_kept(model):
+    for part in (model.blocks[0].attn2.to_k, model.learnable_proj, model.fourier_embedding):
+        part.register_forward_hook(lambda *_: calls.append(1))
+    with conditions_kept(model):
         for t, prompt in product((900.0, 700.0, 400.0), (text, -text)):  # the same two tensors in every step
             batch = torch.full((2,), t)
             plain = small_model()(latents, batch, prompt, condition).sample
@@ -204,6 +205,6 @@ def test_texts_that_are_kept_over_the_steps_change_no_number(way):
             latents = latents - 0.1 * plain
     if way == "compiled":  # a compiled graph tells nobody whom it calls
         return
-    assert len(calls) == 2
+    assert len(calls) == 2 + 1 + 1
     model(latents, batch, text, condition)
-    assert len(calls) == 3, "nothing is kept behind the run"
+    assert len(calls) == 4 + 3, "nothing is kept behind the run"

@@ -1,12 +1,14 @@
-"""What depends on the prompt alone, computed once for all steps of a sampling run.
+"""What depends on the prompt or the first frame alone, computed once for all steps of a sampling run.
 
-The network has no part in it: hooks answer in place of the text embedder and of the keys and values of cross attention.
-At small sizes the text is a seventh of a forward pass.
+The network has no part in it: hooks answer in place of the text embedder, of the keys and values of cross attention,
+and of what the first frame contributes. At small sizes that is a third of a forward pass. Both branches of guidance
+share a step's embedded time, too.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -16,24 +18,31 @@ from flashi2v_model.layers import Attention
 
 KeysValues = tuple[Tensor, Tensor]  # (B, L, K, d) each
 _HOOK = "flashi2v_text"
-# Texts that are kept: both branches of guidance, or both in one and one of them alone.
-_MOST_TEXTS = 2
+# Texts and first frames that are kept: both branches of guidance, or both in one and one of them alone.
+_MOST = 2
 
 
 @contextmanager
-def text_kept(transformer: nn.Module) -> Iterator[None]:
-    """Embed every text that the transformer is given only once while the block runs; no number changes.
+def conditions_kept(transformer: nn.Module) -> Iterator[None]:
+    """Embed every text, first frame and timestep only once while the block runs; no number changes.
 
-    A text is known again by its memory: keep one for each branch of the guidance, and do not write into it.
+    A tensor is known again by its memory: keep one text for each branch of the guidance, and do not write into it.
     """
-    if _registry(transformer).get_hook(_HOOK) is not None:  # by `keep_text`
-        yield
-        return
-    keep_text(transformer, with_gradients=True)
+    model: Any = transformer.get_submodule("")  # itself, also where it is wrapped to be compiled
+    methods = [(model, "guide"), (model.condition_embedder, "embed_time")]
+    methods = [(owner, name) for owner, name in methods if name not in vars(owner)]  # others are kept already
+    for owner, name in methods:
+        setattr(owner, name, _Once(getattr(owner, name)))
+    keeps_text = _registry(model).get_hook(_HOOK) is not None
+    if not keeps_text:
+        keep_text(model, with_gradients=True)
     try:
         yield
     finally:
-        forget_text(transformer)
+        for owner, name in methods:
+            delattr(owner, name)
+        if not keeps_text:
+            forget_text(model)
 
 
 def keep_text(transformer: nn.Module, *, with_gradients: bool = False) -> None:
@@ -88,12 +97,30 @@ class _Known:
     embedded: Tensor
     kept: list[list[KeysValues]] = field(default_factory=list)
 
-    def is_of(self, text: Tensor) -> bool:
-        """Tell whether this is the same text; a view of the same memory is, too, as a cache that splits a batch has."""
-        if self.text is text:
-            return True
-        place, shape = text.data_ptr(), text.shape
-        return bool(place) and (place, shape) == (self.text.data_ptr(), self.text.shape)
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Tell whether two arguments are one; a view of the same memory is, too, as a cache that splits a batch has."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return bool(one == other)
+    place = one.data_ptr()
+    return one is other or (bool(place) and (place, one.shape) == (other.data_ptr(), other.shape))
+
+
+class _Once:
+    """A function that keeps what it returned for the last arguments."""
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        self._compute = compute
+        self._known: list[tuple[tuple[Any, ...], Any]] = []
+
+    @torch.compiler.disable
+    def __call__(self, *arguments: Any) -> Any:
+        for known, result in self._known:
+            if all(map(_is_same, known, arguments)):
+                return result
+        result = self._compute(*arguments)
+        self._known = [(arguments, result), *self._known][:_MOST]
+        return result
 
 
 class _TextEmbedder(ModelHook):
@@ -112,12 +139,12 @@ class _TextEmbedder(ModelHook):
                 reader.kept = None
             embedded: Tensor = self.fn_ref.original_forward(text)
             return embedded
-        known = next((entry for entry in self._texts if entry.is_of(text)), None)
+        known = next((entry for entry in self._texts if _is_same(entry.text, text)), None)
         if known is None:
             known = _Known(text, self.fn_ref.original_forward(text), [[] for _ in self._readers])
         else:
             self._texts.remove(known)
-        self._texts = [known, *self._texts][:_MOST_TEXTS]
+        self._texts = [known, *self._texts][:_MOST]
         for reader, kept in zip(self._readers, known.kept):
             reader.kept = kept
         return known.embedded

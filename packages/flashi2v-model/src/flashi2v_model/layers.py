@@ -245,8 +245,13 @@ class ConditionEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take timestep (B,), text (B, L, text_dim); return time (B, D), its projection (B, 6, D), text (B, L, D)."""
-        time = self.time_embedder(timestep_embedding(timestep.to(text.device), self.freq_dim))
-        return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1)), self.text_embedder(text)
+        time, modulation = self.embed_time(timestep.to(text.device))
+        return time, modulation, self.text_embedder(text)
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Take timestep (B,); return time (B, D) and its projection (B, 6, D)."""
+        time = self.time_embedder(timestep_embedding(timestep, self.freq_dim))
+        return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1))
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
@@ -255,16 +260,23 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     Angles of a thousand need more digits than fp32 has, and not every device has fp64. So an angle is counted in turns,
     of which only the fraction matters: factors of 12 bits have exact products.
     """
-    turns = torch.pow(10000.0, -torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)) / (2 * math.pi)
-    mantissa, exponent = torch.frexp(turns)
-    coarse = torch.ldexp((mantissa * 2**12).round(), exponent - 12)
-    coarse, fine = coarse.float().to(timestep.device), (turns - coarse).float().to(timestep.device)  # (dim/2,) each
+    coarse, fine = _turns(dim, timestep.device)
     t = timestep.float()[:, None]
     quarters = (t * 4).floor() / 4  # 12 bits, up to 1000
     whole = quarters * coarse  # (B, dim/2), exact
     fraction = (whole - whole.round()) + (quarters * fine + (t - quarters) * coarse + (t - quarters) * fine)
     angles = 2 * math.pi * (fraction - fraction.round())
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+@computed_once(maxsize=16)
+def _turns(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the turns of one timestep, in 12 bits and what is left of them: (dim / 2,) each."""
+    with torch.inference_mode(False):
+        turns = torch.pow(10000.0, -torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)) / (2 * math.pi)
+        mantissa, exponent = torch.frexp(turns)
+        coarse = torch.ldexp((mantissa * 2**12).round(), exponent - 12)
+        return coarse.float().to(device), (turns - coarse).float().to(device)
 
 
 @computed_once(maxsize=16)

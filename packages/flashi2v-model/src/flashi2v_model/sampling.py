@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flashi2v_model.acceleration import check_guided, needs_one_call
-from flashi2v_model.caching import text_kept
+from flashi2v_model.caching import conditions_kept
 from flashi2v_model.errors import InputError
 from flashi2v_model.scheduler import NUM_TIMESTEPS, inference_sigmas
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
@@ -179,9 +179,13 @@ class VelocityField:
     ) -> None:
         self.text, self.negative_text, self.guidance_scale = text, negative_text, guidance_scale
         self._transformer = transformer
-        self._condition, self._ratio, self._conditioning = condition, low_freq_energy_ratio, dict(conditioning or {})
         self._one_call = cfg_batch or needs_one_call(transformer)
-        self._attention_kwargs = dict(attention_kwargs or {})
+        self._inputs: dict[str, Any] = {"condition": condition, "low_freq_energy_ratio": low_freq_energy_ratio}
+        if conditioning:
+            self._inputs["conditioning"] = dict(conditioning)
+        if attention_kwargs:
+            self._inputs["attention_kwargs"] = dict(attention_kwargs)
+        self._inputs_of_both: dict[str, Any] | None = None
         self._both: tuple[Tensor, Tensor, Tensor] | None = None  # (negative text, text, both as one batch)
         self._step, self._sigmas = 0, list[float]()
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # (state, timestep, velocity)
@@ -210,7 +214,7 @@ class VelocityField:
         """Return where the field leads from noise; arguments, result and errors as of `denoise`."""
         check_guided(self._transformer, self.is_guided)
         self._step, self._sigmas = 0, scheduler.sigmas.tolist()
-        with text_kept(self._transformer):
+        with conditions_kept(self._transformer):
             y = integrate(scheduler, self, noise, generator=generator, progress=progress, on_step=on_step)
         if not y.isfinite().all():
             raise FloatingPointError("sampling ended in NaN or infinity: use dtype bf16 or fp32 instead of fp16")
@@ -218,39 +222,31 @@ class VelocityField:
 
     def __call__(self, y: Tensor, timestep: Tensor) -> Tensor:
         """Return the velocity, (B, C, F, H, W), of the state y at a timestep, a number."""
+        times = timestep.expand(len(y))
         if self.negative_text is None or not self.is_guided:
-            velocity = self._call("cond", y, timestep, self.text)
+            velocity = self._call("cond", y, times, self.text, self._inputs)
         elif self._one_call:
-            twice = self._call(
-                "cond", y.repeat(2, 1, 1, 1, 1), timestep, self._both_texts(self.negative_text), copies=2
-            )
+            # The same tensors in every step, so that what depends on them alone is known again.
+            self._inputs_of_both = self._inputs_of_both or _twice(self._inputs)
+            texts = self._both_texts(self.negative_text)
+            times = timestep.expand(2 * len(y))
+            twice = self._call("cond", y.repeat(2, 1, 1, 1, 1), times, texts, self._inputs_of_both)
             negative, velocity = twice.chunk(2)
             velocity = guided(velocity, negative, self.guidance_scale)
         else:
-            velocity = self._call("cond", y, timestep, self.text)
-            velocity = guided(velocity, self._call("uncond", y, timestep, self.negative_text), self.guidance_scale)
+            velocity = self._call("cond", y, times, self.text, self._inputs)
+            negative = self._call("uncond", y, times, self.negative_text, self._inputs)
+            velocity = guided(velocity, negative, self.guidance_scale)
         self._step, self._last = self._step + 1, (y, timestep, velocity)
         return velocity
 
-    def _call(self, branch: str, y: Tensor, timestep: Tensor, text: Tensor, copies: int = 1) -> Tensor:
-        condition, ratio = self._condition, self._ratio
-        inputs: dict[str, Any] = {}
-        if copies > 1:
-            condition = condition.repeat(copies, 1, 1, 1, 1)
-            if isinstance(ratio, Tensor) and ratio.ndim:
-                ratio = ratio.repeat(copies)
-        if self._conditioning:
-            inputs["conditioning"] = {name: torch.cat([x] * copies) for name, x in self._conditioning.items()}
-        if self._attention_kwargs:
-            inputs["attention_kwargs"] = self._attention_kwargs
+    def _call(self, branch: str, y: Tensor, times: Tensor, text: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         # By name, and the negative text first, as hooks of diffusers expect.
         with self._transformer.cache_context(branch, **self._position()):
             output = self._transformer(
                 hidden_states=y,
-                timestep=timestep.expand(len(y)),
+                timestep=times,
                 encoder_hidden_states=text,
-                condition=condition,
-                low_freq_energy_ratio=ratio,
                 return_dict=False,
                 **inputs,
             )
@@ -268,6 +264,17 @@ class VelocityField:
             return {}
         steps = len(self._sigmas) - 1
         return {"step_index": self._step, "sigma": self._sigmas[self._step], "num_inference_steps": steps}
+
+
+def _twice(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs for a batch and the same batch again."""
+    condition, ratio = inputs["condition"], inputs["low_freq_energy_ratio"]
+    changed: dict[str, Any] = {"condition": torch.cat((condition, condition))}
+    if isinstance(ratio, Tensor) and ratio.ndim:
+        changed["low_freq_energy_ratio"] = torch.cat((ratio, ratio))
+    if "conditioning" in inputs:
+        changed["conditioning"] = {name: torch.cat((x, x)) for name, x in inputs["conditioning"].items()}
+    return {**inputs, **changed}
 
 
 def guided(velocity: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:

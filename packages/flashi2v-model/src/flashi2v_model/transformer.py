@@ -197,7 +197,7 @@ class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelM
             hidden_states: y - s (B, C, F, H, W), the shifted noisy latent.
             timestep: as of `forward`.
             encoder_hidden_states: as of `forward`.
-            fourier_features: (B, C, F, H, W), see `guide`.
+            fourier_features: (B, C, F, H, W), the high frequencies of the first frame, for every frame.
 
         Raises:
             ValueError: shapes do not match each other or the patch.
@@ -205,7 +205,8 @@ class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelM
         grid = self.token_grid(hidden_states.shape)
         _check_shape("timestep", timestep, hidden_states.shape[:1])
         _check_shape("fourier_features", fourier_features, hidden_states.shape)
-        x, text, time, modulation = self.tokens(hidden_states, timestep, encoder_hidden_states, fourier_features)
+        features = self.fourier_embedding(fourier_features.to(self.patch_embedding.weight.dtype))
+        x, text, time, modulation = self.tokens(hidden_states, timestep, encoder_hidden_states, features)
         return self.project(self.run_blocks(x, text, modulation, grid), time, grid)
 
     # The three parts of the forward pass; a pipeline stage has some of the blocks, and the first and last part perhaps.
@@ -228,30 +229,38 @@ class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelM
         return self.tokens(exact - shift, timestep, encoder_hidden_states, features)
 
     def guide(self, condition: Tensor, num_frames: int, low_freq_energy_ratio: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the first frame contributes: the shift s, and the high-pass features, (B, C, F, H, W) each.
+        """Return what the first frame contributes: the shift s, and its high frequencies, embedded as tokens are.
 
-        Gradients flow through the shift only. Both are cheap: at 49x480x832 a thousandth of the whole forward pass.
+        Args:
+            condition: as of `forward`.
+            num_frames: F.
+            low_freq_energy_ratio: as of `forward`.
+
+        Returns:
+            (B, C, F, H, W), and (B, D, ...) on the grid of tokens, the same for all frames.
         """
         with torch.no_grad():
             high, low, _ = split_frequencies(
                 condition[:, :, 0], low_freq_energy_ratio, magnitude=self.config.fft_return_abs
             )
         source = low[:, :, None] if self.config.low_freq_proj else condition
-        return self.learnable_proj(source, num_frames), high[:, :, None].expand(-1, -1, num_frames, -1, -1)
+        patch_frames = self.config.patch_size[0]
+        features = self.fourier_embedding(
+            high[:, :, None].expand(-1, -1, patch_frames, -1, -1).to(self.patch_embedding.weight.dtype)
+        )
+        return self.learnable_proj(source, num_frames), features.expand(-1, -1, num_frames // patch_frames, -1, -1)
 
     def tokens(
         self,
         hidden_states: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
-        fourier_features: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what `embed` does; arguments of `trunk`, of which a variant may leave the features out."""
-        dtype = self.patch_embedding.weight.dtype
+        """Return what `embed` does; arguments of `trunk`, and features of `guide`, which a variant may leave out."""
         time, modulation, text = self.condition_embedder(timestep, encoder_hidden_states)
-        x = self.patch_embedding(hidden_states.to(dtype))
-        if fourier_features is not None:
-            x = x + self.fourier_embedding(fourier_features.to(dtype))
+        x = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
+        x = x if features is None else x + features
         return rearrange(x, "b d f h w -> b (f h w) d"), text, time, modulation
 
     def run_blocks(self, x: Tensor, text: Tensor, modulation: Tensor, grid: tuple[int, int, int]) -> Tensor:

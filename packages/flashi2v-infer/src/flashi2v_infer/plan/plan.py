@@ -22,7 +22,7 @@ from flashi2v_infer.placement import streams
 from flashi2v_infer.plan.skeleton import Parts
 from flashi2v_infer.settings import SamplingSettings
 from flashi2v_model import FlashI2VTransformer3DModel
-from flashi2v_model.caching import text_kept
+from flashi2v_model.caching import conditions_kept
 from flashi2v_model.config import SchedulerName
 from flashi2v_model.cost import held_while_running, num_bytes, tracing
 from flashi2v_model.encoders import TextEncoder, decode_video, encode_text, encode_video
@@ -158,7 +158,7 @@ def make_plan(
     image = model.stage("image encoding", [run.encode_image], run.texts)
     # What the first step keeps for the others is alive in them.
     steps = [partial(run.step, timestep) for timestep in timesteps[:2]]
-    with text_kept(parts.transformer):
+    with conditions_kept(parts.transformer):
         denoising = model.stage("denoising", steps, run.held, repeats=len(timesteps))
     room = None if free is None else free - model.weights("decoding")
     decoding = choose_decoding(parts.vae, tuple(run.latents.shape), execution, room)
