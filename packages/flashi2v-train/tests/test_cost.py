@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -105,21 +106,21 @@ def test_a_training_step_of_a_release_has_the_operations_that_torch_counts(works
 MIXTURE = Path(__file__).parents[1] / "bench/mixture.json"  # frames, height, width, and how many clips are so
 
 
-def mixed(workspace, name: str, **options) -> tuple[RunConfig, BucketTable]:
-    """A release over the recorded mixture of 20,000 shapes, with the buckets that suit it."""
-    shapes = [Shape(*shape) for *shape, number in json.loads(MIXTURE.read_text()) for _ in range(number)]
-    assert len(shapes) == 20_000
-    table = BucketTable(shapes, propose_buckets(shapes, Bucket(49, 480, 832)), "the mixture")
+def bucketed(workspace, name: str, buckets: Sequence[Bucket], **options) -> RunConfig:
+    """A release, over buckets."""
     config = full_size(workspace, name, **options)
-    few = config.model.predictor.model_copy(update={"num_layers": 3})  # of all, as they are alike
-    config = replace(config, model=config.model.model_copy(update={"predictor": few}))
-    param = config.data.dataset_param.model_copy(update={"buckets": [*table.buckets]})
-    return replace(config, data=config.data.model_copy(update={"dataset_param": param})), table
+    few = config.model.predictor.model_copy(update={"num_layers": 2})  # of all, as they are alike
+    param = config.data.dataset_param.model_copy(update={"buckets": [*buckets]})
+    data = config.data.model_copy(update={"dataset_param": param})
+    return replace(config, data=data, model=config.model.model_copy(update={"predictor": few}))
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_eight_ranks_wait_for_each_other_a_tenth_of_a_step_at_most(workspace, name):
-    config, table = mixed(workspace, name)
+    shapes = [Shape(*shape) for *shape, number in json.loads(MIXTURE.read_text()) for _ in range(number)]
+    assert len(shapes) == 20_000
+    table = BucketTable(shapes, propose_buckets(shapes, Bucket(49, 480, 832)), "the mixture")
+    config = bucketed(workspace, name, table.buckets)
     composer = compose(config, table, range(20_000), 8)
     shares = waits(composer, 8, composer.packs_per_epoch // 8)
     assert sum(shares) / len(shares) < 0.01
@@ -130,14 +131,22 @@ def test_eight_ranks_wait_for_each_other_a_tenth_of_a_step_at_most(workspace, na
     assert sum(fixed) / len(fixed) > 0.3  # of batches that know of no cost
 
 
-def test_no_micro_batch_costs_more_or_has_more_tokens_than_so_many_of_the_dearest(workspace):
-    config, _ = mixed(workspace, "1.3B", micro_batch_size=2, global_batch_size=2)
+def test_no_micro_batch_costs_more_or_needs_more_memory_than_so_many_of_the_dearest(workspace):
+    buckets = [Bucket(49, 480, 832), Bucket(25, 832, 480), Bucket(13, 624, 624), Bucket(1, 512, 768)]
+    config = bucketed(workspace, "1.3B", buckets, micro_batch_size=2)
     costs = config.costs
     most = Cost(*(max(getattr(cost, name) for cost in costs) for name in ("tokens", "operations")), 2)
     for cost in costs:
         for name in ("tokens", "operations"):
             assert cost.clips * getattr(cost, name) <= 2 * getattr(most, name)
-        assert (cost.clips + 1) * cost.tokens > 2 * most.tokens
+        assert (cost.clips + 1) * (cost.tokens + 512) > 2 * (most.tokens + 512)
+    kept = {}
+    for kind, cost in zip(config.kinds, costs):
+        if cost.tokens in (min(cost.tokens for cost in costs), most.tokens):
+            options = kind.options.model_copy(update={"micro_batch_size": cost.clips})
+            kept[cost.tokens] = predict(replace(kind, options=options), kind.parallel_dims(1))[0].memory.activations
+    assert len(kept) == 2
+    assert kept[min(kept)] < kept[most.tokens]
     assert exponent(costs) == pytest.approx(1.3, abs=0.1)  # between 1, of the matrices, and 2, of attention
 
 

@@ -38,12 +38,15 @@ def costs_of(config: RunConfig) -> list[Cost]:
     """Return what clips of every bucket cost.
 
     A micro batch costs at most what `--micro-batch-size` clips of the dearest bucket cost, and has at most as many
-    tokens as so many of the longest, so that it fits where these do.
+    tokens as so many of the longest, those of captions included, so that it fits into memory where these do.
     """
     size, tokens = config.options.micro_batch_size, [num_tokens(kind) for kind in config.kinds]
     operations = [operations.training for operations in operations_of_kinds(config.kinds)]
-    most, dearest = max(tokens), max(operations)
-    return [Cost(n, ops, int(size * min(most / n, dearest / ops) + 1e-9)) for n, ops in zip(tokens, operations)]
+    text, dearest = config.model.predictor.text_len, max(operations)
+    most = max(tokens) + text
+    return [
+        Cost(n, ops, int(size * min(most / (n + text), dearest / ops) + 1e-9)) for n, ops in zip(tokens, operations)
+    ]
 
 
 def exponent(costs: list[Cost]) -> float | None:
