@@ -149,22 +149,18 @@ def write(package: Package, version: Version) -> None:
 def companions(packages: Versions, name: str, scratch: Path) -> list[Versions]:
     """Return the packages to try the new one with: the oldest releases that fit together, and the newest.
 
-    Those are its siblings, the packages that need it, and their siblings; what was never released as it is now.
+    What is in the tree is the newest of all. A package that nobody among them needs may be left out.
     """
-    dependents = {each for each, package in packages.items() if name in package.siblings}
-    concerned = {name, *dependents}.union(*(packages[each].siblings for each in (name, *dependents)))
     rounds = []
     for oldest in (True, False):
         chosen = {name: packages[name]}
         # The others in the order of what needs most: what is needed is chosen last, by all the ranges there are.
-        for other in reversed(packages):
-            if other == name or other not in concerned:
-                continue
+        for other in (each for each in reversed(packages) if each != name):
             candidates = versions(packages[other], oldest, scratch)
             found = next((each for each in candidates if all(map(each.fits, chosen.values()))), None)
             if found is not None:
                 chosen[other] = found
-            elif other not in dependents:
+            elif any(other in package.siblings for package in chosen.values()):
                 raise ReleaseError(f"no version of {other} fits {label(chosen)}")
         rounds.append(chosen)
     is_same = len({tuple((each, package.sources) for each, package in chosen.items()) for chosen in rounds}) == 1
@@ -174,10 +170,12 @@ def companions(packages: Versions, name: str, scratch: Path) -> list[Versions]:
 def versions(package: Package, oldest: bool, scratch: Path) -> Iterator[Package]:
     """Yield the versions of a package: its releases and what is in the tree, the oldest or the newest first."""
     tags = released(package.name)
-    if not oldest or not tags:
+    if not oldest:
         yield package
     for version in sorted(tags, reverse=not oldest):
         yield packages_of(checkout(tags[version], scratch), tags[version])[package.name]
+    if oldest:
+        yield package
 
 
 def packages_of(tree: Path, ref: str) -> Versions:

@@ -67,6 +67,8 @@ def test_every_package_is_released(clone, name):
     assert git(clone, "status", "--porcelain") == ""
     assert len([*(clone / "dist").glob(f"{name.replace('-', '_')}-{version}*")]) == 2
     assert (clone / compatibility.PAGE).read_text() == compatibility.page(clone)
+    tested = json.loads((clone / PACKAGES[name].init.relative_to(ROOT)).with_name("tested.json").read_text())
+    assert tested[-1].items() >= FIRST.items()
 
 
 @pytest.fixture
