@@ -1,7 +1,9 @@
-"""Forty clips as people have them, through `meta`, `init`, `run.sh`, an interrupt, and `run.sh` again."""
+"""Forty clips as people have them, through `meta`, `init --lora`, `run.sh`, an interrupt, and `run.sh` again."""
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from flashi2v_data import DataConfig, FilterConfig, load_config, open_store
+from flashi2v_data import DataConfig, FilterConfig, load_config, open_store, read_frames
 from flashi2v_data.video.probe import probe
 from flashi2v_train.config import TrainModelConfig
 
 MAKE_CLIPS = Path(__file__).parents[1] / "own_videos/make_clips.py"
 SCRIPTS = Path(sys.executable).parent
-STEPS = 3
+STEPS = 100
 
 
 def command(directory: Path, *words: object, code: int = 0) -> str:
@@ -29,12 +32,19 @@ def command(directory: Path, *words: object, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr.splitlines()[-1]
 
 
-def start(place: Path) -> subprocess.Popen[str]:
+def start(place: Path, run: str = "runs/mine") -> subprocess.Popen[str]:
     path = f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
-        ["bash", "runs/mine/run.sh"], cwd=place, env={**os.environ, "PATH": path}, start_new_session=True,
+        ["bash", f"{run}/run.sh"], cwd=place, env={**os.environ, "PATH": path}, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # tests may run in the background
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def init(place: Path, run: str, *words: object) -> str:
+    return command(
+        place, "flashi2v-train", "init", run, "--videos", "meta.json", "--from", "demo", "--size", "48x64",
+        "--frames", 9, "--device", "cpu", "--memory", 4, *words,
     )  # fmt: skip
 
 
@@ -46,13 +56,10 @@ def place(tmp_path_factory) -> Path:
     told = command(place, "flashi2v-data", "meta", "clips", "-o", "meta.json")
     assert "no caption: clips/clip_07.mkv" in told
     assert "39 clips in meta.json, 1 without a caption left out" in told
-    said = command(
-        place, "flashi2v-train", "init", "runs/mine", "--videos", "meta.json", "--from", "demo", "--size", "32x32",
-        "--frames", 5, "--train-iters", STEPS, "--device", "cpu", "--memory", 4,
-    )  # fmt: skip
+    said = init(place, "runs/mine", "--lora", "--train-iters", STEPS)
     assert "videos       39 with captions, 38 opened: 96x96 to 192x108, 16 to 30 fps" in said
     assert "cannot be read:\n  clips/clip_05.mp4" in said
-    assert "samples      5 frames of 32x32 at 16 fps: 38 of the opened clips fit, 3 of them are held out" in said
+    assert "samples      9 frames of 48x64 at 16 fps: 38 of the opened clips fit, 3 of them are held out" in said
     assert "words        22 are new to the model: goes, round, in, " in said
     assert said.endswith("now: bash runs/mine/run.sh\n")
     return place
@@ -63,7 +70,7 @@ def test_the_files_are_those_of_the_reference_and_short(place, monkeypatch):
     run = Path("runs/mine")
     limits = load_config(run / "filter.yaml", FilterConfig)
     data, model = load_config(run / "data.json", DataConfig), load_config(run / "model.json", TrainModelConfig)
-    assert (limits.sample_num_frames, limits.train_fps, data.dataset_param.held_out_clips) == (5, 16, 3)
+    assert (limits.sample_num_frames, limits.train_fps, data.dataset_param.held_out_clips) == (9, 16, 3)
     assert model.predictor.from_pretrained == "runs/mine/base/transformer"
     for name in ("filter.yaml", "data.json", "model.json", "run.sh"):
         assert len((run / name).read_text().splitlines()) < 65, name
@@ -71,7 +78,6 @@ def test_the_files_are_those_of_the_reference_and_short(place, monkeypatch):
 
 
 def test_the_small_model_knows_the_words_of_the_captions(place):
-    from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
     from flashi2v_infer import demo
@@ -93,7 +99,19 @@ def test_the_small_model_knows_the_words_of_the_captions(place):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_one_command_leads_to_a_model_and_goes_on_after_an_interrupt(place):
+def astray(video: Path) -> float:
+    """Return how far the shape is, in pixels, from where it should be: going round the middle, once in 16 frames."""
+    frames = read_frames(video, range(9)).astype(float)
+    away = np.abs(frames - np.median(frames, axis=(1, 2), keepdims=True)).sum(-1)
+    away[away < 60] = 0
+    y, x = np.indices(away.shape[1:])
+    centre = ((x + 1j * y) * away).sum((1, 2)) / away.sum((1, 2))
+    middle = (away.shape[2] - 1) / 2 + 1j * (away.shape[1] - 1) / 2
+    wanted = middle + (centre[0] - middle) * np.exp(2j * np.pi * np.arange(len(centre)) / 16)
+    return float(np.abs(centre - wanted).mean())
+
+
+def test_one_command_trains_a_motion_and_goes_on_after_an_interrupt(place):
     run = place / "runs/mine"
     first = start(place)
     while not (run / "train/metrics.jsonl").exists() and first.poll() is None:
@@ -101,7 +119,7 @@ def test_one_command_leads_to_a_model_and_goes_on_after_an_interrupt(place):
     os.killpg(first.pid, signal.SIGINT)
     output = first.communicate()[0]
     assert first.returncode != 0, output
-    assert not (run / "model").exists()
+    assert not (run / "lora.safetensors").exists()
     before = (run / "store/report.txt").stat().st_mtime_ns
     again = start(place)
     output = again.communicate()[0]
@@ -111,12 +129,30 @@ def test_one_command_leads_to_a_model_and_goes_on_after_an_interrupt(place):
     steps = [json.loads(line)["step"] for line in (run / "train/metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(1, STEPS + 1)]
     info = probe(run / "sample.mp4")
-    assert (info.num_frames, info.height, info.width, info.fps) == (5, 32, 32, 16)
+    assert (info.num_frames, info.height, info.width, info.fps) == (9, 48, 64, 16)
     for picture in ("sample.png", "train/train_loss.png", "train/validation.png"):
         with Image.open(run / picture) as image:
             assert np.asarray(image.convert("L")).std() > 0
-    assert "before training  at step 3  real clips" in output
-    assert "flashi2v-infer --model runs/mine/model --image" in output.splitlines()[-1]
+    assert f"before training  at step {STEPS}  real clips" in output
+    assert "flashi2v-infer --model runs/mine/base --lora runs/mine/lora.safetensors --image" in output.splitlines()[-1]
+    assert all(key.startswith("diffusion_model.") for key in load_file(run / "lora-comfyui.safetensors"))
+    assert not (run / "model").exists()
+    without = shlex.split(output.splitlines()[-1].replace("--lora runs/mine/lora.safetensors", ""))
+    without[without.index("-o") + 1] = "without.mp4"
+    command(place, *without)
+    assert astray(run / "sample.mp4") < 0.6 * astray(place / "without.mp4")
+
+
+def test_all_weights_become_a_model(place):
+    init(place, "runs/whole", "--train-iters", 2)
+    for part in ("store", "features"):  # what the steps before training have made
+        shutil.copytree(place / "runs/mine" / part, place / "runs/whole" / part)
+    run = start(place, "runs/whole")
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert (place / "runs/whole/model/model_index.json").is_file()
+    assert probe(place / "runs/whole/sample.mp4").num_frames == 9
+    assert "flashi2v-infer --model runs/whole/model --image" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,10 @@ from flashi2v_model import cli as model_cli
 from flashi2v_model.transformer import EMBED_INPUTS
 from flashi2v_model.weights.checkpoint import load_stored
 from flashi2v_train.config import TrainOptions, read_run_config
+from flashi2v_train.dry_run import describe_run
 from flashi2v_train.recipe import example
+from flashi2v_train.start import command as start
+from flashi2v_train.start.memory import LORA_SAVINGS, measure, num_samples
 from flashi2v_train.trainer import Trainer, train
 from flashi2v_train.world import join_world
 
@@ -262,3 +265,61 @@ def test_bad_input_is_one_line_and_nothing_is_written(workspace, trained, case, 
     assert stop.value.code == 2, message
     assert words in message
     assert not (workspace.directory / "run").exists()
+
+
+def prepare(workspace, inputs, base, **lora) -> str:
+    """Make the files of a run; return run.sh."""
+    chosen = {"lora": True, "lora_rank": None, "lora_from": None} | lora
+    start.prepare(
+        workspace.directory / "new", inputs / "shapes/videos.json", str(base), "32x32", 5, 2, "cpu", 4.0, 1, **chosen
+    )
+    return (workspace.directory / "new/run.sh").read_text()
+
+
+def test_init_writes_a_run_of_adapters(workspace, inputs):
+    script = prepare(workspace, inputs, inputs / "model")
+    assert "--lora-rank 16" in script
+    assert "lora-comfyui.safetensors" in script
+    assert f'--model {inputs / "model"} --lora "$RUN/lora.safetensors"' in script
+    assert "--encoders" not in script
+
+
+def test_init_trains_what_a_trunk_lacks_beside_the_adapters(workspace, inputs):
+    trunk = shutil.copytree(inputs / "model", workspace.directory / "trunk")
+    config = trunk / "transformer/config.json"
+    config.write_text(config.read_text().replace("FlashI2VTransformer3DModel", "WanTransformer3DModel"))
+    script = prepare(workspace, inputs, trunk, lora_rank=4)
+    assert "--lora-rank 4 --lora-also learnable_proj --lora-also fourier_embedding" in script
+    assert '--model "$RUN/model" --image' in script
+    assert f"--encoders {trunk}" in script
+    assert "lora.safetensors" not in script
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"lora_rank": 200}, "--lora-rank 200 is above the width 128 of blocks.0.attn1.to_k"),
+        ({"lora_from": "WIDE"}, r"it does not fit the transformer: blocks.0.attn1.to_q.lora_A.weight is \(2, 64\)"),
+        ({"lora_from": "nowhere", "lora_rank": 2}, "--lora-rank is said by the adapter of --lora-from"),
+    ],
+)
+def test_init_refuses_what_does_not_fit_before_it_writes(workspace, inputs, lora, words):
+    if lora.get("lora_from") == "WIDE":
+        lora = {"lora_from": str(workspace.directory / "wide.safetensors")}
+        save_file({key: torch.ones(shape) for key, shape in ADAPTERS["WIDE"].items()}, lora["lora_from"])
+    with pytest.raises(ValueError, match=words):
+        prepare(workspace, inputs, inputs / "model", **lora)
+    assert not [*workspace.directory.glob("*new*")]
+
+
+def test_a_dry_run_says_what_cards_hold(workspace, trained):
+    config = read_run_config(options(workspace, trained.base, **LORA, dry_run=True))
+    told = describe_run(config, config.parallel_dims(1)).splitlines()
+    (head,) = (number for number, line in enumerate(told) if line.startswith("GiB on one card"))
+    names = ["as it is", "layers computed twice", "... and the model in 8 bits"]
+    assert [line[:30].strip() for line in told[head + 1 : head + 4]] == names
+    held = [[int(word) for word in line[30:].split()[2:]] for line in told[head + 1 : head + 4]]
+    assert all(row == sorted(row) and row[0] > 0 for row in held)
+    plain, again = (measure(config, 1, saving) for saving in LORA_SAVINGS[:2])
+    assert plain > again
+    assert (num_samples(7.3, 3.6, 24), num_samples(44.0, 12.7, 48), num_samples(44.0, 12.7, 80)) == (4, 0, 2)

@@ -9,6 +9,7 @@ from flashi2v_train.cost import Memory, count_parameters, count_recomputed, num_
 from flashi2v_train.downloads import find_missing, hub_ids
 from flashi2v_train.parallel_dims import ParallelDims
 from flashi2v_train.splits import bubble
+from flashi2v_train.start.memory import describe_cards
 
 _GIB = 2**30
 
@@ -62,5 +63,7 @@ def describe_run(config: RunConfig, dims: ParallelDims) -> str:
         sizes = [getattr(cost.memory, kind) / _GIB for kind in [*kinds, "total"]]
         lines.append(f"{name:<16}{cost.parameters / 1e6:>10.1f} M" + "".join(f"{size:>13.2f}" for size in sizes))
     lines.append("activations are what autograd keeps; kernels' own memory and the frozen encoders come on top")
+    if options.trains_adapters and dims.world_size == 1:
+        lines += ["", describe_cards(config)]
     lines += [f"{name} is no directory here: it is looked up on the hub at the start" for name in hub_ids(config)]
     return "\n".join(lines)

@@ -57,6 +57,9 @@ def init(
     device: str = "auto",
     memory: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
     nproc_per_node: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    lora: Annotated[bool, Parameter(negative="")] = False,
+    lora_rank: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    lora_from: str | None = None,
 ) -> None:
     """Write the files of a run on your own videos: filter.yaml, data.json, model.json and run.sh.
 
@@ -87,10 +90,19 @@ def init(
         GiB of each device; default: what is free here.
     nproc_per_node
         Devices to train on; default: all of this machine.
+    lora
+        Train a LoRA adapter, and leave the model as it is.
+    lora_rank
+        Its rank; default: 16 of a small model, 32 of a large one.
+    lora_from
+        An adapter to go on with: a file, a directory, a hub id, or a run; it says rank, alpha and layers.
     """
     from flashi2v_train.start.command import prepare
 
-    print(escaped(prepare(run, videos, start, size, frames, train_iters, device, memory, nproc_per_node)))
+    told = prepare(
+        run, videos, start, size, frames, train_iters, device, memory, nproc_per_node, lora, lora_rank, lora_from
+    )
+    print(escaped(told))
 
 
 def status(run: Path, /) -> None:

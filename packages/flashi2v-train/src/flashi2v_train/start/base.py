@@ -1,7 +1,7 @@
 """What a run starts from: the demo model, a directory, or a model of the hub."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Base:
         pixels: of a frame that the model was made for.
         frames: likewise.
         copies: from where its small parts are copied into the run, to be changed there; None: they stay.
+        is_trunk: it lacks FlashI2V's new layers.
+        samples: it is a whole model that `flashi2v-infer --model` takes, by the name of `encoders`.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Base:
     frames: int
     downloads: list[tuple[str, str, str]] = field(default_factory=list)
     copies: Path | None = None
+    is_trunk: bool = False
+    samples: bool = False
 
     @property
     def is_small(self) -> bool:
@@ -76,10 +80,11 @@ def find(name: str, run: Path) -> Base:
         return _of_directory(name, directory, {part: str(directory / part) for part in _PARTS})
     repository = {WAN: WAN_1_3B}.get(name, name)
     if repository in _KNOWN:
-        return _of_hub(name, repository, _KNOWN[repository])
+        return _of_hub(name, repository, _KNOWN[repository], is_trunk=repository != RELEASED)
     if name.count("/") != 1 or name.startswith(("/", ".")):
         raise InputError(f"--from {name}: no such directory; name one, a hub id (owner/name), {DEMO} or {WAN}")
-    return _of_hub(name, repository, _asked(repository))
+    asked = _asked(repository)
+    return _of_hub(name, repository, asked.predictor, is_trunk=asked.is_trunk)
 
 
 def _demo(run: Path) -> Base:
@@ -89,10 +94,11 @@ def _demo(run: Path) -> Base:
         raise InputError("--from demo: the model comes with flashi2v-infer: pip install flashi2v-infer")
     source, copy = Path(found.origin).parent / "demo" / "model", run / "base"
     base = _of_directory(DEMO, source, {part: str(copy / part) for part in _PARTS})
-    return Base(DEMO, base.predictor, base.paths, str(copy), 64 * 64, 17, copies=source)
+    return replace(base, encoders=str(copy), copies=source)
 
 
 def _of_directory(name: str, directory: Path, paths: dict[str, str]) -> Base:
+    from flashi2v_model.weights.reading import read_json
     from flashi2v_model.weights.settings import DEFAULTS, stored_settings
 
     _, stored = stored_settings(directory / "transformer")
@@ -101,10 +107,15 @@ def _of_directory(name: str, directory: Path, paths: dict[str, str]) -> Base:
     predictor["hidden_size"] = settings["num_attention_heads"] * settings["attention_head_dim"]
     predictor["qk_norm"] = settings["qk_norm"] is not None
     large = predictor["text_dim"] == 4096
-    return Base(name, predictor, paths, str(directory), 480 * 832 if large else 64 * 64, 49 if large else 17)
+    config = directory / "transformer" / "config.json"
+    is_trunk = config.is_file() and read_json(config).get("_class_name") in ("WanTransformer3DModel", "WanModel")
+    return Base(
+        name, predictor, paths, str(directory), 480 * 832 if large else 64 * 64, 49 if large else 17,
+        is_trunk=is_trunk, samples=not is_trunk and (directory / "model_index.json").is_file(),
+    )  # fmt: skip
 
 
-def _of_hub(name: str, repository: str, predictor: dict[str, Any]) -> Base:
+def _of_hub(name: str, repository: str, predictor: dict[str, Any], *, is_trunk: bool) -> Base:
     place = Path("models") / repository.split("/")[1]
     paths = {part: str(place / part) for part in _PARTS}
     downloads = []
@@ -121,10 +132,10 @@ def _of_hub(name: str, repository: str, predictor: dict[str, Any]) -> Base:
         downloads.append((f"hf download {owner} --include '{part}/*' --local-dir {place}", what, size))
     if Path(paths["transformer"]).exists() and repository == RELEASED:
         downloads = downloads[1:]
-    return Base(name, predictor, paths, str(place), 480 * 832, 49, downloads)
+    return Base(name, predictor, paths, str(place), 480 * 832, 49, downloads, is_trunk=is_trunk)
 
 
-def _asked(repository: str) -> dict[str, Any]:
+def _asked(repository: str) -> Base:
     """Read the transformer's settings from the hub, a few hundred bytes."""
     from huggingface_hub import hf_hub_download
 
@@ -133,4 +144,4 @@ def _asked(repository: str) -> dict[str, Any]:
     except Exception as error:  # whatever the library raises of a network, a name, a right
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--from {repository}: the hub cannot be asked ({reason}): download it, and name it") from None
-    return _of_directory(repository, config.parent.parent, {}).predictor
+    return _of_directory(repository, config.parent.parent, {})

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _SHOWN = 10
 _BATCH = 8  # samples of a step
 _STEPS = (2000, 300)  # of a large model, of a small one
+_RANKS = (32, 16)  # likewise
 
 
 def prepare(
@@ -41,6 +42,9 @@ def prepare(
     device: str,
     gib: float | None,
     processes: int | None,
+    lora: bool,
+    lora_rank: int | None,
+    lora_from: str | None,
 ) -> str:
     """Write the files of a run, and return what is said of them; nothing is written where something is wrong.
 
@@ -76,7 +80,7 @@ def prepare(
         prompt = clean_caption(prompt[0] if isinstance(prompt, list) else prompt, True)
         plan = files.Plan(
             run, base, proposal.settings, length, held_out, device, processes, batch,
-            steps or _STEPS[base.is_small], image, prompt,
+            steps or _STEPS[base.is_small], image, prompt, _lora(base, lora, lora_rank, lora_from),
         )  # fmt: skip
         _write_list(found, directory, run)
         (directory / "filter.yaml").write_text(files.filter_yaml(plan), "utf-8")
@@ -85,13 +89,28 @@ def prepare(
         fit = _fit(plan, directory, gib)
         told.append(fit.table(gib))
         script = directory / "run.sh"
-        script.write_text(files.run_sh(plan, fit.saving.words, fit.micro_batch), "utf-8")
+        script.write_text(files.run_sh(plan, files.as_words(fit.saving.options), fit.micro_batch), "utf-8")
         script.chmod(0o755)
     told += [f"download     {what}, {size}: {command}" for command, what, size in base.downloads]
     where = f"{fit.micro_batch} at a time on {processes} x {device}"
     told.append(f"batch        {batch} clips a step, {where}: {fit.gib:.1f} GiB of {gib:.1f}; {plan.steps} steps")
     told.append(f"\nwrote {run}: filter.yaml, data.json, model.json, run.sh; now: bash {run}/run.sh")
     return "\n".join(told)
+
+
+def _lora(base: bases.Base, lora: bool, rank: int | None, start: str | None) -> dict[str, Any]:
+    """Return the options of adapters; none where all weights are trained.
+
+    Raises:
+        InputError: an adapter to go on with has a rank of its own.
+    """
+    if rank is not None and start is not None:
+        raise InputError("--lora-rank is said by the adapter of --lora-from: leave it out")
+    if not (lora or rank or start):
+        return {}
+    options: dict[str, Any] = {"lora_from": start} if start else {"lora_rank": rank or _RANKS[base.is_small]}
+    # A text-to-video trunk lacks what reads the first frame.
+    return options | ({"lora_also": ["learnable_proj", "fourier_embedding"]} if base.is_trunk else {})
 
 
 def _size(size: str | None) -> tuple[int, int] | None:

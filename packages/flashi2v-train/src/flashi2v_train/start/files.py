@@ -10,6 +10,8 @@ from flashi2v_data.curation.config import FilterConfig
 from flashi2v_model.config import PredictorConfig
 from flashi2v_train.start.base import Base
 
+_LORA_RATES = (1e-4, 2e-3)  # of a large model, of a small one
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -27,6 +29,7 @@ class Plan:
         steps: of training.
         image: first frame to sample from.
         prompt: of that.
+        lora: options of adapters; none where all weights are trained.
     """
 
     run: Path
@@ -40,6 +43,12 @@ class Plan:
     steps: int
     image: Path
     prompt: str
+    lora: dict[str, Any]
+
+    @property
+    def writes_model(self) -> bool:
+        """Whether what is trained becomes a whole model, and not an adapter of one that is here."""
+        return not (self.lora and self.base.samples)
 
     @property
     def dtype(self) -> str:
@@ -164,10 +173,13 @@ def run_sh(plan: Plan, saving: list[str], micro_batch: int) -> str:
     """
     base, limits = plan.base, plan.limits
     rate, warmup, decay, projection = (5e-4, 20, 0.98, 5) if base.is_small else (1e-5, 100, 0.999, 1)
+    if plan.lora:
+        rate, projection = _LORA_RATES[base.is_small], 1
     train = [
         ['--mm-model "$RUN/model.json" --mm-data "$RUN/data.json" --save "$RUN/train"'],
         ['--device "$DEVICE" --nproc-per-node "$PROCESSES" --train-iters "$STEPS"'],
         [f"--micro-batch-size {micro_batch} --global-batch-size {plan.batch}", *saving],
+        as_words(plan.lora),
         [f"--lr {rate:g} --lr-warmup-iters {min(warmup, plan.steps)}"],
         [f"--proj-lr-scale {projection}"] if projection != 1 else [],
         [] if "--no-use-ema" in saving else [f"--ema-decay {decay}"],
@@ -178,8 +190,9 @@ def run_sh(plan: Plan, saving: list[str], micro_batch: int) -> str:
         [f"--eval-videos {min(2, plan.held_out)}"] if plan.held_out else [],
     ]
     options = " \\\n  ".join(" ".join(words) for words in train if words)
+    model = '"$RUN/model"' if plan.writes_model else f'{shlex.quote(base.encoders)} --lora "$RUN/lora.safetensors"'
     sample = (
-        f'flashi2v-infer --model "$RUN/model" --image "$RUN/{plan.image.name}" --prompt {shlex.quote(plan.prompt)} \\\n'
+        f'flashi2v-infer --model {model} --image "$RUN/{plan.image.name}" --prompt {shlex.quote(plan.prompt)} \\\n'
         f"  --num-frames {limits.sample_num_frames} --height {limits.sample_height} --width {limits.sample_width} "
         f'--fps {limits.train_fps:g} --device "$DEVICE"'
     )
@@ -190,6 +203,17 @@ def run_sh(plan: Plan, saving: list[str], micro_batch: int) -> str:
     )
     raw = " --weights raw" if "--no-use-ema" in saving else ""
     shift = " --shift 3" if base.is_small else ""
+    made = [f"""# 4. A model directory for flashi2v-infer.
+if [ "$RUN/train/latest_checkpointed_iteration.txt" -nt "$RUN/model" ]; then
+  rm -rf "$RUN/model"
+  flashi2v-model convert "$RUN/train" "$RUN/model" --to diffusers --encoders {shlex.quote(base.encoders)}{raw}{shift}
+fi"""] if plan.writes_model else []  # fmt: skip
+    if plan.lora and not base.is_trunk:
+        made.append("""# 4. The adapter, for flashi2v-infer --lora and pipe.load_lora_weights, and as ComfyUI spells it.
+rm -f "$RUN/lora.safetensors" "$RUN/lora-comfyui.safetensors"
+flashi2v-model convert "$RUN/train" "$RUN/lora.safetensors" --to diffusers
+flashi2v-model convert "$RUN/train" "$RUN/lora-comfyui.safetensors" --to comfyui""")
+    files = "\n\n".join(made)
     return f"""#!/usr/bin/env bash
 # From videos to a model and a video of it. Interrupted, or with more STEPS, start it again: it goes on where it was.
 set -euo pipefail
@@ -210,11 +234,7 @@ flashi2v-encode --mm-model "$RUN/model.json" --mm-data "$RUN/data.json" --output
 # 3. Training. Meanwhile: flashi2v-train status $RUN/train
 flashi2v-train {options}
 
-# 4. A model directory for flashi2v-infer.
-if [ "$RUN/train/latest_checkpointed_iteration.txt" -nt "$RUN/model" ]; then
-  rm -rf "$RUN/model"
-  flashi2v-model convert "$RUN/train" "$RUN/model" --to diffusers --encoders {shlex.quote(base.encoders)}{raw}{shift}
-fi
+{files}
 
 # 5. A video from the first frame of a clip that was held out, and its film strip.
 sample=({sample})
@@ -245,4 +265,18 @@ def as_options(plan: Plan, files: Path) -> dict[str, Any]:
         "dry_run": True,
         "nproc_per_node": plan.processes,
         "global_batch_size": plan.batch,
+        **plan.lora,
     }
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    """Return options of `flashi2v-train` as one types them."""
+    words = []
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            each = value if isinstance(value, list) else [value]
+            words += [f"--{option} {shlex.quote(str(one))}" for one in each]
+    return words

@@ -24,17 +24,6 @@ class Saving:
     name: str
     options: dict[str, Any]
 
-    @property
-    def words(self) -> list[str]:
-        """The options as one types them."""
-        words = []
-        for name, value in self.options.items():
-            option = name.replace("_", "-")
-            words += (
-                [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option} {value}"]
-            )
-        return words
-
 
 _RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 # In the order in which they are tried: each costs more time, or more, than the one before.
@@ -44,6 +33,13 @@ SAVINGS = (
     Saving("... and no moving average", {**_RECOMPUTE, "use_ema": False}),
     Saving("... and weights on the host", {**_RECOMPUTE, "use_ema": False, "fsdp_cpu_offload": True}),
 )
+# Of adapters the moving average is small.
+LORA_SAVINGS = (
+    *SAVINGS[:2],
+    Saving("... and the model in 8 bits", {**_RECOMPUTE, "lora_quantize": "int8"}),
+    Saving("... and that on the host", {**_RECOMPUTE, "lora_quantize": "int8", "fsdp_cpu_offload": True}),
+)
+CARDS = (24, 48, 80)  # GiB
 
 
 @dataclass(frozen=True)
@@ -90,13 +86,10 @@ def fit(config: RunConfig, processes: int, gib: float, batch: int, *, on_cpu: bo
     most = max(1, batch // processes)
     rows: list[tuple[str, float, float, int]] = []
     least = 0.0
-    for saving in SAVINGS[:3] if on_cpu else SAVINGS:
-        changes = {**saving.options, "micro_batch_size": 1, "global_batch_size": processes}
-        tried = replace(config, options=config.options.model_copy(update=changes))
-        memory = predict(tried, tried.parallel_dims(processes))[0].memory
-        more = (memory.activations + memory.recomputed) / _GIB
-        least = memory.total / _GIB
-        number = int((gib * _USABLE - least) / more) + 1 if least <= gib * _USABLE else 0
+    savings = LORA_SAVINGS if config.options.trains_adapters else SAVINGS
+    for saving in savings[:3] if on_cpu else savings:
+        least, more = measure(config, processes, saving)
+        number = num_samples(least, more, gib)
         rows.append((saving.name, least, more, number))
         if number:
             micro = largest_divisor(most, number)
@@ -105,6 +98,32 @@ def fit(config: RunConfig, processes: int, gib: float, batch: int, *, on_cpu: bo
         f"one sample takes {least:.1f} GiB even with all that saves memory, and of {gib:.1f} GiB {_USABLE:.0%} can be "
         "used: set a smaller --size or fewer --frames, or spread it over more devices (--nproc-per-node)"
     )
+
+
+def measure(config: RunConfig, processes: int, saving: Saving) -> tuple[float, float]:
+    """Return the GiB that a device takes for one sample at a time, and for each further one."""
+    changes = {**saving.options, "micro_batch_size": 1, "global_batch_size": None}
+    tried = replace(config, options=config.options.model_copy(update=changes))
+    memory = predict(tried, tried.parallel_dims(processes))[0].memory
+    return memory.total / _GIB, (memory.activations + memory.recomputed) / _GIB
+
+
+def num_samples(least: float, more: float, gib: float) -> int:
+    """Return how many samples at a time a device's memory holds; arguments of `measure`'s, and its GiB."""
+    return int((gib * _USABLE - least) / more) + 1 if least <= gib * _USABLE else 0
+
+
+def describe_cards(config: RunConfig) -> str:
+    """Return what adapters take on one card, by what saves memory, and how many samples at a time cards hold."""
+    cards = "".join(f"{card:>7} GiB" for card in CARDS)
+    lines = [
+        f"{'GiB on one card':<30}{'one sample':>12}{'each more':>12}{cards}   samples at a time, {_USABLE:.0%} used"
+    ]
+    for saving in LORA_SAVINGS[:3]:
+        least, more = measure(config, 1, saving)
+        held = "".join(f"{num_samples(least, more, card):>11}" for card in CARDS)
+        lines.append(f"{saving.name:<30}{least:>12.2f}{more:>12.2f}{held}")
+    return "\n".join(lines)
 
 
 def largest_divisor(number: int, limit: int) -> int:
