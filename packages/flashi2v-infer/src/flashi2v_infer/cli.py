@@ -146,8 +146,8 @@ class CommonOptions:
     Attributes:
         strip: Also draw some frames in a row: into this .png for one video; into this directory, as video_0.png, ...,
             for a batch (default: not).
-        lora: A LoRA adapter, FILE or FILE:SCALE, of any published spelling; a directory or a hub id does as well. Again
-            for another (default: what the file says).
+        lora: A LoRA adapter, FILE or FILE:SCALE, of any published spelling; a directory, a hub id, or a run of
+            flashi2v-train that trained one does as well. Again for another (default: what the file says).
         seed: Of the noise (default: what the file says; 0 for one video).
         plan: Print what the run will take (memory, operations) before anything is loaded, and at its end what it took.
         dry_run: Check everything that is given, and sample nothing. With --plan, --model needs no image, prompt and
