@@ -99,16 +99,15 @@ def test_the_small_model_knows_the_words_of_the_captions(place):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def astray(video: Path) -> float:
-    """Return how far the shape is, in pixels, from where it should be: going round the middle, once in 16 frames."""
+def turned(video: Path) -> float:
+    """Return by how many degrees the shape goes round the middle; that of the clips goes 180 in 9 frames."""
     frames = read_frames(video, range(9)).astype(float)
     away = np.abs(frames - np.median(frames, axis=(1, 2), keepdims=True)).sum(-1)
     away[away < 60] = 0
     y, x = np.indices(away.shape[1:])
     centre = ((x + 1j * y) * away).sum((1, 2)) / away.sum((1, 2))
-    middle = (away.shape[2] - 1) / 2 + 1j * (away.shape[1] - 1) / 2
-    wanted = middle + (centre[0] - middle) * np.exp(2j * np.pi * np.arange(len(centre)) / 16)
-    return float(np.abs(centre - wanted).mean())
+    angle = np.unwrap(np.angle(centre - (away.shape[2] - 1 + 1j * (away.shape[1] - 1)) / 2))
+    return float(np.degrees(angle[-1] - angle[0]))
 
 
 def test_one_command_trains_a_motion_and_goes_on_after_an_interrupt(place):
@@ -140,7 +139,8 @@ def test_one_command_trains_a_motion_and_goes_on_after_an_interrupt(place):
     without = shlex.split(output.splitlines()[-1].replace("--lora runs/mine/lora.safetensors", ""))
     without[without.index("-o") + 1] = "without.mp4"
     command(place, *without)
-    assert astray(run / "sample.mp4") < 0.6 * astray(place / "without.mp4")
+    assert turned(run / "sample.mp4") > 30
+    assert abs(turned(place / "without.mp4")) < 15
 
 
 def test_all_weights_become_a_model(place):
