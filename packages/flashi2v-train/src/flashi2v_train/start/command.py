@@ -123,10 +123,12 @@ def _size(size: str | None) -> tuple[int, int] | None:
 
 
 def _fit(plan: files.Plan, directory: Path, gib: float) -> "Fit":
+    from flashi2v_model.weights.libraries import quieten
     from flashi2v_train.config import read_run_config
     from flashi2v_train.options import TrainOptions
     from flashi2v_train.start import memory
 
+    quieten()
     config = read_run_config(TrainOptions(**files.as_options(plan, directory)))
     return memory.fit(config, plan.processes, gib, plan.batch, on_cpu=plan.device == "cpu")
 
