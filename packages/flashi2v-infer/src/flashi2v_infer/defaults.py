@@ -1,7 +1,7 @@
 """What a model directory says of the size and the numbers that it was trained for, in its model_index.json."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,6 @@ def settings_of(defaults: Defaults, **given: Any) -> SamplingSettings:
 def fps_of(defaults: Defaults) -> float:
     """Return the frames per second that a model was trained for, else those of the release."""
     return defaults.fps or Request.fps
-
-
-def defaults_of(settings: SamplingSettings, fps: float) -> dict[str, Any]:
-    """Return a run's numbers as a model_index.json writes them."""
-    known = Defaults.model_fields
-    return {name: value for name, value in asdict(settings).items() if name in known} | {"fps": fps}
 
 
 def remark(defaults: Defaults, settings: SamplingSettings) -> str | None:
