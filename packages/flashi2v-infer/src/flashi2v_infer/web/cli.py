@@ -169,6 +169,7 @@ def web(
     served = _served(model, limits)
     data = (model.data or _usual_data()).absolute()
     check_directory(data, "--data")
+    os.environ["GRADIO_TEMP_DIR"] = str(data / "uploads")  # which it reads when it is imported
     with access.listen() as listener:
         try:
             with importing():
@@ -176,6 +177,8 @@ def web(
 
                 from flashi2v_infer.web.gate import Keys
                 from flashi2v_infer.web.jobs import Jobs
+                from flashi2v_infer.web.page import mount_page
+                from flashi2v_infer.web.planner import Planner
                 from flashi2v_infer.web.server import make_app
                 from flashi2v_infer.web.service import Service
                 from flashi2v_infer.web.worker import Setup
@@ -199,7 +202,9 @@ def web(
                 None if model.keep_gib is None else model.keep_gib * 2**30,
                 frozenset(access.allow_url_hosts or ()),
             )
-            application = make_app(service, Keys(keys), access.names(keys))
+            opened = Keys(keys)
+            application = make_app(service, opened, access.names(keys))
+            mount_page(application, service, opened, Planner(setup, jobs))
             config = uvicorn.Config(
                 application, log_config=None, access_log=False, timeout_graceful_shutdown=_END_SECONDS, ws="none"
             )

@@ -184,6 +184,12 @@ class Jobs:
             *(owner, after, after, f"%{escaped}%", limit),
         )
 
+    def image_of(self, owner: str, contents: str) -> str | None:
+        """Return the name of a stored picture of these contents (sha256) that this owner has used."""
+        name = f"images/{contents}"
+        condition = "owner = ? AND NOT deleted AND json_extract(request, '$.image') = ?"
+        return name if self._run(f"SELECT 1 FROM jobs WHERE {condition} LIMIT 1", owner, name) else None
+
     def ahead_of(self, job: Job) -> int:
         """Return how many jobs wait before this one."""
         return int(self._run("SELECT count(*) FROM jobs WHERE state = 'queued' AND number < ?", job.number)[0][0])

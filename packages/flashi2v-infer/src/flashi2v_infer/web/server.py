@@ -18,6 +18,7 @@ import prometheus_client
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi_offline import FastAPIOffline
 from prometheus_client.core import GaugeMetricFamily, Metric, SummaryMetricFamily
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -93,10 +94,14 @@ def make_app(service: Service, keys: Keys, hosts: Collection[str] | None = None)
         yield
         task.cancel()
 
-    app = FastAPI(
-        title="FlashI2V", version=__version__, description="Videos that start with an image.", lifespan=sweeping,
-        docs_url=None, redoc_url=None,
-    )  # fmt: skip
+    app: FastAPI = FastAPIOffline(
+        docs_url="/docs",
+        redoc_url=None,
+        title="FlashI2V",
+        version=__version__,
+        description="Videos that start with an image.",
+        lifespan=sweeping,
+    )
     app.add_middleware(Gate, keys=keys, max_bytes=service.served.limits.max_upload_mib * 2**20, hosts=hosts)
     app.include_router(_videos(service))
     app.include_router(_others(service))
@@ -151,7 +156,7 @@ def _videos(service: Service) -> APIRouter:
             raise HTTPException(404, f"there is no video {id!r}")
         return job
 
-    @router.post("", responses=_answers(429, 507), openapi_extra=order_schema())
+    @router.post("", responses=_answers(400, 408, 429, 507), openapi_extra=order_schema())
     async def create(request: Request) -> Video:
         """Queue a video that starts with an image; a file of it, or as JSON a data: URL."""
         order, image = await read(request)
@@ -163,7 +168,7 @@ def _videos(service: Service) -> APIRouter:
         add = partial(service.add, request.state.owner, order, image)
         return await _aside(service.describe, await anyio.to_thread.run_sync(add, limiter=limiter[0]))
 
-    @router.get("", responses=_answers())
+    @router.get("", responses=_answers(404))
     def list_videos(
         request: Request,
         after: Annotated[str | None, Query(max_length=64, description="The id that they follow.")] = None,

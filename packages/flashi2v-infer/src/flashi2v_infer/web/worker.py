@@ -7,6 +7,7 @@ the others. A job is cancelled between two steps, or between two layers of the V
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import sqlite3
@@ -47,7 +48,7 @@ READY = b"ready"
 _CHECK_SECONDS = 0.2  # between two looks at whether a job was cancelled, within a step
 _WRITE_SECONDS = 0.1  # between two notes of progress
 _PREVIEW_SHARE = 0.02  # of the time goes into previews, at most
-_PREVIEW_QUALITY = 70
+_PREVIEW_FRAMES, _PREVIEW_QUALITY = 8, 70
 
 
 @dataclass(frozen=True)
@@ -251,8 +252,9 @@ class _Watcher(PipelineCallback):
             with contextlib.suppress(sqlite3.OperationalError):  # a full disk: this is not worth a job
                 self._jobs.progress(self._job, step + 1, num_steps, per_step * (num_steps - step - 1))
         if now >= self._next_preview and step + 1 < num_steps:
+            before = time.thread_time()
             self._preview(pipeline, tensors["denoised"])
-            self._next_preview = now + (time.monotonic() - now) / _PREVIEW_SHARE
+            self._next_preview = max(self._next_preview, now + (time.thread_time() - before) / _PREVIEW_SHARE)
         return {}
 
     def check(self) -> None:
@@ -265,10 +267,11 @@ class _Watcher(PipelineCallback):
 
     def _preview(self, pipeline: FlashI2VPipeline, latents: Tensor) -> None:
         try:
-            first, *others = pipeline.preview(latents)[0]
+            stride = math.ceil(latents.shape[2] / _PREVIEW_FRAMES)
+            first, *others = pipeline.preview(latents[:, :, ::stride])[0]
             with atomic_file(self._jobs.preview(self._job)) as file:
                 # Each latent frame but the first stands for four of the video.
-                duration = round(4000 / self._job.request["fps"])
+                duration = round(4000 * stride / self._job.request["fps"])
                 options = {"duration": duration, "loop": 0, "method": 0, "quality": _PREVIEW_QUALITY}
                 first.save(file, save_all=True, append_images=others, **options)
         except InputError as error:  # of a VAE that nothing is known of
