@@ -334,6 +334,7 @@ def test_events_show_progress_and_previews_and_end(http, jobs):
                 seen.append((line[7:], json.loads(next(lines)[6:])))
                 if len(seen) == 1:
                     jobs.progress(taken, 5, 25, 4.0)
+                elif len(seen) == 2:
                     jobs.preview(job).write_bytes(b"picture")
                 elif len(seen) == 3:
                     jobs.end(taken, "failed", code="failed", error="the disk is full")
