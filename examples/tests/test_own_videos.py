@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flashi2v_data import DataConfig, FilterConfig, load_config, open_store, read_frames
+from flashi2v_data.loading.buckets import resolve
 from flashi2v_data.video.probe import probe
 from flashi2v_train.config import TrainModelConfig
 
@@ -75,6 +76,28 @@ def test_the_files_are_those_of_the_reference_and_short(place, monkeypatch):
     for name in ("filter.yaml", "data.json", "model.json", "run.sh"):
         assert len((run / name).read_text().splitlines()) < 65, name
     assert Image.open(run / "first_frame.png").size[0] >= 96
+
+
+def test_buckets_are_proposed_for_a_mixed_set_and_found_in_its_store(place, monkeypatch):
+    monkeypatch.chdir(place)
+    Image.new("RGB", (120, 90), "red").save("clips/image.png")
+    Path("clips/image.txt").write_text("a large red star")
+    said = command(
+        place, "flashi2v-train", "init", "runs/mixed", "--videos", "clips", "--from", "demo", "--buckets",
+        "--device", "cpu", "--memory", 4,
+    )  # fmt: skip
+    Path("clips/image.png").unlink()
+    assert "1 images among them are clips of one frame" in said
+    proposed = dict(line.split()[1:3] for line in said.splitlines() if line.startswith("  bucket "))
+    assert len(proposed) > 1
+    run = Path("runs/mixed")
+    assert load_config(run / "filter.yaml", FilterConfig).sample_num_frames == 1
+    command(place, "flashi2v-data", "filter", "--filter_config", run / "filter.yaml")
+    data = load_config(run / "data.json", DataConfig).dataset_param
+    assert data.buckets == "auto"
+    found = resolve(data).buckets
+    assert {f"{bucket}:" for bucket in found if not bucket.is_image} == {*proposed}
+    assert all(bucket.num_frames <= data.sample_num_frames for bucket in found)
 
 
 def test_the_small_model_knows_the_words_of_the_captions(place):

@@ -387,3 +387,33 @@ def _fresh_backend_choice():
     resolve_backend.cache_clear()
     yield
     resolve_backend.cache_clear()
+
+
+def test_an_image_is_a_clip_of_one_frame(tmp_path):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+    path = tmp_path / "A.PNG"
+    Image.fromarray(pixels).save(path)
+    assert np.array_equal(read_frames(path, [0]), pixels[None])
+    out = np.empty((1, 3, 20, 30), np.uint8)
+    read_frames(path, [0], convert=lambda frame, place: np.copyto(place, frame.transpose(2, 0, 1)), out=out)
+    assert np.array_equal(out[0], pixels.transpose(2, 0, 1))
+    assert probe(path)[:4] == (20, 30, 24.0, 1)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=turned)
+    assert read_frames(tmp_path / "turned.jpg", [0]).shape == (1, 30, 20, 3)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_frames(tmp_path / "clear.png", [0]).min() == 255
+    with pytest.raises(DecodeError, match="has 1 frames, frame 1 was asked for"):
+        read_frames(path, [1])
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DecodeError, match="more than 8 bits"):
+        read_frames(tmp_path / "deep.png", [0])
+    (tmp_path / "broken.png").write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DecodeError, match="is no image that can be read"):
+        read_frames(tmp_path / "broken.png", [0])
+    (tmp_path / "vector.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    with pytest.raises(DecodeError, match="is no image that can be read"):
+        read_frames(tmp_path / "vector.png", [0])

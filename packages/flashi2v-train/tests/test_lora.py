@@ -270,9 +270,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(workspace, trained, case, 
 def prepare(workspace, inputs, base, **lora) -> str:
     """Make the files of a run; return run.sh."""
     chosen = {"lora": True, "lora_rank": None, "lora_from": None} | lora
-    start.prepare(
-        workspace.directory / "new", inputs / "shapes/videos.json", str(base), "32x32", 5, 2, "cpu", 4.0, 1, **chosen
-    )
+    videos = inputs / "shapes/videos.json"
+    start.prepare(workspace.directory / "new", videos, str(base), "32x32", 5, False, 2, "cpu", 4.0, 1, **chosen)
     return (workspace.directory / "new/run.sh").read_text()
 
 

@@ -53,6 +53,7 @@ def init(
     start: Annotated[str, Parameter(name="--from")],
     size: str | None = None,
     frames: int | None = None,
+    buckets: Annotated[bool, Parameter(negative="")] = False,
     train_iters: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
     device: str = "auto",
     memory: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
@@ -82,6 +83,9 @@ def init(
         HEIGHTxWIDTH of samples, each divisible by 16; default: as most videos are, and no larger than the model's.
     frames
         Frames of a sample, 4k + 1; default: as most videos have, and no more than the model's.
+    buckets
+        Train on several sizes and lengths, each clip where it is cropped least, and on images; --size and --frames are
+        then the largest.
     train_iters
         Steps of training; default: 300 of a small model, 2000 of a large one.
     device
@@ -100,8 +104,9 @@ def init(
     from flashi2v_train.start.command import prepare
 
     told = prepare(
-        run, videos, start, size, frames, train_iters, device, memory, nproc_per_node, lora, lora_rank, lora_from
-    )
+        run, videos, start, size, frames, buckets, train_iters, device, memory, nproc_per_node,
+        lora, lora_rank, lora_from,
+    )  # fmt: skip
     print(escaped(told))
 
 

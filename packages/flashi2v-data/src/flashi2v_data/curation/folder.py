@@ -17,6 +17,7 @@ from flashi2v_data.curation.tables import NAMES, NoClipsError, entry_of, is_tabl
 from flashi2v_data.errors import InputError
 from flashi2v_data.records import printable
 from flashi2v_data.textfile import open_regular, read_text
+from flashi2v_data.video.images import FPS, IMAGES, is_image
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,6 @@ VIDEOS = (
     *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
     *(".wmv", ".flv", ".ogv", ".3gp", ".gif"),
 )
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _MAX_CAPTION_BYTES = 1 << 20
 _MAX_TABLE_BYTES = 1 << 30
 
@@ -67,7 +67,7 @@ def read_folder(directory: str | os.PathLike[str]) -> Folder:
         if entry is None or not entry.get("cap"):
             found.without_caption.append(path)
             continue
-        if Path(path).suffix.lower() in IMAGES:
+        if is_image(path):
             entry |= _size_of_image(path)
         found.entries.append({**entry, "path": path})
     if num_twice:
@@ -98,7 +98,7 @@ def _leads_back(place: str, name: str) -> bool:
 
 
 def _size_of_image(path: str) -> dict[str, Any]:
-    """Return what the filter reads of videos by itself; the rate of a single frame is any."""
+    """Return what the filter reads of videos by itself, without decoding."""
     from PIL import Image, ImageOps
 
     try:
@@ -106,7 +106,7 @@ def _size_of_image(path: str) -> dict[str, Any]:
             turned = ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: is no image that can be read: {error}") from None
-    return {"resolution": {"height": turned.height, "width": turned.width}, "fps": 24, "num_frames": 1}
+    return {"resolution": {"height": turned.height, "width": turned.width}, "fps": FPS, "num_frames": 1}
 
 
 def _beside(path: str) -> dict[str, Any] | None:

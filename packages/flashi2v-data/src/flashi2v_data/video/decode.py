@@ -1,4 +1,4 @@
-"""Frames of video files, by one of three decoders."""
+"""Frames of video files, by one of three decoders, and images."""
 
 import functools
 import importlib
@@ -15,6 +15,7 @@ from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.video.colour import is_hdr
 from flashi2v_data.video.frames import Moments, frames_at, is_irregular
 from flashi2v_data.video.geometry import BY_ANGLE, Way
+from flashi2v_data.video.images import is_image, read_image
 from flashi2v_data.video.pyav import Video
 from flashi2v_data.video.write import file_url
 
@@ -71,6 +72,8 @@ def read_frames(
 ) -> NDArray[np.uint8]:
     """Read frames by their number in the order of display; numbers may repeat and come in any order.
 
+    An image is a clip of one frame.
+
     All backends give the same frames, upright and of square pixels, without those that an edit list leaves out.
     Where a decoder is known to differ from the others (`_difference`), PyAV is used, which is logged once for every
     reason. Two threads work: one decodes, the other calls `convert`.
@@ -100,6 +103,12 @@ def read_frames(
     if min(indices) < 0:
         raise DecodeError(name, f"there is no frame {min(indices)}")
     decoder = resolve_backend(backend)
+    if is_image(name):
+        _check_range(name, [max(map(int, indices))], 1)
+        frame = read_image(name)
+        out = np.empty((len(indices), *frame.shape), np.uint8) if out is None else out
+        _put(frame, out, [*range(len(indices))], convert or _copy)
+        return out
     with Video(name, geometry, tone_map=tone_map) as video:
         if moments is not None and is_irregular(video.seconds):
             indices = _chosen(video, moments)

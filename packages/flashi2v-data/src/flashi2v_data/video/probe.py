@@ -7,6 +7,7 @@ from flashi2v_data.errors import DecodeError
 from flashi2v_data.video.colour import is_hdr
 from flashi2v_data.video.frames import is_irregular
 from flashi2v_data.video.geometry import Way, geometry_of
+from flashi2v_data.video.images import FPS, is_image, read_image
 from flashi2v_data.video.pyav import Video
 
 
@@ -39,11 +40,16 @@ class VideoInfo(NamedTuple):
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Read a video's header and its first frame; files other than mp4 are read through to count their frames.
 
+    An image is a clip of one frame.
+
     The frame tells what headers do not: whether anything can be decoded, and how the picture is turned.
 
     Raises:
         DecodeError: the file is missing, no video, or damaged.
     """
+    if is_image(path):
+        height, width, _ = read_image(os.fspath(path)).shape
+        return VideoInfo(height, width, FPS, 1)
     with Video(os.fspath(path)) as video:
         frame = video.first_frame()
         if video.index.is_cut_short:

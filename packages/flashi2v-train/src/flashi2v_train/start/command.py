@@ -38,6 +38,7 @@ def prepare(
     start: str,
     size: str | None,
     frames: int | None,
+    mixes: bool,
     steps: int | None,
     device: str,
     gib: float | None,
@@ -59,18 +60,19 @@ def prepare(
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = videos.look(source, jobs)
     annotation, store = run / "videos.txt", run / "store"
-    proposal = propose(found.clips, base, given, frames, str(annotation), str(store))
+    least = 1 if found.num_images else None
+    proposal = propose(found.clips, base, given, frames, str(annotation), str(store), mixes=mixes, least_frames=least)
     with importing():
         from flashi2v_train.start import memory
         from flashi2v_train.start.words import extend
     device, gib, processes = memory.device_of(device, gib, processes)
-    held_out = max(1, min(8, len(proposal.kept) // 10)) if len(proposal.kept) > 3 else 0
+    held_out = max(1, min(8, len(proposal.main) // 10)) if len(proposal.main) > 3 else 0
     batch = min(max(_BATCH, processes), len(proposal.kept) - held_out) // processes * processes
     if not batch:
         raise InputError(f"{len(proposal.kept)} clips are fewer than {processes} devices: use fewer (--nproc-per-node)")
     chosen = _held_out(proposal, held_out)
     with atomic_directory(run) as directory:
-        length, told = base.predictor.get("text_len", 512), [_of_videos(found), _of_clips(proposal, held_out)]
+        length, told = base.predictor.get("text_len", 512), [_of_videos(found, mixes), _of_clips(proposal, held_out)]
         if base.copies is not None:
             words = extend(base.copies, directory / "base", found.captions, length, seed=0)
             length = words.length
@@ -79,7 +81,7 @@ def prepare(
         Image.fromarray(_first_frame(chosen)).save(image)
         prompt = clean_caption(prompt[0] if isinstance(prompt, list) else prompt, True)
         plan = files.Plan(
-            run, base, proposal.settings, length, held_out, device, processes, batch,
+            run, base, proposal.settings, proposal.size.num_frames, mixes, length, held_out, device, processes, batch,
             steps or _STEPS[base.is_small], image, prompt, _lora(base, lora, lora_rank, lora_from),
         )  # fmt: skip
         _write_list(found, directory, run)
@@ -147,8 +149,8 @@ def _write_list(found: videos.Videos, directory: Path, run: Path) -> None:
 
 def _held_out(proposal: Proposal, number: int) -> videos.Clip:
     """Return the first clip that will be held out, as the store holds clips in the order of their list."""
-    total = len(proposal.kept)
-    return proposal.kept[total // (2 * number)] if number else proposal.kept[0]
+    total = len(proposal.main)
+    return proposal.main[total // (2 * number)] if number else proposal.kept[0]
 
 
 def _first_frame(clip: videos.Clip) -> NDArray[np.uint8]:
@@ -164,7 +166,7 @@ def _listed(title: str, names: Sequence[str]) -> list[str]:
     return [title, *(f"  {name}" for name in names[:_SHOWN]), *more] if names else []
 
 
-def _of_videos(found: videos.Videos) -> str:
+def _of_videos(found: videos.Videos, mixes: bool) -> str:
     sizes = sorted({(clip.info.width, clip.info.height) for clip in found.clips})
     rates = sorted({clip.info.fps for clip in found.clips})
     lengths = sorted(clip.info.num_frames / clip.info.fps for clip in found.clips)
@@ -174,7 +176,8 @@ def _of_videos(found: videos.Videos) -> str:
         f"{lengths[0]:.1f} to {lengths[-1]:.1f} s"
     ]
     if found.num_images:
-        lines.append(f"  {found.num_images} images among them are shorter than a sample, and are left out")
+        fate = "are clips of one frame" if mixes else "are shorter than a sample, and are left out: --buckets"
+        lines.append(f"  {found.num_images} images among them {fate}")
     lines += _listed("without a caption, left out:", [printable(path) for path in found.without_caption])
     lines += _listed("cannot be read:", [f"{printable(path)}: {reason}" for path, reason in found.unreadable])
     return "\n".join(lines)
@@ -185,6 +188,7 @@ def _of_clips(proposal: Proposal, held_out: int) -> str:
     rate = proposal.settings.train_fps
     fitting = f"{len(proposal.kept)} of the opened clips fit, {held_out} of them are held out"
     lines = [f"samples      {frames} frames of {height}x{width} at {rate:g} fps: {fitting}"]
+    lines += [f"  bucket {bucket}: {number} of the opened clips" for bucket, number in proposal.buckets.items()]
     lines += [f"  {number} dropped: {REASONS[reason]}" for reason, number in proposal.dropped.items()]
     return "\n".join(lines)
 

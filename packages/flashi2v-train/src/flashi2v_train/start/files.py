@@ -21,6 +21,8 @@ class Plan:
         run: their directory, as the user named it.
         base: what to start from.
         limits: of the filter.
+        frames: of a sample.
+        mixes: the data have buckets.
         text_length: tokens of a caption.
         held_out: clips kept from training.
         device: kind of device.
@@ -35,6 +37,8 @@ class Plan:
     run: Path
     base: Base
     limits: FilterConfig
+    frames: int
+    mixes: bool
     text_length: int
     held_out: int
     device: str
@@ -83,6 +87,8 @@ def data_json(plan: Plan) -> str:
     """Return the contents of data.json."""
     limits = plan.limits
     size = f"[{limits.sample_height}, {limits.sample_width}]"
+    words = "each clip where it is cropped least; none is larger or longer than this sample"
+    buckets = f'\n        "buckets": "auto", # {words}' if plan.mixes else ""
     return f"""# What is trained on, and how it is read.
 {{
     "dataset_param": {{
@@ -95,7 +101,7 @@ def data_json(plan: Plan) -> str:
         "text_tokenizer_path": {json.dumps(plan.base.paths["tokenizer"])},
         "sample_height": {limits.sample_height},
         "sample_width": {limits.sample_width},
-        "sample_num_frames": {limits.sample_num_frames},
+        "sample_num_frames": {plan.frames},{buckets}
         "train_fps": {limits.train_fps:g},
         "text_drop_ratio": 0.1, # so that sampling may weigh the prompt (guidance)
         "tokenizer_max_length": {plan.text_length},
@@ -193,7 +199,7 @@ def run_sh(plan: Plan, saving: list[str], micro_batch: int) -> str:
     model = '"$RUN/model"' if plan.writes_model else f'{shlex.quote(base.encoders)} --lora "$RUN/lora.safetensors"'
     sample = (
         f'flashi2v-infer --model {model} --image "$RUN/{plan.image.name}" --prompt {shlex.quote(plan.prompt)} \\\n'
-        f"  --num-frames {limits.sample_num_frames} --height {limits.sample_height} --width {limits.sample_width} "
+        f"  --num-frames {plan.frames} --height {limits.sample_height} --width {limits.sample_width} "
         f'--fps {limits.train_fps:g} --device "$DEVICE"'
     )
     sample += " --num-inference-steps 25 --guidance-scale 1" if base.is_small else ""

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.curation.judge import Judge
 from flashi2v_data.curation.rules import REASONS, Rejection, area_at_ratio
 from flashi2v_data.errors import InputError
+from flashi2v_data.loading.buckets import BucketTable, Shape, propose_buckets
+from flashi2v_data.loading.config import Bucket
 from flashi2v_data.records import Size
 from flashi2v_train.start.base import Base
 from flashi2v_train.start.videos import Clip
@@ -19,6 +21,7 @@ from flashi2v_train.start.videos import Clip
 _MAX_FPS = 16.0  # what Wan2.1's VAE and FlashI2V were trained at
 # A setting is chosen so that so many clips can keep it; the rest may be odd ones.
 _MOST = 0.1
+_WIDEST = 4.0  # side to side: what is wider is no picture but a banner
 _STEP = 16  # pixels: the VAE's 8 times the patches' 2
 
 
@@ -30,21 +33,29 @@ class Proposal:
         settings: of the filter.
         kept: of the clips that were opened, those that it keeps.
         dropped: how many it drops, by reason.
+        size: of samples; with buckets, of the largest.
+        buckets: clips that go to each; none where all samples are of one size.
+        main: of the clips that it keeps, those of which some may be held out.
     """
 
     settings: FilterConfig
     kept: list[Clip]
     dropped: dict[str, int]
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Frames, height and width."""
-        settings = self.settings
-        return settings.sample_num_frames, settings.sample_height, settings.sample_width
+    size: Bucket
+    buckets: dict[Bucket, int]
+    main: list[Clip]
 
 
 def propose(
-    clips: Sequence[Clip], base: Base, size: tuple[int, int] | None, frames: int | None, annotation: str, store: str
+    clips: Sequence[Clip],
+    base: Base,
+    size: tuple[int, int] | None,
+    frames: int | None,
+    annotation: str,
+    store: str,
+    *,
+    mixes: bool = False,
+    least_frames: int | None = None,
 ) -> Proposal:
     """Choose what is not given.
 
@@ -55,6 +66,8 @@ def propose(
         frames: if given.
         annotation: file that names the meta JSON.
         store: directory for the LMDB.
+        mixes: choose buckets.
+        least_frames: of the clips that buckets are for; default: of the shortest bucket.
 
     Raises:
         InputError: a size is not divisible by 16, frames are not 4k + 1, or no clip fits.
@@ -64,8 +77,9 @@ def propose(
     fps = min(_MAX_FPS, float(np.quantile([clip.info.fps for clip in clips], _MOST, method="lower")))
     available = [math.floor(clip.num_frames * fps / clip.info.fps + 1e-6) for clip in clips]
     if frames is None:
-        shortest = int(np.quantile(available, _MOST, method="lower"))
-        frames = min(base.frames, (shortest - 1) // 4 * 4 + 1)
+        # With buckets half of the clips may be shorter.
+        usual = int(np.quantile(available, 0.5 if mixes else _MOST, method="lower"))
+        frames = min(base.frames, (usual - 1) // 4 * 4 + 1)
         if frames < 5:
             raise InputError(
                 f"one clip in ten is shorter than 5 frames at {fps:g} frames a second, too short to show motion: "
@@ -85,10 +99,22 @@ def propose(
         "min_h_div_w_ratio": round(height / width / 2, 2),
         "too_long_factor": float(max(5, math.ceil(max(available) / frames) + 1)),
     }
+    sample = Bucket(frames, height, width)
+    if mixes:
+        shapes = [Shape(number, one.height, one.width) for number, one in zip(available, sizes)]
+        table = BucketTable(shapes, propose_buckets(shapes, sample), annotation)
+        shortest = least_frames or min(bucket.num_frames for bucket in table.buckets)
+        values |= {"sample_num_frames": shortest, "max_h_div_w_ratio": _WIDEST, "min_h_div_w_ratio": 1 / _WIDEST}
+        values["too_long_factor"] = float(math.ceil(max(available) / shortest) + 1)
+        main = sample if sample in table.buckets else table.buckets[0]
+        found = _judged(clips, FilterConfig(**values, min_hxw=1), sample)
+        members = {id(clips[index]) for index in table.members(main)}
+        counts = dict(zip(table.buckets, table.counts))
+        return replace(found, buckets=counts, main=[clip for clip in found.kept if id(clip) in members])
     limits = FilterConfig(**values, min_hxw=1)
     areas = [area_at_ratio(each, limits) for each in sizes]
     least = min(height * width, int(np.quantile(areas, _MOST, method="lower")))
-    return _judged(clips, FilterConfig(**values, min_hxw=least))
+    return _judged(clips, FilterConfig(**values, min_hxw=least), sample)
 
 
 def _checked(size: tuple[int, int]) -> tuple[int, int]:
@@ -121,7 +147,7 @@ def _size(sizes: Sequence[Size], pixels: int) -> tuple[int, int]:
     return min(candidates, key=misfit)
 
 
-def _judged(clips: Sequence[Clip], settings: FilterConfig) -> Proposal:
+def _judged(clips: Sequence[Clip], settings: FilterConfig, sample: Bucket) -> Proposal:
     judge, kept, dropped = Judge(settings), [], Counter[str]()
     for clip in clips:
         verdict = judge(clip.entry, clip.info)
@@ -135,4 +161,4 @@ def _judged(clips: Sequence[Clip], settings: FilterConfig) -> Proposal:
             f"no clip fits {settings.sample_num_frames} frames of {settings.sample_height}x{settings.sample_width} at "
             f"{settings.train_fps:g} frames a second: {number} of {len(clips)}: {REASONS[reason]}"
         )
-    return Proposal(settings, kept, dict(dropped))
+    return Proposal(settings, kept, dict(dropped), sample, {}, kept)

@@ -9,13 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flashi2v_data.curation.folder import IMAGES, read_folder
+from flashi2v_data.curation.folder import read_folder
 from flashi2v_data.curation.judge import read_entry
 from flashi2v_data.curation.meta import read_entries
 from flashi2v_data.curation.probing import Prober
 from flashi2v_data.curation.tables import is_table
 from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.records import Annotation, Entry, read_annotations
+from flashi2v_data.video.images import is_image
 from flashi2v_data.video.probe import VideoInfo
 
 # So many are opened, spread over the set: what they are like decides size and length.
@@ -90,7 +91,7 @@ def look(source: Path, jobs: int) -> Videos:
     if not read:
         raise InputError(f"{source}: holds no clip with a path and a caption")
     captions = dict.fromkeys(c for entry in read for c in (entry.cap if isinstance(entry.cap, list) else [entry.cap]))
-    moving = [entry for entry in read if not entry.path.lower().endswith(IMAGES)]
+    moving = [entry for entry in read if not is_image(entry.path)]
     if not moving:
         raise InputError(f"{source}: holds images alone; a model of motion learns from videos")
     clips, unreadable = _open(moving[:: -(-len(moving) // _MAX_OPENED)], jobs)
