@@ -41,7 +41,7 @@ PROJECTS = {path.parent.name: tomllib.loads(path.read_text()) for path in ROOT.g
 SCRIPTS = sorted(name for project in PROJECTS.values() for name in project["project"]["scripts"])
 BLOCK = re.compile(r"(?:^ *<!-- (.*?) -->\n)?^( *)```(\w*)\n(.*?)^\2```$", re.DOTALL | re.MULTILINE)
 # What is no code, and what is run or marked.
-SHOWN, RUN = ("text", "toml", "json", "yaml"), ("bash", "python")
+SHOWN, RUN = ("text", "toml", "json", "yaml", "ini", "nginx"), ("bash", "python")
 
 
 class Block(NamedTuple):
