@@ -106,7 +106,6 @@ LAYOUTS |= {
     "buckets, from pixels": (1, BUCKETED, None),
     "buckets, data 4": (4, BUCKETED, None),
     "buckets, data 2 x context 2": (4, BUCKETED | {"context_parallel_size": 2}, None),
-    "buckets, tensor 2": (2, BUCKETED | {"tensor_model_parallel_size": 2}, None),
     "buckets, pipeline 2 x data 2": (4, BUCKETED | PIPELINE, [3, 3]),
     "buckets, pipeline 2, interleaved": (2, BUCKETED | PIPELINE, [[1, 2], [2, 1]]),
     "buckets, pipeline 2, zero-bubble": (2, BUCKETED | PIPELINE | {"pipeline_schedule": "zero-bubble"}, [3, 3]),
