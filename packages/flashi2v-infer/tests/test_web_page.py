@@ -40,7 +40,6 @@ ALICE, BOB = "alice-0123456789", "bob-0123456789ab"
 @contextlib.contextmanager
 def site(data: Path, *keys: str) -> Iterator[str]:
     """Serve everything that flashi2v-web does; yield its address."""
-    (data / "uploads").mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(data / "uploads")
     jobs, opened = Jobs(data), Keys(keys)
     setup = Setup(data, SERVED, Execution(device="cpu", keep_text_encoder=True))

@@ -62,6 +62,7 @@ def mount_page(app: FastAPI, service: Service, keys: Keys, planner: Planner) -> 
         raise ValueError(f"nothing is fetched: {url}")
 
     processing_utils.async_ssrf_protected_get = refused  # which Gradio calls for an address in the place of a file
+    Path(os.environ["GRADIO_TEMP_DIR"]).mkdir(parents=True, exist_ok=True)
     EpsImagePlugin.gs_binary = False  # Pillow starts no program, whatever the picture is
     page = _Page(service, keys, planner)
     return gr.mount_gradio_app(
