@@ -212,11 +212,3 @@ def test_what_leads_to_other_files_is_no_video(tmp_path, name, text):
     for read in (probe, lambda path: read_frames(path, [0])):
         with pytest.raises(DecodeError, match=r"is not a container of videos|Invalid data found"):
             read(tmp_path / name)
-
-
-def test_a_picture_is_no_video(tmp_path):
-    from PIL import Image
-
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    with pytest.raises(DecodeError, match=r"is not a container of videos|Invalid data found"):
-        probe(tmp_path / "a.png")

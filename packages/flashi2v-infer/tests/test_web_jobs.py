@@ -22,7 +22,7 @@ from flashi2v_infer.web.schema import Limits, Order, Served, describe
 from flashi2v_infer.web.worker import Setup
 from flashi2v_infer.web.workers import Workers
 
-SERVED = Served("demo", str(demo.DIRECTORY), read_defaults("demo"), Limits(), {"style": "/adapters/style.safetensors"})
+SERVED = Served("demo", demo.NAME, read_defaults("demo"), Limits(), {"style": "/adapters/style.safetensors"})
 DAY = 86400.0
 
 

@@ -15,7 +15,7 @@ from flashi2v_data.errors import InputError
 from flashi2v_data.settings import load_config
 from flashi2v_infer import __version__, demo
 from flashi2v_infer.config import InferenceConfig
-from flashi2v_infer.defaults import fps_of, read_defaults, settings_of
+from flashi2v_infer.defaults import fps_of, read_defaults, scale_of, settings_of
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.settings import Request, SamplingSettings
 from flashi2v_model.adapter_choice import read_choices
@@ -113,7 +113,7 @@ class VideoOptions:
         if self.model != demo.NAME:
             return self
         if self.image is not None and self.prompt is None:
-            known = "; ".join(demo.sentences()[:5])
+            known = "; ".join(demo.SENTENCES)
             raise InputError(f"--image also needs --prompt, a sentence that the demo model knows: {known}")
         return replace(
             self,
@@ -132,9 +132,7 @@ class VideoOptions:
             missing = [name for name in ("image", "prompt", "output") if getattr(self, name) is None]
             raise InputError(f"--model also needs {', '.join(map(_option, missing))}")
         fps = fps_of(defaults) if self.fps is None else self.fps
-        scale = self.scale
-        if scale is None:
-            scale = demo.scale_of(settings.height, settings.width) if self.model == demo.NAME else 1
+        scale = scale_of(str(self.model), settings) if self.scale is None else self.scale
         negative = self.negative_prompt or ""
         return Request(self.prompt, str(self.image), negative, seed or 0, fps=fps, scale=scale, settings=settings)
 

@@ -85,6 +85,11 @@ def fps_of(defaults: Defaults) -> float:
     return defaults.fps or Request.fps
 
 
+def scale_of(model: str, settings: SamplingSettings) -> int:
+    """Return how many times a model's video is enlarged for its file, where nobody says so."""
+    return demo.scale_of(settings.height, settings.width) if model == demo.NAME else 1
+
+
 def remark(defaults: Defaults, settings: SamplingSettings) -> str | None:
     """Say that a run has another size than the model was trained for, or nothing."""
     trained = (defaults.num_frames, defaults.height, defaults.width)

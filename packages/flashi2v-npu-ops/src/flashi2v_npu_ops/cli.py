@@ -51,7 +51,10 @@ def main() -> int:
     )
     command.add_argument("--probe-size", choices=("tiny", "real"), help="run them at this size only")
     command.add_argument("--probe-seconds", type=float, default=300, help="limit of each (default: 300)")
-    options = parser.parse_args()
+    try:
+        options = parser.parse_args()
+    except SystemExit as ended:  # help or version may still be in the buffer
+        raise SystemExit(_printed("") or ended.code) from None
     if options.probe_seconds <= 0:
         command.error("--probe-seconds must be above 0")
     if options.probe is None and options.probe_size is not None:
@@ -84,14 +87,19 @@ def _doctor(options: argparse.Namespace, command: _Parser) -> int:
         text = "\n".join(map(_escaped, doctor.lines(report)))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    return _printed(f"{text}\n") or (1 if report.is_at_fault else 0)
+
+
+def _printed(text: str) -> int:
+    """Print a text and what was printed before; return the exit code, 1 where it cannot be done."""
     try:
-        print(text, flush=True)
+        print(text, end="", flush=True)
     except OSError as error:  # a full disk, or a reader that has seen enough: head, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again when it ends
         if not isinstance(error, BrokenPipeError):
             print(f"flashi2v-npu-ops: cannot print: {error.strerror}", file=sys.stderr)
             return 1
-    return 1 if report.is_at_fault else 0
+    return 0
 
 
 def _escaped(text: str) -> str:

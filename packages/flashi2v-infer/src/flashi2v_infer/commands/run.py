@@ -127,9 +127,6 @@ def sample(
         if jobs:
             if not is_one:
                 configure_logging(logging.INFO if processes.is_first else logging.WARNING)
-            if processes.is_first:
-                for note in filter(None, map(model.prompt_note, dict.fromkeys(job.request.prompt for job in jobs))):
-                    logger.warning(note)
             pipeline, meter = model.load(settled, processes.context), Meter(processes.device)
             drawn = TerminalPreview(pipeline, meter.on_step_end)
             is_drawn = is_one and processes.is_first and drawn.can_be_seen(preview)
@@ -187,6 +184,10 @@ def sample_jobs(
     """
     facts = model.source(pipeline).facts()
     hidden = None if processes.is_first else True
+    if processes.is_first:
+        for prompt in dict.fromkeys(job.request.prompt for job in jobs):
+            if note := model.prompt_note(prompt):
+                logger.warning(note)
     try:
         sampler = _sampler(pipeline, [job.request for job in jobs], processes, on_step_end)
         with tqdm(total=len(jobs), desc="videos", unit="video", disable=is_one or hidden, smoothing=0) as bar:

@@ -7,7 +7,6 @@ its model card: how it was trained, and how good it is.
 import difflib
 import json
 import re
-from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +15,13 @@ _HERE = Path(__file__).parent
 DIRECTORY = _HERE / "model"  # a pipeline in diffusers' layout
 IMAGE = _HERE / "image.png"
 PROMPT = "a large pink star moves quickly to the upper right on a dark blue background"
+SENTENCES = (
+    PROMPT,
+    "a small yellow circle moves slowly down on a grey background",
+    "a medium red square moves slowly to the left on a white background",
+    "a large cyan ring stands still on a black background",
+    "a small green triangle moves quickly up on a brown background",
+)
 OUTPUT = "demo.mp4"
 _SHOWN = 384  # pixels of the shorter side of a file that people can look at
 
@@ -30,10 +36,11 @@ def scale_of(height: int, width: int) -> int:
 
 def prompt_note(prompt: str) -> str | None:
     """Say which words of a prompt the model's tokenizer does not know, and which sentence comes next to it."""
-    unknown = sorted(set(_words(prompt)) - known_words())
+    unknown = sorted(set(re.findall(r"\w+", prompt.lower())) - known_words())
     if not unknown:
         return None
-    return f"the demo model cannot read {', '.join(unknown)}; the nearest sentence that it knows: {nearest(prompt)!r}"
+    nearest = nearest_sentence(prompt)
+    return f"the demo model cannot read {', '.join(unknown)}; the nearest sentence that it knows: {nearest!r}"
 
 
 def image_note(vae_psnr: float) -> str | None:
@@ -48,27 +55,6 @@ def image_note(vae_psnr: float) -> str | None:
         "the image is far from what the demo model knows, one flat shape before a flat background: "
         f"its VAE alone repaints it with {vae_psnr:.1f} dB PSNR"
     )
-
-
-def nearest(prompt: str) -> str:
-    """Return the sentence of `sentences` that shares most words with a prompt; of several the most alike."""
-    told = _words(prompt)
-    return max(sentences(), key=lambda known: (_shared(told, known), SequenceMatcher(None, prompt, known).ratio()))
-
-
-def _shared(told: list[str], sentence: str) -> float:
-    known = _words(sentence)
-    return len({*told} & {*known}) / len({*told} | {*known})
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-@cache
-def sentences() -> tuple[str, ...]:
-    """Return sentences as the model was taught them, which hold all of its words."""
-    return tuple((_HERE / "sentences.txt").read_text().splitlines())
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from flashi2v_data.errors import InputError
-from flashi2v_infer.defaults import fps_of, settings_of
+from flashi2v_infer.defaults import fps_of, scale_of, settings_of
 from flashi2v_infer.settings import TEMPORAL_MULTIPLE, Request, SamplingSettings
 from flashi2v_infer.web.jobs import Job
 from flashi2v_model.adapter_choice import AdapterChoice, read_choices
@@ -140,7 +140,8 @@ class Served:
         self.limits.check(settings)
         self.choices(order.lora)
         seed = secrets.randbelow(2**31) if order.seed is None else order.seed
-        request = Request(order.prompt, image, order.negative_prompt, seed, fps=fps, settings=settings)
+        scale = scale_of(self.source, settings)
+        request = Request(order.prompt, image, order.negative_prompt, seed, fps=fps, scale=scale, settings=settings)
         return {**asdict(request), "flow_shift": order.flow_shift, "lora": order.lora}
 
     def choices(self, lora: list[str]) -> tuple[AdapterChoice, ...]:
