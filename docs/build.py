@@ -5,7 +5,6 @@ link to a file that is no page leads to the repository's address. What is made h
 the commands themselves, and of Python, from the names that each package's `__init__` shows. No torch is imported.
 """
 
-import ast
 import importlib
 import json
 import os
@@ -18,6 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from release.packages import public_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -150,7 +152,7 @@ def python_reference(package: str) -> str:
         module = ".".join(wing.relative_to(home.parent).parts)
         if wing != home:
             text += f"\n## {module}\n"
-        text += "".join(f"\n::: {module}.{name}\n" for name in public_names(wing))
+        text += "".join(f"\n::: {module}.{name}\n" for name in sorted(public_names(wing)))
     return text
 
 
@@ -188,18 +190,6 @@ def kind(value: dict[str, Any]) -> str:
     of = next((value[name] for name in ("items", "additionalProperties") if isinstance(value.get(name), dict)), None)
     words = f"{value.get('type', 'any')}{f' of {kind(of)}' if of else ''}"
     return ", ".join([words, *limits])
-
-
-def public_names(package: Path) -> list[str]:
-    """Return the names that a package shows: those of its stub, or its `__all__`."""
-    stub = package / "__init__.pyi"
-    tree = ast.parse((stub if stub.exists() else package / "__init__.py").read_text())
-    if stub.exists():
-        imports = (node for node in tree.body if isinstance(node, ast.ImportFrom))
-        return sorted({alias.asname or alias.name for node in imports for alias in node.names})
-    assigned = (node for node in tree.body if isinstance(node, ast.Assign))
-    (names,) = (node.value for node in assigned if ast.unparse(node.targets[0]) == "__all__")
-    return list(ast.literal_eval(names))
 
 
 if __name__ == "__main__":

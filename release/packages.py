@@ -1,5 +1,6 @@
 """What the packages of a tree declare."""
 
+import ast
 import re
 import sys
 from dataclasses import dataclass
@@ -91,3 +92,15 @@ def _read(folder: Path) -> Package:
     version = re.search(r'^__version__ = "(.+)"$', _init(folder).read_text(), re.MULTILINE)
     assert version is not None
     return Package(folder.name, folder, Version(version[1]), SpecifierSet(project["requires-python"]), requires)
+
+
+def public_names(folder: Path) -> list[str]:
+    """Return the names that a folder's `__init__` shows to those who import it: its stub's, or its `__all__`."""
+    stub = folder / "__init__.pyi"
+    tree = ast.parse((stub if stub.exists() else folder / "__init__.py").read_text())
+    if stub.exists():
+        imports = (node for node in tree.body if isinstance(node, ast.ImportFrom))
+        return [alias.asname or alias.name for node in imports for alias in node.names]
+    assigned = (node for node in tree.body if isinstance(node, ast.Assign))
+    told = (node.value for node in assigned if ast.unparse(node.targets[0]) == "__all__")
+    return list(ast.literal_eval(next(told, ast.List([]))))

@@ -1,10 +1,11 @@
-"""What a package shows to those who import it, and how two versions of that differ."""
+"""How two versions of what a package shows differ."""
 
-import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 import griffe
+
+from release.packages import public_names
 
 
 def changes(module: str, old: Path, new: Path) -> tuple[list[str], list[str]]:
@@ -36,13 +37,8 @@ def _load(module: str, source: Path) -> griffe.Module:
 
 
 def _face(module: griffe.Module) -> list[str]:
-    """Return the names in a folder's __init__.pyi, or in its `__all__`."""
     assert isinstance(module.filepath, Path)
-    stub = module.filepath.with_suffix(".pyi")
-    if module.is_init_module and stub.is_file():
-        imports = [each for each in ast.parse(stub.read_text()).body if isinstance(each, ast.ImportFrom)]
-        return [alias.asname or alias.name for each in imports for alias in each.names]
-    return [str(name) for name in module.exports or ()] if module.is_init_module else []
+    return public_names(module.filepath.parent) if module.is_init_module else []
 
 
 def _names(module: griffe.Module) -> Iterator[str]:

@@ -408,9 +408,17 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path):
     assert read_frames(tmp_path / "clear.png", [0]).min() == 255
     with pytest.raises(DecodeError, match="has 1 frames, frame 1 was asked for"):
         read_frames(path, [1])
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((4, 4), 0x8181, np.uint16)).save(tmp_path / "deep.png")
+    assert np.unique(read_frames(tmp_path / "deep.png", [0])) == [0x81]
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "deep.tif")
     with pytest.raises(DecodeError, match="more than 8 bits"):
-        read_frames(tmp_path / "deep.png", [0])
+        read_frames(tmp_path / "deep.tif", [0])
+    still = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for name in ("moves.webp", "moves.png", "pages.tif"):
+        still[0].save(tmp_path / name, save_all=True, append_images=still[1:])
+        for read in (probe, lambda moving: read_frames(moving, [0])):
+            with pytest.raises(DecodeError, match="holds several pictures: save it as a video"):
+                read(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(path.read_bytes()[:60])
     with pytest.raises(DecodeError, match="is no image that can be read"):
         read_frames(tmp_path / "broken.png", [0])

@@ -183,6 +183,18 @@ def test_weights_stored_in_eight_bits_compute_in_sixteen():
     assert 0 < (model(*inputs()).sample - exact).norm() < 0.1 * exact.norm()
 
 
+def test_what_lies_in_the_same_place_is_not_the_same():
+    """A view that begins where another does may hold other numbers: its strides tell."""
+    model, times = small_model(), torch.tensor([900.0, 100.0])
+    calls = (times[:1].expand(2), times, times[:1].expand(2))
+    expected = [model.condition_embedder.embed_time(each)[0] for each in calls]
+    with conditions_kept(model):
+        kept = [model.condition_embedder.embed_time(each)[0] for each in calls]
+    for found, wanted in zip(kept, expected):
+        assert torch.equal(found, wanted)
+    assert not torch.equal(kept[0], kept[1])
+
+
 @pytest.mark.parametrize("way", ["plain", "compiled", "blocks offloaded", "layers offloaded"])
 @torch.no_grad()
 def test_what_is_kept_over_the_steps_changes_no_number(way):

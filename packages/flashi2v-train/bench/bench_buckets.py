@@ -10,9 +10,8 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from bench_training import PREDICTOR
+from bench_training import PREDICTOR, settings
 
 from flashi2v_data.loading.buckets import BucketTable, Shape, propose_buckets
 from flashi2v_data.loading.composer import Composer
@@ -36,47 +35,6 @@ NUM_IMAGES = 8
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
-
-
-def settings(root: Path, store: Path, predictor: dict[str, Any], shape: tuple[int, int, int], **data: Any) -> Any:
-    """Return what the two files hold."""
-    frames, height, width = shape
-    length = predictor.get("text_len", 512)
-    model = {
-        "ae": {"model_id": "wan_video_vae", "from_pretrained": str(root / "model/vae")},
-        "text_encoder": {"model_id": "UMT5", "from_pretrained": str(root / "model/text_encoder"), "dtype": "fp32"},
-        "diffusion": {"model_id": "flow_matching", "use_logitnorm_time_sampling": True},
-        "predictor": {"model_id": "flashi2vdit", **predictor},
-    }
-    transforms = [
-        {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [height, width]}},
-        {"trans_type": "ToTensorVideo"},
-        {"trans_type": "norm_fun", "param": {"mean": 0.5, "std": 0.5}},
-    ]
-    dataset = {
-        "dataset_type": "flashi2v",
-        "metafile_or_dir_path": str(store),
-        "text_tokenizer_path": str(root / "model/tokenizer"),
-        "sample_height": height,
-        "sample_width": width,
-        "sample_num_frames": frames,
-        "train_fps": 16,
-        "text_drop_ratio": 0.1,
-        "tokenizer_max_length": length,
-        "return_prompt_mask": True,
-        "transform_pipeline": {"video": transforms},
-        **data,
-    }
-    loader = {
-        "dataloader_mode": "sampler",
-        "sampler_type": "StatefulDistributedSampler",
-        "collate_param": {"model_name": "flashi2v"},
-        "shuffle": True,
-        "drop_last": True,
-        "pin_memory": False,
-        "num_workers": 0,
-    }
-    return model, {"dataset_param": dataset, "dataloader_param": loader}
 
 
 def measure_waits(root: Path) -> None:

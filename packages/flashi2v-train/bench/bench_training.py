@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +54,47 @@ class Measured(Trainer):
         return time.perf_counter() - started
 
 
+def settings(root: Path, store: Path, predictor: dict[str, Any], shape: tuple[int, int, int], **data: Any) -> Any:
+    """Return what the two files hold."""
+    frames, height, width = shape
+    length = predictor.get("text_len", 512)
+    model = {
+        "ae": {"model_id": "wan_video_vae", "from_pretrained": str(root / "model/vae")},
+        "text_encoder": {"model_id": "UMT5", "from_pretrained": str(root / "model/text_encoder"), "dtype": "fp32"},
+        "diffusion": {"model_id": "flow_matching", "use_logitnorm_time_sampling": True},
+        "predictor": {"model_id": "flashi2vdit", **predictor},
+    }
+    transforms = [
+        {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [height, width]}},
+        {"trans_type": "ToTensorVideo"},
+        {"trans_type": "norm_fun", "param": {"mean": 0.5, "std": 0.5}},
+    ]
+    dataset = {
+        "dataset_type": "flashi2v",
+        "metafile_or_dir_path": str(store),
+        "text_tokenizer_path": str(root / "model/tokenizer"),
+        "sample_height": height,
+        "sample_width": width,
+        "sample_num_frames": frames,
+        "train_fps": 16,
+        "text_drop_ratio": 0.1,
+        "tokenizer_max_length": length,
+        "return_prompt_mask": True,
+        "transform_pipeline": {"video": transforms},
+        **data,
+    }
+    loader = {
+        "dataloader_mode": "sampler",
+        "sampler_type": "StatefulDistributedSampler",
+        "collate_param": {"model_name": "flashi2v"},
+        "shuffle": True,
+        "drop_last": True,
+        "pin_memory": False,
+        "num_workers": 0,
+    }
+    return model, {"dataset_param": dataset, "dataloader_param": loader}
+
+
 def prepare(root: Path) -> dict[str, Path]:
     """Make videos, store, encoders, features and the two files; return the files as options."""
 
@@ -76,44 +118,12 @@ def prepare(root: Path) -> dict[str, Path]:
     (root / "filter.yaml").write_text(json.dumps(limits))
     run("flashi2v-data", "filter", "--filter_config", root / "filter.yaml")
     presets.init("tiny", root / "model")
-    transforms = [
-        {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [SIZE, SIZE]}},
-        {"trans_type": "ToTensorVideo"},
-        {"trans_type": "norm_fun", "param": {"mean": 0.5, "std": 0.5}},
-    ]
-    model = {
-        "ae": {"model_id": "wan_video_vae", "from_pretrained": str(root / "model/vae")},
-        "text_encoder": {"model_id": "UMT5", "from_pretrained": str(root / "model/text_encoder"), "dtype": "fp32"},
-        "diffusion": {"model_id": "flow_matching", "use_logitnorm_time_sampling": True},
-        "predictor": {"model_id": "flashi2vdit", "dtype": "fp32", **PREDICTOR},
-    }
-    dataset = {
-        "dataset_type": "flashi2v",
-        "metafile_or_dir_path": str(root / "store"),
-        "text_tokenizer_path": str(root / "model/tokenizer"),
-        "sample_height": SIZE,
-        "sample_width": SIZE,
-        "sample_num_frames": FRAMES,
-        "train_fps": 16,
-        "text_drop_ratio": 0.1,
-        "tokenizer_max_length": PREDICTOR["text_len"],
-        "return_prompt_mask": True,
-        "transform_pipeline": {"video": transforms},
-    }
-    loader = {
-        "dataloader_mode": "sampler",
-        "sampler_type": "StatefulDistributedSampler",
-        "collate_param": {"model_name": "flashi2v"},
-        "shuffle": True,
-        "drop_last": True,
-        "pin_memory": False,
-        "num_workers": 0,
-    }
     files = {"mm_model": root / "model.json", "mm_data": root / "data.json"}
     for loads in (False, True):
         flags = {"load_video_features": loads, "load_text_features": loads}
         place = {"features_path": str(root / "features")} if loads else {}
-        data = {"dataset_param": {**dataset, **flags, **place}, "dataloader_param": loader}
+        predictor = {"dtype": "fp32", **PREDICTOR}
+        model, data = settings(root, root / "store", predictor, (FRAMES, SIZE, SIZE), **flags, **place)
         files["mm_model"].write_text(json.dumps({**model, **flags}))
         files["mm_data"].write_text(json.dumps(data))
         if not loads:

@@ -18,7 +18,6 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel, UMT5EncoderModel
 
@@ -41,8 +40,8 @@ from flashi2v_infer.files.inputs import tidy
 from flashi2v_infer.lora import LoraMixin
 from flashi2v_infer.model_index import check_model_index
 from flashi2v_infer.output import AnyFrames, FlashI2VPipelineOutput
-from flashi2v_infer.preview import PreviewMap, map_of
-from flashi2v_infer.publishing import hub_options, upload, vae_directories, write_beside
+from flashi2v_infer.preview import PreviewMixin
+from flashi2v_infer.publishing import hub_options, upload, write_beside
 from flashi2v_infer.settings import SamplingSettings
 from flashi2v_infer.single_file import SingleFileMixin
 from flashi2v_model import FlashI2VTransformer3DModel
@@ -61,7 +60,7 @@ StepCallback: TypeAlias = Callable[["FlashI2VPipeline", int, Tensor, dict[str, A
 _USUAL_TEXT_LENGTH = 512  # of every release
 
 
-class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin):
+class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMixin):
     """Samples videos that start with an image and follow a prompt.
 
     Args:
@@ -117,7 +116,6 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin):
         self._current_timestep: Tensor | None = None
         self._attention_kwargs: dict[str, Any] | None = None
         self._remarked = False
-        self._preview: PreviewMap | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -165,28 +163,6 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin):
     def interrupt(self) -> bool:
         """Whether sampling stops after this step: a callback may set `pipe._interrupt`."""
         return self._interrupt
-
-    def preview(self, latents: Tensor) -> list[list[Image.Image]]:
-        """Return a picture for every latent frame, by a linear map: milliseconds, for callbacks that show progress.
-
-        Args:
-            latents: (B, C, F, H, W), normalised, as callbacks are given them; "denoised" shows shapes from the second
-                step on, where "latents" are noise until late.
-
-        Raises:
-            InputError: no map is known for this VAE; the message says how to fit one.
-        """
-        return self.preview_map().pictures(latents)
-
-    def preview_map(self) -> PreviewMap:
-        """Return the map that `preview` draws by.
-
-        Raises:
-            InputError: none is known for this VAE; the message says how to fit one.
-        """
-        if self._preview is None:
-            self._preview = map_of(self.vae, vae_directories(self))
-        return self._preview
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
@@ -400,7 +376,8 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin):
         if callback is not None:
             tensors = {"latents": y, "prompt_embeds": field.text, "negative_prompt_embeds": field.negative_text}
             shown = field.denoised if "denoised" in names else None
-            changed = callback(self, step, timestep, {name: {**tensors, "denoised": shown}[name] for name in names})
+            given = {**tensors, "denoised": shown}
+            changed = callback(self, step, timestep, {name: given[name] for name in names})
             changed = {name: tensor for name, tensor in (changed or {}).items() if tensor is not shown}
             if unknown := ", ".join(sorted({*changed} - {*tensors})):
                 raise InputError(f"callback_on_step_end changed {unknown}: it may change {', '.join(tensors)}")

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,41 @@ class PreviewMap:
         scale = max(1, math.ceil(_SMALLEST / max(height, width)))
         size = (width * scale, height * scale)
         return [[Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in video] for video in colours]
+
+
+class PreviewMixin:
+    """A pipeline that shows latents as pictures."""
+
+    vae: AutoencoderKLWan
+    _preview: PreviewMap | None = None
+
+    def preview(self, latents: Tensor) -> list[list[Image.Image]]:
+        """Return a picture for every latent frame, by a linear map: milliseconds, for callbacks that show progress.
+
+        Args:
+            latents: (B, C, F, H, W), normalised, as callbacks are given them; "denoised" shows shapes from the second
+                step on, where "latents" are noise until late.
+
+        Raises:
+            InputError: no map is known for this VAE; the message says how to fit one.
+        """
+        return self.preview_map().pictures(latents)
+
+    def preview_map(self) -> PreviewMap:
+        """Return the map that `preview` draws by.
+
+        Raises:
+            InputError: none is known for this VAE; the message says how to fit one.
+        """
+        if self._preview is None:
+            self._preview = map_of(self.vae, vae_directories(self))
+        return self._preview
+
+
+def vae_directories(pipeline: Any) -> tuple[Path, ...]:
+    """Return where the VAE's weights may have come from."""
+    own, whole = (Path(part.config.get("_name_or_path") or "") for part in (pipeline.vae, pipeline))
+    return own, own / "vae", whole / "vae"
 
 
 def map_of(vae: AutoencoderKLWan, directories: Iterable[Path]) -> PreviewMap:

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import create_repo
 
-from flashi2v_infer.preview import FILE
+from flashi2v_infer.preview import FILE, vae_directories
 from flashi2v_model.card import CARD, model_card
 
 _OF_THE_HUB = ("repo_id", "commit_message", "private", "create_pr", "token", "subfolder")
@@ -37,12 +37,6 @@ def write_beside(pipeline: Any, directory: Path, name: str) -> None:
         found = next((place / FILE for place in vae_directories(pipeline) if (place / FILE).is_file()), None)
         if found is not None:
             shutil.copyfile(found, directory / "vae" / FILE)
-
-
-def vae_directories(pipeline: Any) -> tuple[Path, ...]:
-    """Return where the VAE's weights may have come from."""
-    own, whole = (Path(part.config.get("_name_or_path") or "") for part in (pipeline.vae, pipeline))
-    return own, own / "vae", whole / "vae"
 
 
 def upload(

@@ -100,10 +100,13 @@ class _Known:
 
 def _is_same(one: Any, other: Any) -> bool:
     """Tell whether two arguments are one; a view of the same memory is, too, as a cache that splits a batch has."""
-    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
-        return bool(one == other)
-    place = one.data_ptr()
-    return one is other or (bool(place) and (place, one.shape) == (other.data_ptr(), other.shape))
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return type(one) is type(other) and bool(one == other)  # a number is no tensor, which nobody reads here
+    return one is other or (bool(one.data_ptr()) and _place(one) == _place(other))
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _Once:

@@ -14,10 +14,10 @@ from typing import Any
 
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.curation.tables import NAMES, NoClipsError, entry_of, is_table, read_rows
-from flashi2v_data.errors import InputError
+from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.records import printable
 from flashi2v_data.textfile import open_regular, read_text
-from flashi2v_data.video.images import FPS, IMAGES, is_image
+from flashi2v_data.video.images import FPS, IMAGES, is_image, size_of_image
 
 logger = logging.getLogger(__name__)
 
@@ -99,14 +99,11 @@ def _leads_back(place: str, name: str) -> bool:
 
 def _size_of_image(path: str) -> dict[str, Any]:
     """Return what the filter reads of videos by itself, without decoding."""
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(path) as image:
-            turned = ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: is no image that can be read: {error}") from None
-    return {"resolution": {"height": turned.height, "width": turned.width}, "fps": FPS, "num_frames": 1}
+        height, width = size_of_image(path)
+    except DecodeError as error:
+        raise InputError(str(error)) from None
+    return {"resolution": {"height": height, "width": width}, "fps": FPS, "num_frames": 1}
 
 
 def _beside(path: str) -> dict[str, Any] | None:

@@ -60,8 +60,9 @@ class Sample:
     @property
     def jumps(self) -> bool:
         """Whether the second frame does not continue the first."""
-        first, *later = self.changes if len(self.frames) > 1 else [0.0]
-        return first > _JUMP and first > _JUMP_RATIO * np.median([*later, 0.0])
+        if len(self.changes) < 2:
+            return False
+        return bool(self.changes[0] > max(_JUMP, _JUMP_RATIO * np.median(self.changes[1:])))
 
 
 class Sampler:

@@ -17,8 +17,9 @@ from torch import Tensor
 from flashi2v_data.atomic import atomic_directory, atomic_file, check_directory
 from flashi2v_data.console import machine_fault
 from flashi2v_data.errors import DecodeError, InputError, StorageError
+from flashi2v_data.video.pictures import UNDECODABLE, opened
 from flashi2v_data.video.write import write_video
-from flashi2v_infer.files.pictures import UNDECODABLE, AnyImage, as_pixels, opened
+from flashi2v_infer.files.pictures import AnyImage, as_pixels
 from flashi2v_infer.settings import check_text
 
 Frames = NDArray[np.uint8]

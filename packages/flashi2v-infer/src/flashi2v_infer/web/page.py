@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tempfile
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class _Page:
         with gr.Blocks(
             title="FlashI2V", fill_width=True, analytics_enabled=False, delete_cache=(3600, _CACHE_SECONDS)
         ) as blocks:
-            gr.HTML(f'<div id="head"><h1>FlashI2V</h1><span>{self._served.model}</span></div>')
+            gr.HTML(f'<div id="head"><h1>FlashI2V</h1><span>{escape(self._served.model)}</span></div>')
             shown, pair = gr.State(""), gr.State([])
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=320):
@@ -180,7 +181,7 @@ class _Page:
         refresh: Any,
         blocks: gr.Blocks,
     ) -> None:
-        image, prompt, size, sized = fields[0], fields[1], fields[3], fields[3:8]
+        image, prompt, size, sized = fields[0], fields[1], fields[3], fields[3:7]
         views = [result, history]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         latest: dict[str, Any] = {**private, "trigger_mode": "always_last"}
@@ -339,7 +340,7 @@ class _Page:
         except InputError as error:
             return f'<p class="f2v fault">{str(error).replace(image, Path(image).name)}</p>'
 
-    def plan(self, size: str, frames: float, steps: float, guidance: float, detail: float) -> str:
+    def plan(self, size: str, frames: float, steps: float, guidance: float) -> str:
         """Say what a video of these settings will take."""
         try:
             settings = self._settings(size, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance)
