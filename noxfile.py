@@ -34,7 +34,7 @@ CONSTRAINTS = ROOT / ".ci/constraints.txt"
 PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-train", "flashi2v-infer")
 EXTRAS = {
     "flashi2v-train": "[lora,wandb]",
-    "flashi2v-data": "[decord,parquet,plots,tokenizer,torchcodec]",
+    "flashi2v-data": "[decord,parquet,plots,signals,tokenizer,torchcodec]",
     "flashi2v-model": "[gguf,lora]",
     "flashi2v-infer": "[lora]",
 }
@@ -56,7 +56,7 @@ LINTERS = ("ruff>=0.9", "mypy>=1.15", "import-linter>=2.1", "deptry>=0.23", "act
 BUILDERS = ("build", "hatchling>=1.26", "hatch-fancy-pypi-readme>=24.1", "griffe>=2", "towncrier>=24.8", "twine>=6.1")
 DOCS = ("zensical>=0.0.73", "mkdocstrings-python>=2.0")
 # Declared and imported nowhere: what other libraries import only where it is there, and decord under its other name.
-NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf|python-multipart"
+NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf|onnxruntime|python-multipart"
 # One environment for all that looks at the sources as they are.
 SHARED = ROOT / ".nox/shared"
 shared_session = nox.session(venv_backend="none")

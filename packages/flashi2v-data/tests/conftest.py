@@ -13,7 +13,9 @@ from flashi2v_data.curation.stream import filter_records
 from flashi2v_data.loading.config import DataConfig
 from flashi2v_data.records import Annotation
 from flashi2v_data.shapes.scenes import write_shapes
+from flashi2v_data.signals import Clip
 from flashi2v_data.store.reader import write_store
+from flashi2v_data.video.write import write_video
 
 # No example has to be quick, and a failure on one machine is one on all.
 settings.register_profile("every machine", deadline=None, derandomize=True, database=None)
@@ -140,3 +142,16 @@ def data_config(raw_data_config, tmp_path):
         return DataConfig(**raw)
 
     return make
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Write frames as a video and return what a signal says of it."""
+
+    def measure(signal: Any, frames: Any, *, crf: int = 20, **entry: Any) -> Any:
+        path = tmp_path / "measured.mp4"
+        write_video(path, frames, 16, crf=crf)
+        with Clip({"path": str(path), **entry}, signal.frames) as clip:
+            return signal(clip)
+
+    return measure

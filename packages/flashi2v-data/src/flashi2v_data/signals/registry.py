@@ -9,7 +9,14 @@ from flashi2v_data.errors import InputError
 from flashi2v_data.signals.protocol import Signal
 
 # By name: where its class is. A module is imported when its signal is asked for, as it may need an extra.
-BUILT_IN: dict[str, str] = {}
+BUILT_IN: dict[str, str] = {
+    "cuts": "flashi2v_data.signals.cuts:Cuts",
+    "duplicates": "flashi2v_data.signals.duplicates:Duplicates",
+    "motion": "flashi2v_data.signals.motion:Motion",
+    "still": "flashi2v_data.signals.still:Still",
+    "text": "flashi2v_data.signals.text:Text",
+    "transnet": "flashi2v_data.signals.cuts:Transnet",
+}
 
 # What records and the rules are made of; `motion` is a signal's to give.
 _RESERVED = ("path", "cap", "resolution", "fps", "num_frames", "cut", "crop", "start_frame_idx")
