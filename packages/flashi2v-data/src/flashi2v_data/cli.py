@@ -1,10 +1,10 @@
 """The command line `flashi2v-data`."""
 
 import logging
-import os
 import re
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -17,6 +17,9 @@ from flashi2v_data.console import escaped, run
 from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.curation.probing import PROBE_TIMEOUT_SECONDS
 from flashi2v_data.curation.report import FilterReport, check_plots
+from flashi2v_data.engines.ledger import Shard
+from flashi2v_data.engines.opening import EngineName, num_processors, open_engine
+from flashi2v_data.engines.protocol import Engine
 from flashi2v_data.errors import InputError
 from flashi2v_data.records import printable
 from flashi2v_data.settings import load_config
@@ -27,6 +30,45 @@ app = App(name="flashi2v-data", help="Video data for training FlashI2V.", versio
 
 Jobs = Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1, lte=1024))]
 Positive = Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1))]
+
+
+@Parameter(name="*")
+@dataclass
+class EngineOptions:
+    """Where work is spread, and which share of it.
+
+    Parameters
+    ----------
+    engine
+        The processes of this machine, or a Ray cluster, which the extra [ray] brings.
+    address
+        HOST:PORT of a Ray cluster; by default RAY_ADDRESS, else a cluster that is started here.
+    jobs
+        Processes; by default one for each processor of the machine or the cluster.
+    shard
+        INDEX/COUNT, 0/40 to 39/40: do this share only, for Slurm arrays and queues; `flashi2v-data merge` unites them.
+    """
+
+    engine: EngineName = "local"
+    address: str | None = None
+    jobs: Jobs | None = None
+    shard: str | None = None
+
+    def open(self) -> Engine:
+        """Return the engine, which is to be closed.
+
+        Raises:
+            InputError: there is none.
+        """
+        return open_engine(self.engine, self.address, self.jobs)
+
+    @property
+    def share(self) -> Shard | None:
+        """The share that this process does; None for all."""
+        return None if self.shard is None else Shard.parse(self.shard)
+
+
+ENGINE_OPTIONS = EngineOptions()
 
 
 def main() -> NoReturn:
@@ -80,7 +122,7 @@ def filter_command(
         for lines in explain_path(config, explain, probe_timeout=probe_timeout):
             print(escaped("\n".join(lines)))
         return
-    jobs = jobs or _num_processors()
+    jobs = jobs or num_processors()
     if dry_run:
         report = count_files(config, jobs=jobs, probe_timeout=probe_timeout)
         print(report.describe(config))
@@ -134,6 +176,77 @@ def meta_command(
     print(
         escaped(f"{len(folder.entries)} clips in {output}, {left_out}; filter them with ann_txt_path: '{annotation}'")
     )
+
+
+@app.command(name="score")
+def score_command(
+    meta: Path,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    signals: str = "",
+    signal: Annotated[list[str] | None, Parameter(negative="")] = None,
+    root: str | None = None,
+    timeout: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = 300.0,
+    memory_gib: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = 4.0,
+    options: EngineOptions = ENGINE_OPTIONS,
+) -> None:
+    """Look at every clip, and add what signals say of it to its entry.
+
+    Writes the meta JSON with further columns, which the filter's rules and training may use, an annotation file beside
+    it (.txt, for ann_txt_path), the versions and licences of the signals (.signals.json), and the clips that could not
+    be scored (.failed.jsonl). A run that was ended, however, goes on when the command is given again.
+
+    Example: flashi2v-data score meta.json -o scored.json --signals motion,cuts --jobs 8
+
+    Parameters
+    ----------
+    meta
+        A meta JSON or a table; or an annotation file, .txt, that names several.
+    output
+        The meta JSON to write, which ends in .json.
+    signals
+        Names of signals, with commas between them.
+    signal
+        module:Class of one of your own; may be given several times.
+    root
+        That the paths of the meta JSON are relative to; by default the directory that it lies in.
+    timeout
+        Seconds for one clip, which is left out if it takes longer.
+    memory_gib
+        That a clip may take, which is left out if it takes more twice.
+    """
+    from flashi2v_data.curation.score import score
+    from flashi2v_data.workers import Limits
+
+    bound = int(memory_gib * 2**30)
+    limits = Limits(timeout, bound // 2, most_bytes=bound)
+    names = [name.strip() for name in signals.split(",") if name.strip()]
+    share = options.share
+    with closing(options.open()) as engine:
+        report = score(meta, output, names, signal or [], engine, root=root, limits=limits, shard=share)
+    if report is None:
+        print(escaped(f"shard {options.shard} is done; behind the last: flashi2v-data merge {output}"))
+    else:
+        print(escaped(f"{report.describe()}\nwritten to {output}"))
+
+
+@app.command(name="merge")
+def merge_command(output: Path, /, *, signal: Annotated[list[str] | None, Parameter(negative="")] = None) -> None:
+    """Unite the shards of a command, when all are done.
+
+    Example: flashi2v-data merge scored.json
+
+    Parameters
+    ----------
+    output
+        What the command was to write: --output of score, save_path of filter.
+    signal
+        Those of your own that the command was given.
+    """
+    from flashi2v_data.curation.merge import merge
+
+    print(escaped(merge(output, signal or [])))
 
 
 @app.command(name="export")
@@ -203,16 +316,12 @@ def inspect_command(
         check_plots()
         check_directory(plots, "--plots")
     store = open_store(path)
-    with closing(Prober(jobs or _num_processors(), probe_timeout or PROBE_TIMEOUT_SECONDS)) as prober:
+    with closing(Prober(jobs or num_processors(), probe_timeout or PROBE_TIMEOUT_SECONDS)) as prober:
         found = inspect_store(store, limit=limit, prober=prober if open_videos else None)
     charts = [] if plots is None else plot_store(found, plots)
     print(escaped(describe_store(store, found)))
     for chart in charts:
         print(escaped(f"plot       {chart}"))
-
-
-def _num_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @app.command(name="shapes")

@@ -57,3 +57,9 @@ class DecodeError(RuntimeError):
     def __str__(self) -> str:
         """Return the message, one line."""
         return f"{'record at fault,' if self.is_of_record else 'cannot read video'} {self.path}: {self.reason}"
+
+
+class EngineError(RuntimeError):
+    """Work that was spread over processes or machines failed there; the message is one line that says what to do."""
+
+    exit_code = 1

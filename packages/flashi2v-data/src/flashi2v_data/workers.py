@@ -43,6 +43,8 @@ _ATTEMPTS = 2
 _STILLBORN = 3
 # To import libraries and unpickle the function, on a busy machine with a slow disk.
 _STARTUP_SECONDS = 300.0
+# How often the memory of processes at work is looked at.
+_LOOK_SECONDS = 0.2
 # Before every message, its length. More than a connection holds need not be asked of it at once.
 _LENGTH = struct.Struct("!Q")
 _CHUNK_BYTES = 256 << 10
@@ -57,24 +59,26 @@ class Limits(NamedTuple):
         timeout_seconds: for one task.
         memory_bytes: of its own, shared memory not counted; looked at after every task.
         max_tasks: after so many it is replaced.
+        most_bytes: as memory_bytes, but looked at while it works, where the system tells: it is then ended.
     """
 
     timeout_seconds: float | None = None
     memory_bytes: int | None = None
     max_tasks: int | None = None
+    most_bytes: int | None = None
 
 
 NO_LIMITS = Limits()
 
 
 class WorkerLost(RuntimeError):
-    """A task was not done in time (`is_late`), or ended the processes that worked on it."""
+    """A task was not done in time (`is_late`), took too much memory (`is_too_large`), or ended its processes."""
 
     exit_code = 1
 
-    def __init__(self, reason: str, *, is_late: bool = False) -> None:
+    def __init__(self, reason: str, *, is_late: bool = False, is_too_large: bool = False) -> None:
         super().__init__(reason)
-        self.is_late = is_late
+        self.is_late, self.is_too_large = is_late, is_too_large
 
 
 class WorkerError(Exception):
@@ -201,6 +205,7 @@ class WorkerPool(Generic[A, R]):
         self._workers: list[_Worker] = []
         self._waiting: deque[Task[A, R]] = deque()
         self._num_stillborn = 0
+        self._looked_at = 0.0
         self.close: Callable[[], object] = weakref.finalize(self, _close, self._workers)
 
     def start(self) -> None:
@@ -243,6 +248,8 @@ class WorkerPool(Generic[A, R]):
         if seconds is None:
             until = min(worker.deadline for worker in self._workers)
             seconds = None if until == float("inf") else max(0.0, until - now)
+            if self._limits.most_bytes is not None:
+                seconds = min(_LOOK_SECONDS, _LOOK_SECONDS if seconds is None else seconds)
         events = _wait(self._workers, seconds)
         for worker, event in events.items():
             if event & selectors.EVENT_WRITE:
@@ -253,6 +260,11 @@ class WorkerPool(Generic[A, R]):
                 self._set_deadline(worker)  # what moves does not hang, however long the parent was away
             elif not event and now >= worker.deadline:
                 self._lose(worker, is_late=True)
+        if self._limits.most_bytes is not None and now >= self._looked_at + _LOOK_SECONDS:
+            self._looked_at = now
+            for worker in [worker for worker in self._workers if worker.is_ready and worker.tasks]:
+                if _own_bytes(worker.process.pid) > self._limits.most_bytes:
+                    self._lose(worker, is_late=False, is_too_large=True)
         for depth in range(1, self._depth + 1):  # one for each before a second for any
             for worker in self._workers:
                 if self._waiting and worker.is_ready and len(worker.tasks) < depth:
@@ -297,8 +309,11 @@ class WorkerPool(Generic[A, R]):
         if self._limits.timeout_seconds is not None and worker.tasks:
             worker.deadline = time.monotonic() + self._limits.timeout_seconds
 
-    def _lose(self, worker: _Worker, *, is_late: bool) -> None:
+    def _lose(self, worker: _Worker, *, is_late: bool, is_too_large: bool = False) -> None:
         how = worker.stop()
+        if is_too_large:
+            assert self._limits.most_bytes is not None
+            how = f"it took more than {self._limits.most_bytes / 2**30:.3g} GiB of memory"
         if not worker.is_ready:
             self._num_stillborn += 1
         elif is_late:
@@ -310,7 +325,7 @@ class WorkerPool(Generic[A, R]):
                 worker.tasks[0].num_deaths += 1
                 if worker.tasks[0].num_deaths == _ATTEMPTS:
                     reason = f"ended the process that read it {_ATTEMPTS} times ({how})"
-                    worker.tasks.popleft().lose(WorkerLost(reason))
+                    worker.tasks.popleft().lose(WorkerLost(reason, is_too_large=is_too_large))
         if self._num_stillborn == _STILLBORN:
             self.close()
             raise RuntimeError(f"{_STILLBORN} workers in a row ended while starting ({how}): {startup_advice()}")
@@ -393,11 +408,14 @@ def _attempt(function: Callable[[Any], Any], argument: Any) -> bytes:
         return pickle.dumps((None, (error, text)))
 
 
-def _own_bytes() -> int:
-    """Return the resident memory that this process shares with no other; its peak where the present is not told."""
+def _own_bytes(process: int | None = None) -> int:
+    """Return the resident memory that a process shares with no other: this one, or one of this machine.
+
+    Where the present is not told, it is the peak of this process, and 0 of others.
+    """
     try:
-        with open("/proc/self/statm") as file:
+        with open(f"/proc/{process or 'self'}/statm") as file:
             resident, shared = map(int, file.read().split()[1:3])
         return (resident - shared) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    except (OSError, ValueError):  # ValueError: it has just ended
+        return 0 if process else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,7 +13,7 @@ from flashi2v_data.atomic import check_directory
 from flashi2v_data.captions.cleaning import CaptionCount
 from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.curation.judge import Judge
-from flashi2v_data.curation.meta import PIECE_BYTES, BrokenMetaError, read_entries
+from flashi2v_data.curation.meta import PIECE_BYTES, BrokenMetaError, read_entries, state_of
 from flashi2v_data.curation.probing import Prober
 from flashi2v_data.curation.report import FilterReport, check_plots, write_report
 from flashi2v_data.curation.stream import FileFilter, Outcome
@@ -123,11 +123,11 @@ def _is_at(entry_path: object, path: str, root: str) -> bool:
 
 def _purpose(config: FilterConfig, annotations: list[Annotation]) -> dict[str, Any]:
     """What a part must have been begun with to be continued: the settings, the pieces, the files as they are now."""
-    files = [
-        [*annotation, os.stat(annotation.meta).st_size, os.stat(annotation.meta).st_mtime_ns]
-        for annotation in annotations
-    ]
-    return {**config.model_dump(exclude={"probe_cache_path"}), "size of pieces": PIECE_BYTES, "meta JSON": files}
+    return {
+        **config.model_dump(exclude={"probe_cache_path"}),
+        "size of pieces": PIECE_BYTES,
+        "meta JSON": state_of(annotations),
+    }
 
 
 def _cache(config: FilterConfig) -> Path:

@@ -7,7 +7,7 @@ The caption of `clip.mp4` stands in `clip.txt` or `clip.json` beside it, or in a
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def _rows(table: str) -> Iterator[dict[str, Any]]:
         yield entry_of(values)
 
 
-def write_meta(path: str | os.PathLike[str], entries: list[dict[str, Any]]) -> Path:
+def write_meta(path: str | os.PathLike[str], entries: Iterable[dict[str, Any]]) -> Path:
     """Write a meta JSON, an entry on a line, and beside it the annotation file that names it; return that.
 
     Raises:
@@ -188,10 +188,20 @@ def write_meta(path: str | os.PathLike[str], entries: list[dict[str, Any]]) -> P
     if path.suffix != ".json":
         raise InputError(f"{path}: a meta JSON ends in .json")
     annotation = path.with_suffix(".txt")
-    lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     with atomic_file(path) as temporary:
-        temporary.write_text(f"[\n{lines}\n]\n", "utf-8", errors="surrogateescape")
-    name = str(path).replace('"', '""')
-    with atomic_file(annotation) as temporary:
-        temporary.write_text(f'.,"{name}" # root of the videos, meta JSON\n', "utf-8", errors="surrogateescape")
+        with temporary.open("wb") as file:
+            file.write(b"[")
+            for number, entry in enumerate(entries):
+                file.write((b",\n" if number else b"\n") + _line(entry))
+            file.write(b"\n]\n")
+        name = str(path).replace('"', '""')
+        with atomic_file(annotation) as beside:
+            beside.write_text(f'.,"{name}" # root of the videos, meta JSON\n', "utf-8", errors="surrogateescape")
     return annotation
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # halves of letters that no file can hold but as escapes
+        return json.dumps(entry).encode("ascii")

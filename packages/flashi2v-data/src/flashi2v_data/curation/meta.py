@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -123,6 +123,14 @@ def read_pieces(annotation: Annotation) -> Iterator[Piece]:
                 yield piece
         except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise BrokenMetaError(f"{annotation.meta}: cannot be decompressed, is it whole? {error}") from None
+
+
+def state_of(annotations: Sequence[Annotation]) -> list[list[Any]]:
+    """Return which meta JSON a work begins with, as it is now, so that it is not continued with another."""
+    return [
+        [*annotation, os.stat(annotation.meta).st_size, os.stat(annotation.meta).st_mtime_ns]
+        for annotation in annotations
+    ]
 
 
 def _status(file: BinaryIO) -> tuple[int, int]:

@@ -104,19 +104,19 @@ def filter_records(
 
 def _plain_entry(entry: Any) -> Any:
     try:
-        return _plain(entry)
+        return plain(entry)
     except RecursionError:  # left as it is, it cannot be stored, and is counted
         return entry
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value as JSON has it, or as it is where JSON has nothing like it."""
     if type(value) in (str, int, float, bool):
         return value
     if isinstance(value, dict):
-        return {_plain(key): _plain(part) for key, part in value.items()}
+        return {plain(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [*map(_plain, value)]
+        return [*map(plain, value)]
     if isinstance(value, numbers.Real):
         with contextlib.suppress(OverflowError):
             return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,17 @@ def unseal_header(path: str | os.PathLike[str], key: bytes, stored: bytes) -> tu
     if not is_sealed and ("schema" not in header or "checksum" in header):
         raise InputError(f"{path}: its header is damaged: {DAMAGED}")
     return header, is_sealed
+
+
+def check_purpose(path: str | os.PathLike[str], found: Mapping[str, Any], purpose: Mapping[str, Any]) -> None:
+    """Refuse to add to what was begun with something else.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    changed = [key for key in {**found, **purpose} if found.get(key) != purpose.get(key)]
+    if changed:
+        raise InputError(f"{path} was begun with another {' and '.join(changed)}: use the same, or remove it")
 
 
 DAMAGED = "copy the store again from where it is whole, or make it anew"

@@ -17,6 +17,7 @@ from flashi2v_data.store.environments import (
     CHECKSUM,
     FIRST_MAP_SIZE,
     check_file,
+    check_purpose,
     remove_unbegun,
     seal,
     seal_all,
@@ -91,10 +92,7 @@ class StoreWriter:
         saved, is_sealed = unseal_header(self._unfinished, _STATE, value)
         if not is_sealed or not {"purpose", "state", "count"} <= saved.keys():
             raise InputError(f"{self._unfinished} was begun by another version: remove it")
-        if saved["purpose"] != self._purpose:
-            changed = [key for key, value in self._purpose.items() if saved["purpose"].get(key) != value]
-            others = " and ".join(changed)
-            raise InputError(f"{self._unfinished} was begun with another {others}: use the same, or remove it")
+        check_purpose(self._unfinished, saved["purpose"], self._purpose)
         self.state, self.count = saved["state"], saved["count"]
         self._state_of = lambda: saved["state"]
 
