@@ -97,7 +97,6 @@ def test_a_link_that_leads_back_is_not_followed(folder):
         ("none.json", b"[1]", "none.json: expected a caption or an object with the key cap"),
         ("in/metadata.jsonl", b"{}", "metadata.jsonl, line 1: expected an object with the key file_name"),
         ("metadata.csv", b"x,y\n1,2\n", "metadata.csv: no column is called path"),
-        ("picture.png", b"not a picture", "picture.png: is no image that can be read"),
     ],
 )
 def test_what_cannot_be_read_is_named(folder, name, content, expected):
@@ -105,6 +104,16 @@ def test_what_cannot_be_read_is_named(folder, name, content, expected):
     with pytest.raises(InputError, match=expected) as caught:
         read_folder("videos")
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_image_is_named_and_the_rest_is_read(folder):
+    before = read_folder("videos").entries
+    (folder / "broken.png").write_bytes(b"not a picture")
+    (folder / "broken.txt").write_text("a picture")
+    found = read_folder("videos")
+    assert found.entries == before
+    assert len(found.unreadable) == 1
+    assert "broken.png: is no image that can be read" in found.unreadable[0]
 
 
 def test_a_folder_without_videos_is_refused(tmp_path):

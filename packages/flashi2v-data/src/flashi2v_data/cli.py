@@ -155,7 +155,7 @@ def meta_command(
     """Write the meta JSON of a folder of videos and images with captions beside them.
 
     The caption of clip.mp4 stands in clip.txt or clip.json beside it, or in a table: metadata.jsonl, CSV, or Parquet,
-    with columns such as file_name and text. What has no caption is listed, and left out.
+    with columns such as file_name and text. What has no caption, and every broken image, is listed and left out.
 
     Example: flashi2v-data meta videos -o meta.json
 
@@ -172,7 +172,9 @@ def meta_command(
     annotation = write_meta(output, folder.entries)
     for path in folder.without_caption:
         print(escaped(f"no caption: {printable(path)}"))
-    left_out = f"{len(folder.without_caption)} without a caption left out"
+    for reason in folder.unreadable:
+        print(escaped(f"unreadable: {reason}"))
+    left_out = f"{len(folder.without_caption)} without a caption and {len(folder.unreadable)} unreadable left out"
     print(
         escaped(f"{len(folder.entries)} clips in {output}, {left_out}; filter them with ann_txt_path: '{annotation}'")
     )

@@ -36,10 +36,12 @@ class Folder:
     Attributes:
         entries: of the clips that have a caption, in the order of their names.
         without_caption: paths of the others.
+        unreadable: of images that have one, what is wrong with them. Videos are opened by the filter.
     """
 
     entries: list[dict[str, Any]] = field(default_factory=list)
     without_caption: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
 
 def read_folder(directory: str | os.PathLike[str]) -> Folder:
@@ -67,9 +69,12 @@ def read_folder(directory: str | os.PathLike[str]) -> Folder:
         if entry is None or not entry.get("cap"):
             found.without_caption.append(path)
             continue
-        if is_image(path):
-            entry |= _size_of_image(path)
-        found.entries.append({**entry, "path": path})
+        try:
+            about = _about_image(path) if is_image(path) else {}
+        except DecodeError as error:
+            found.unreadable.append(str(error))
+        else:
+            found.entries.append({**entry, **about, "path": path})
     if num_twice:
         logger.warning("%d clips have one caption beside them, which counts, and another in a table", num_twice)
     return found
@@ -97,12 +102,9 @@ def _leads_back(place: str, name: str) -> bool:
     return os.path.islink(path) and Path(os.path.realpath(place)).is_relative_to(os.path.realpath(path))
 
 
-def _size_of_image(path: str) -> dict[str, Any]:
+def _about_image(path: str) -> dict[str, Any]:
     """Return what the filter reads of videos by itself, without decoding."""
-    try:
-        height, width = size_of_image(path)
-    except DecodeError as error:
-        raise InputError(str(error)) from None
+    height, width = size_of_image(path)
     return {"resolution": {"height": height, "width": width}, "fps": FPS, "num_frames": 1}
 
 
