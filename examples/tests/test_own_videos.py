@@ -56,7 +56,7 @@ def place(tmp_path_factory) -> Path:
     command(place, "python", MAKE_CLIPS, "clips")
     told = command(place, "flashi2v-data", "meta", "clips", "-o", "meta.json")
     assert "no caption: clips/clip_07.mkv" in told
-    assert "39 clips in meta.json, 1 without a caption left out" in told
+    assert "39 clips in meta.json, 1 without a caption and 0 unreadable left out" in told
     said = init(place, "runs/mine", "--lora", "--train-iters", STEPS)
     assert "videos       39 with captions, 38 opened: 96x96 to 192x108, 16 to 30 fps" in said
     assert "cannot be read:\n  clips/clip_05.mp4" in said
