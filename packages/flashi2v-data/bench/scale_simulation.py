@@ -165,21 +165,28 @@ STAGES = (
 
 def table(clips: int, piece: int, cluster: Cluster, seed: int) -> str:
     """Return what becomes of every stage, as Markdown."""
-    lines = [
-        "| stage | hours | of them the last 1 % | with no failure, no straggler | bound by | machines failed | pieces done again "
-        "| driver busy | uniting, hours | its memory, GB | read, TB | written, TB | disk, GB/s |",
-        "|" + "---|" * 13,
-    ]
+    rows: dict[str, list[str]] = {}
     for stage in STAGES:
         found = simulate(stage, cluster, clips, piece, np.random.default_rng(seed))
         read, written = clips * stage.read_bytes, clips * stage.written_bytes
-        lines.append(
-            f"| {stage.name} | {found.hours:.1f} | {found.tail_hours:.2f} | {found.ideal_hours:.1f} | {found.bound} "
-            f"| {found.failures} | {found.lost} | {found.driver_share:.1%} | {found.merge_hours:.2f} "
-            f"| {clips * stage.finish_bytes / GB:.1f} | {read / 1e12:.1f} | {written / 1e12:.2f} "
-            f"| {(read + written) / GB / (found.hours * HOUR):.2f} |"
-        )
-    return "\n".join(lines)
+        cells = {
+            "hours": f"{found.hours:.1f}",
+            "of them for the last 1 % of pieces": f"{found.tail_hours:.2f}",
+            "hours if nothing failed and all were alike": f"{found.ideal_hours:.1f}",
+            "bound by": found.bound,
+            "machines that failed": str(found.failures),
+            "pieces done again": f"{found.lost} of {math.ceil(clips / piece):,}",
+            "driver busy": f"{found.driver_share:.1%}",
+            "hours of uniting, one process": f"{found.merge_hours:.2f}",
+            "its memory, GB": f"{clips * stage.finish_bytes / GB:.1f}",
+            "read, TB": f"{read / 1e12:.1f}",
+            "written, TB": f"{written / 1e12:.2f}",
+            "of the shared disk, GB/s": f"{(read + written) / GB / (found.hours * HOUR):.1f}",
+        }
+        for name, cell in cells.items():
+            rows.setdefault(name, []).append(cell)
+    lines = ["| | " + " | ".join(stage.name for stage in STAGES) + " |", "|---|" + "---|" * len(STAGES)]
+    return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
 
 
 def main() -> None:
