@@ -61,6 +61,21 @@ class Entry(msgspec.Struct, kw_only=True, gc=False):
     motion: _Number | UnsetType = UNSET
     cut: Annotated[list[Index], msgspec.Meta(min_length=1)] | UnsetType = UNSET
     crop: Annotated[list[Index], msgspec.Meta(min_length=4, max_length=4)] | UnsetType = UNSET
+    # What signals fill in.
+    object_motion: _Number | UnsetType = UNSET
+    camera_motion: _Number | UnsetType = UNSET
+    stillness: _Number | UnsetType = UNSET
+    black_share: _Number | UnsetType = UNSET
+    bar_share: _Number | UnsetType = UNSET
+    num_loops: _Number | UnsetType = UNSET
+    text_area: _Number | UnsetType = UNSET
+    scene_cuts: list[Index] | UnsetType = UNSET
+    is_duplicate: bool | UnsetType = UNSET
+    duplicate_of: Index | UnsetType = UNSET
+
+
+_OF_META = ("path", "cap", "resolution", "fps", "num_frames", "motion", "cut", "crop")
+SIGNAL_COLUMNS = tuple(name for name in Entry.__struct_fields__ if name not in _OF_META)
 
 
 class _PlainSize(Size, forbid_unknown_fields=True, gc=False):
@@ -101,6 +116,16 @@ class PlainRecord(_Needed, total=False):
     motion: _Number
     cut: list[Index]
     crop: Annotated[list[int | None], msgspec.Meta(min_length=4, max_length=4)] | None
+    object_motion: _Number
+    camera_motion: _Number
+    stillness: _Number
+    black_share: _Number
+    bar_share: _Number
+    num_loops: _Number
+    text_area: _Number
+    scene_cuts: list[Index]
+    is_duplicate: bool
+    duplicate_of: Index
 
 
 def check_record(value: Any) -> Record:
@@ -122,7 +147,7 @@ def check_record(value: Any) -> Record:
 def with_whole_numbers(record: Any) -> Any:
     """Return a record with 12.0 as 12 wherever whole numbers belong, or the same object where nothing changes."""
     changed: dict[str, Any] = {}
-    for key in ("num_frames", "start_frame_idx", "cut", "crop"):
+    for key in ("num_frames", "start_frame_idx", "cut", "crop", "scene_cuts", "duplicate_of"):
         given = record.get(key) if isinstance(record, dict) else None
         numbers = given if isinstance(given, list) else [given]
         if any(isinstance(number, float) and number.is_integer() for number in numbers):

@@ -23,10 +23,12 @@ from flashi2v_data.curation.rules import (
     first_rejection,
     judge_length,
     judge_motion,
+    judge_signals,
     judge_size,
+    signal_rules,
 )
 from flashi2v_data.errors import DecodeError
-from flashi2v_data.records import Entry, PlainEntry, Size, with_whole_numbers
+from flashi2v_data.records import SIGNAL_COLUMNS, Entry, PlainEntry, Size, with_whole_numbers
 from flashi2v_data.video.probe import VideoInfo
 
 # Distinct sizes and lengths whose verdict is remembered: most clips of a set share theirs with others.
@@ -41,6 +43,7 @@ FAULTS = {
     "motion": "invalid_motion",
     "cut": "invalid_cut",
     "crop": "invalid_crop",
+    **dict.fromkeys(SIGNAL_COLUMNS, "invalid_signal"),
 }
 
 # A clip is kept, or leaves out something that its video must say, or is rejected.
@@ -124,6 +127,8 @@ class Judge:
         self._size = remember(functools.partial(judge_size, self._config))
         self._length = remember(functools.partial(judge_length, self._config))
         self._motion = remember(functools.partial(judge_motion, self._config))
+        self._signal_rules = signal_rules(config)
+        self._asks_signals = bool(self._signal_rules) or config.drop_duplicates
 
     def __reduce__(self) -> tuple[type["Judge"], tuple[FilterConfig]]:
         """Travel to another process without what is remembered."""
@@ -137,7 +142,7 @@ class Judge:
 
     def verdicts(self, clips: Iterable[Entry]) -> Iterator[Verdict]:
         """Judge clips one by one, without the cost of a call for each."""
-        judge_size, judge_length = self._size, self._length
+        judge_size, judge_length, asks_signals = self._size, self._length, self._asks_signals
         for clip in clips:
             cut = clip.cut
             is_ordered = cut is UNSET or len(cut) == 1 or cut[0] < cut[1]
@@ -152,10 +157,11 @@ class Judge:
                 size = judge_size(resolution.height, resolution.width)
                 length = judge_length(fps, num_frames)
                 motion = None if score is UNSET else self._motion(score)
-                if motion is None and (size is None or length is None):  # as for most
+                signals = judge_signals(self._config, self._signal_rules, clip) if asks_signals else None
+                if motion is None and signals is None and (size is None or length is None):  # as for most
                     yield size or length or "kept"
                 else:
-                    yield first_rejection(size, length, motion)
+                    yield first_rejection(size, length, motion, signals)
 
     def explain(self, entry: Any, probe: Callable[[str], VideoInfo]) -> Iterator[str]:
         """Yield one line for every rule that was reached: passed or failed, with the value and the limit.
@@ -164,7 +170,7 @@ class Judge:
             entry: of meta JSON.
             probe: is asked about the video where the entry leaves something out; it may raise DecodeError.
         """
-        clip, forms = read_entry(entry), [*FAULTS.values()]
+        clip, forms = read_entry(entry), [*dict.fromkeys(FAULTS.values())]
         wrong = clip.reason if isinstance(clip, Rejection) else _misplaced(clip)
         yield from (_line(reason != wrong, reason) for reason in forms[: forms.index(wrong) + 1 if wrong else None])
         if wrong is not None:
@@ -197,6 +203,12 @@ class Judge:
         yield from (_measured(rule, length, limits) for rule in LENGTH_RULES if getattr(limits, rule.setting))
         if clip.motion is not UNSET:
             yield from (_measured(rule, Motion(clip.motion), limits) for rule in MOTION_RULES)
+        if self._asks_signals:
+            found = judge_signals(limits, self._signal_rules, clip)
+            if found is not None and found.reason in ("not_scored", "duplicate"):
+                yield _line(False, found.reason)
+            else:
+                yield from (_measured(rule, clip, limits) for rule in self._signal_rules)
 
 
 def _measured(rule: Rule[Part], part: Part, limits: FilterConfig) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.captions.cleaning import CaptionCount
 from flashi2v_data.curation.config import FilterConfig
-from flashi2v_data.curation.rules import REASONS, NearMiss, Rejection
+from flashi2v_data.curation.rules import OF_SIGNALS, REASONS, NearMiss, Rejection
 from flashi2v_data.errors import InputError
 
 # Groups of near misses (of one size, say) that are told apart; beyond twice as many the farthest are forgotten.
@@ -89,7 +89,11 @@ class FilterReport:
         rows = [("total", self.total, ""), ("kept", self.kept, "")]
         if self.irregular:
             rows.append(("irregular", self.irregular, "of these: the frame rate varies, frames are chosen by time"))
-        rows += [(reason, self.dropped[reason], text) for reason, text in REASONS.items()]
+        rows += [
+            (reason, self.dropped[reason], text)
+            for reason, text in REASONS.items()
+            if self.dropped[reason] or reason not in OF_SIGNALS
+        ]
         lines = [f"{name:16}{count:>12,}  {text}".rstrip() for name, count, text in rows]
         return "\n".join([*lines, *_sentences(self.near_misses, config), *self.captions.lines().values()])
 

@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
+from msgspec import UNSET
+
 from flashi2v_data.curation.config import FilterConfig
-from flashi2v_data.records import Size
+from flashi2v_data.records import Entry, Size
 from flashi2v_data.video.frames import frame_interval
 
 # In the order in which the rules apply: a clip is counted under the first that rejects it. The limits are in the order
@@ -19,6 +21,7 @@ REASONS = {
     "invalid_motion": "motion is not a number",
     "invalid_cut": "cut is not [first frame, end], or leaves nothing of the video",
     "invalid_crop": "crop is not [left, right, top, bottom] in pixels of the picture",
+    "invalid_signal": "a column of a signal is not of its kind",
     "empty_cap": "caption is empty, or becomes so when cleaned (drop_empty_captions)",
     "unreadable": "leaves out resolution, fps or num_frames, and the video cannot be read",
     "hdr": "is HDR (PQ or HLG), whose colours look pale without tone_map",
@@ -29,7 +32,20 @@ REASONS = {
     "too_fast": "motion below min_motion_value",
     "too_slow": "motion above max_motion_value",
     "too_short": "fewer than sample_num_frames frames at the training rate",
+    "not_scored": "lacks a column that a limit is set for: run `flashi2v-data score` with its signal",
+    "duplicate": "shows what an earlier clip shows (drop_duplicates)",
+    "things_too_slow": "object_motion below min_object_motion",
+    "things_too_fast": "object_motion above max_object_motion",
+    "camera_too_fast": "camera_motion above max_camera_motion",
+    "too_still": "stillness above max_stillness",
+    "too_black": "black_share above max_black_share",
+    "too_barred": "bar_share above max_bar_share",
+    "looping": "num_loops above max_num_loops",
+    "too_much_text": "text_area above max_text_area",
+    "too_many_cuts": "more than max_scene_cuts cuts within the clip",
 }
+# Reports leave these out where no clip fell to them.
+OF_SIGNALS = ("invalid_signal", *[*REASONS][[*REASONS].index("not_scored") :])
 ORDER = {reason: number for number, reason in enumerate(REASONS)}
 
 
@@ -64,8 +80,9 @@ class Motion(NamedTuple):
     score: float
 
 
-# Height and width, fps and number of frames, motion: no rule looks at two of these, so each can be judged by itself.
-Part = TypeVar("Part", Size, Length, Motion)
+# Height and width, fps and number of frames, motion, what signals measured: no rule looks at two of these, so each can
+# be judged by itself.
+Part = TypeVar("Part", Size, Length, Motion, Entry)
 
 
 class Rule(NamedTuple, Generic[Part]):
@@ -192,6 +209,51 @@ MOTION_RULES: tuple[Rule[Motion], ...] = (
 )
 
 
+def _measured(clip: Entry, column: str) -> float:
+    value = getattr(clip, column)
+    return len(value) if isinstance(value, list) else value
+
+
+def _signal_rule(reason: str, setting: str, digits: int = 4) -> Rule[Entry]:
+    """Return the rule of a setting called max_ or min_ and the column's name."""
+    bound, _, column = setting.partition("_")
+
+    def passes(clip: Entry, limits: FilterConfig) -> bool:
+        limit, value = getattr(limits, setting), _measured(clip, column)
+        return value <= limit if bound == "max" else value >= limit
+
+    settable = _up(digits) if bound == "max" else _down(digits)
+    return Rule(reason, setting, passes, lambda clip, limits: _measured(clip, column), settable)
+
+
+SIGNAL_RULES: tuple[Rule[Entry], ...] = (
+    _signal_rule("things_too_slow", "min_object_motion"),
+    _signal_rule("things_too_fast", "max_object_motion"),
+    _signal_rule("camera_too_fast", "max_camera_motion"),
+    _signal_rule("too_still", "max_stillness"),
+    _signal_rule("too_black", "max_black_share"),
+    _signal_rule("too_barred", "max_bar_share"),
+    _signal_rule("looping", "max_num_loops"),
+    _signal_rule("too_much_text", "max_text_area"),
+    _signal_rule("too_many_cuts", "max_scene_cuts", digits=0),
+)
+
+
+def signal_rules(limits: FilterConfig) -> tuple[Rule[Entry], ...]:
+    """Return the rules of the limits that are set."""
+    return tuple(rule for rule in SIGNAL_RULES if getattr(limits, rule.setting) is not None)
+
+
+def judge_signals(limits: FilterConfig, rules: tuple[Rule[Entry], ...], clip: Entry) -> Rejection | None:
+    """Return why a clip is rejected for what signals say of it, or None; `rules` are those of the limits."""
+    asked = [rule.setting.partition("_")[2] for rule in rules]
+    if any(getattr(clip, column) is UNSET for column in asked):
+        return REJECTIONS["not_scored"]
+    if limits.drop_duplicates and clip.is_duplicate is not False:
+        return REJECTIONS["not_scored" if clip.is_duplicate is UNSET else "duplicate"]
+    return _apply(rules, clip, limits, "")
+
+
 def judge_size(limits: FilterConfig, height: float, width: float) -> Rejection | None:
     """Return why a picture of this size is rejected, or None."""
     return _apply(SIZE_RULES, Size(height, width), limits, f"{width:g}x{height:g}")
@@ -212,7 +274,8 @@ def _apply(rules: tuple[Rule[Part], ...], part: Part, limits: FilterConfig, clip
         if not rule.passes(part, limits):
             value = rule.settable(rule.measure(part, limits))
             changed = limits.model_copy(update={rule.setting: value})
-            if (value > 0 or rules is MOTION_RULES) and all(other.passes(part, changed) for other in rules):
+            has_room = value > 0 or rules not in (SIZE_RULES, LENGTH_RULES)
+            if has_room and all(other.passes(part, changed) for other in rules):
                 return Rejection(rule.reason, NearMiss(rule.setting, value, clips))
             return Rejection(rule.reason)
     return None

@@ -81,7 +81,7 @@ class Still:
     name = "still"
     version = "1"
     licence = "Apache-2.0"
-    columns: Mapping[str, Column] = {"stillness": float, "black": float, "bars": float, "loops": float}
+    columns: Mapping[str, Column] = {"stillness": float, "black_share": float, "bar_share": float, "num_loops": float}
     frames: Sequence[Frames] = (SMALL, TINY)
 
     def __call__(self, clip: Clip) -> Mapping[str, Any]:
@@ -89,8 +89,8 @@ class Still:
         small = clip.frames(SMALL)
         found = {
             "stillness": stillness(small),
-            "black": black_share(small),
-            "bars": bar_share(small),
-            "loops": num_loops(clip.frames(TINY)),
+            "black_share": black_share(small),
+            "bar_share": bar_share(small),
+            "num_loops": num_loops(clip.frames(TINY)),
         }
         return {name: round(value, 4) for name, value in found.items()}
