@@ -19,7 +19,7 @@ from flashi2v_model.quantization import quantize
 
 pytest.importorskip("torchao")
 pytest.importorskip("optimum.quanto")
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerRow
 
 CONFIGURATIONS = {
     "torchao int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
@@ -89,7 +89,7 @@ def test_by_configurations_of_diffusers_the_error_is_that_of_wan(name, wan, make
     assert torch.equal(ours(model), plain)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int8_dynamic"])
 @pytest.mark.parametrize("offload", [None, "block_level", "leaf_level"])
 def test_quantised_in_place(kind, offload):
     model = FlashI2VTransformer3DModel.from_pretrained(**DEMO, **DTYPE)
@@ -102,7 +102,28 @@ def test_quantised_in_place(kind, offload):
         torch.testing.assert_close(ours(model), plain)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_products_in_fp8_by_the_kernel_that_a_cpu_has(monkeypatch):
+    """torchao gives them to newer GPUs alone; PyTorch's product itself runs here, too."""
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+    stored, multiplied = (FlashI2VTransformer3DModel.from_pretrained(**DEMO, **DTYPE) for _ in range(2))
+    exact = ours(stored)
+    quantize(stored, "fp8")
+    quantize(multiplied, "fp8_dynamic", torch.device("cuda"))
+    assert multiplied.blocks[0].ffn.net[2].weight.act_quant_kwargs.granularity == PerRow()
+    assert error(ours(stored), exact) < error(ours(multiplied), exact) < 0.06
+
+
+def test_without_such_a_device_the_command_says_what_runs_instead(monkeypatch, capsys, tmp_path):
+    arguments = ("--model", "demo", "--device", "cpu", "--quantize", "fp8_dynamic", "-o", str(tmp_path / "out.mp4"))
+    monkeypatch.setattr(sys, "argv", ["flashi2v-infer", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "quantize fp8_dynamic needs a GPU of compute capability 8.9, not cpu: fp8 stores in 8 bits alone" in line
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int8_dynamic"])
 def test_the_command_samples_with_8_bits_and_says_so(kind, own_directory, monkeypatch, capsys):
     def command(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["flashi2v-infer", *map(str, arguments)])

@@ -10,12 +10,13 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import apply_first_block_cache
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from golden import small_model, tensor
 from torch import Tensor
 
 import flashi2v_model.layers
 from flashi2v_model import FlashI2VTransformer3DModel, InputError
+from flashi2v_model.kernels import known_kernel
 
 hooks = pytest.importorskip("diffusers.hooks")
 
@@ -171,6 +172,20 @@ def test_an_attention_backend_chooses_the_kernel(monkeypatch, name, kernel):
     asked.clear()
     model(**inputs())
     assert set(asked) == {"auto"}
+
+
+@torch.no_grad()
+def test_a_model_in_fp32_may_attend_in_bf16():
+    model = small_model()
+    exact = model(**inputs()).sample
+    model.set_attention_backend("bf16")
+    assert 1e-5 < (model(**inputs()).sample - exact).norm() / exact.norm() < 1e-2
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("_native_cudnn", "cudnn"), ("_flash_3", "flash3"), ("flash", "cuda")])
+def test_diffusers_names_of_kernels_for_gpus_are_known(name, kernel):
+    assert known_kernel(name) == kernel
+    assert AttentionBackendName(name)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from flashi2v_npu_ops import (
     registry,
     rms_norm,
     split_frequencies,
+    use_backend,
 )
 from flashi2v_npu_ops.backends import half_spectrum
 from flashi2v_npu_ops.device import resolve_device
@@ -44,6 +45,8 @@ def golden_cutoff(name: str) -> torch.Tensor:
 def on_device(operator: str) -> list[str]:
     """The backends to test on this device; the reference is compared with, and runs on the CPU."""
     names = [name for name in backends(operator) if registry.all_backends()[name].is_for(DEVICE)]
+    if operator == "attention":
+        names.remove("bf16")  # which has another tolerance, and a test of its own
     if DEVICE != "cpu":
         names.remove("reference")
     if DEVICE == "npu" and operator == "split_frequencies":
@@ -51,6 +54,7 @@ def on_device(operator: str) -> list[str]:
     return names
 
 
+CUDA = ("cuda", "cudnn", "flash3")
 CASES = [
     pytest.param(name, backend, dtype, id=f"{name}-{backend}-{dtype}")
     for dtype in TOLERANCE
@@ -68,7 +72,7 @@ def test_backend_equals_the_reference_forward_and_backward(name, backend, dtype)
         try:
             out = case.call(which)
         except UnsupportedError as limit:
-            if which not in ("ascend", "cuda") and (which, DEVICE) != ("torch", "npu"):
+            if which not in ("ascend", *CUDA) and (which, DEVICE) != ("torch", "npu"):
                 raise
             pytest.skip(str(limit))  # a limit of the kernel; "auto", which this test runs too, goes to the next backend
         cotangent = normal(*out.shape, dtype=dtype, device=device, seed=9)
@@ -144,7 +148,7 @@ def test_attention_equals_a_loop_over_heads_and_queries():
             assert_close(out[0, i, head], weights @ v[0, :, head])
 
 
-@pytest.mark.parametrize("backend", [name for name in on_device("attention") if name != "cuda"])
+@pytest.mark.parametrize("backend", [name for name in on_device("attention") if name not in CUDA])
 def test_a_query_that_attends_to_nothing_gets_zeros_and_finite_gradients(backend):
     q, k = normal(2, 7, 3, 8, device=DEVICE), normal(2, 5, 3, 8, device=DEVICE)
     out = attention(q, k, k, mask=attention_mask(DEVICE), backend=backend)
@@ -152,11 +156,33 @@ def test_a_query_that_attends_to_nothing_gets_zeros_and_finite_gradients(backend
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, k)))
 
 
-@pytest.mark.parametrize("backend", [name for name in on_device("attention") if name != "cuda"])
+@pytest.mark.parametrize("backend", [name for name in on_device("attention") if name not in CUDA])
 def test_true_in_the_mask_means_attend(backend):
     q, v = normal(1, 2, 1, 8, device=DEVICE), normal(1, 2, 1, 8, device=DEVICE, seed=1)
     only_first = torch.tensor([[True, False], [True, False]], device=DEVICE)
     assert_close(attention(q, q, v, mask=only_first, backend=backend), v[:, :1].expand(1, 2, 1, 8))
+
+
+@pytest.mark.parametrize("name", [name for name in operator_cases(torch.float32) if "attention" in name])
+def test_attention_in_bf16_rounds_what_it_is_given_and_returns_fp32(name):
+    case = operator_cases(torch.float32, DEVICE)[name]
+    exact, rounded = case.call("auto"), case.call("bf16")
+    assert rounded.dtype == torch.float32
+    gradients = [torch.autograd.grad(out.square().sum(), case.inputs) for out in (exact, rounded)]
+    for ours, theirs in ((rounded, exact), *zip(gradients[1], gradients[0])):
+        assert 1e-4 < (ours - theirs).norm() / theirs.norm() < 1e-2
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: case.call("bf16"), fullgraph=True, backend="aot_eager")
+    assert_close(compiled(), rounded)
+
+
+def test_attention_in_bf16_is_refused_where_it_has_no_effect_and_never_calls_itself():
+    q = normal(1, 4, 2, 8, device=DEVICE)
+    with pytest.raises(UnsupportedError, match=r"rounds fp32 to bf16, and got torch.bfloat16"):
+        attention(*[q.bfloat16()] * 3, backend="bf16")
+    plain = attention(q, q, q, backend="bf16")
+    with use_backend("attention", "bf16"):
+        assert torch.equal(attention(q, q, q), plain)
 
 
 def test_rope_is_the_complex_product_of_adjacent_pairs():

@@ -139,7 +139,8 @@ def test_another_distribution_adds_a_backend(tmp_path):
     assert said["stray"].endswith("it serves operators that have no reference: softmax")
     assert said["absent"] == ("gelu_tanh has no backend 'absent': choose one of auto, toy, ascend, torch, reference")
     ours = {"ascend": "npu", "cuda": "cuda", "torch": None, "taps": None, "unfold": None, "reference": None}
-    assert report["backends"] == {"toy": None} | ours
+    by_name = {"cudnn": "cuda", "flash3": "cuda", "bf16": None}
+    assert report["backends"] == {"toy": None} | ours | by_name
     assert report["operators"]["gelu_tanh"]["by"] == dict.fromkeys(("fp32", "bf16", "fp16"), "toy")
     faults = [finding["what"].partition(" does not load: ")[0] for finding in report["findings"]]
     assert faults[:4] == [f"backend {name!r}" for name in ("ascend", "broken", "no_backend", "stray")]

@@ -220,6 +220,52 @@ def test_cuda_attention_is_chosen_by_capability_dtype_and_head_size(monkeypatch,
         assert words in choice.passed_over["cuda"]
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "flash3", "case", "words"),
+    [
+        ("cudnn", (8, 0), False, HOPPER_CASE, None),
+        ("cudnn", (7, 5), False, HOPPER_CASE, "needs compute capability 8.0, this GPU has 7.5"),
+        ("cudnn", (9, 0), True, Case("cuda", torch.float32), "fp16 and bf16"),
+        ("cudnn", (9, 0), True, Case("cuda", torch.bfloat16, head_size=136), "up to 128"),
+        ("cudnn", (9, 0), True, Case("cuda", torch.bfloat16, masked=True), "mask"),
+        ("flash3", (9, 0), True, HOPPER_CASE, None),
+        ("flash3", (9, 0), False, HOPPER_CASE, "flash-attn 3 is not installed"),
+        ("flash3", (8, 0), True, HOPPER_CASE, "flash-attn 3 needs compute capability 9.0, this GPU has 8.0"),
+        ("flash3", (9, 0), True, Case("cuda", torch.bfloat16, head_size=264), "up to 256"),
+    ],
+)
+def test_kernels_by_name_serve_the_call_or_say_what_is_in_the_way(monkeypatch, name, capability, flash3, case, words):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    installed = {"flash_attn_interface": flash3, "flash_attn": False}
+    monkeypatch.setattr(
+        cuda,
+        "flash_attn_fault",
+        lambda module="flash_attn", name="flash-attn": None if installed[module] else f"{name} is not installed",
+    )
+    if words is None:
+        assert explain("attention", case, name) == registry.Choice(name, {})
+    else:
+        with pytest.raises(UnsupportedError, match=words):
+            explain("attention", case, name)
+
+
+def test_what_was_never_measured_is_taken_by_name_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(cuda, "flash_attn_fault", lambda module="flash_attn", name="flash-attn": None)
+    assert explain("attention", HOPPER_CASE).backend == "cuda"
+    assert backends("attention")[-4:] == ("reference", "cudnn", "flash3", "bf16")
+
+
+def test_flash_attn_3_may_return_the_log_sum_exp_too(monkeypatch):
+    q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 4, 3, 8)
+    out = attention(q, k, k, scale=0.2, backend="reference")
+    for returned in (out, (out, torch.zeros(2, 3, 5))):
+        interface = types.SimpleNamespace(flash_attn_func=lambda q, k, v, softmax_scale, returned=returned: returned)
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
+        assert cuda.flash3.implementations["attention"].call(q, k, k, None, 0.2) is out
+
+
 def test_flash_attn_is_given_its_own_layout_and_the_scale(monkeypatch):
     def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
         weights = (torch.einsum("bskd,btkd->bkst", q, k) * softmax_scale).softmax(-1)

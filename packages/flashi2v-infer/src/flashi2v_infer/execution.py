@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Offload: TypeAlias = Literal["none", "model", "group"]
-Quantize: TypeAlias = Literal["int8", "fp8"]
+Quantize: TypeAlias = Literal["int8", "fp8", "int8_dynamic", "fp8_dynamic"]
 
 # What a run with low_memory keeps within, in bytes: the 8 GB of a small card less what its driver, the libraries'
 # workspaces and the allocator's gaps take.
@@ -41,7 +41,8 @@ class Execution:
         dtype: Of transformer and text encoder (default: what the file says, else bf16, fp32 on the CPU).
         vae_dtype: Of the VAE (default: what the file says, else fp32).
         quantize: Store the transformer's matrices in 8 bits: int8, or fp8 (default: not). It takes half the memory, and
-            changes the video a little; needs torchao.
+            changes the video a little; needs torchao. int8_dynamic and fp8_dynamic also multiply in 8 bits, where the
+            device can, and change it a little more.
         offload: Which weights stay in the CPU's memory: none; model, all parts but the one that runs; group, all but
             the block that runs (default: none).
         vae_tiling: Decode in overlapping tiles (default: only where the free memory requires it).
@@ -138,7 +139,13 @@ class Execution:
         """
         self.check_device(device.type)
         usual: DType = "fp32" if device.type == "cpu" else "bf16"
-        return Settled(self, device, self.dtypes(file or DTypes(usual, usual, "fp32")))
+        dtypes = self.dtypes(file or DTypes(usual, usual, "fp32"))
+        if self.quantize is not None:
+            from flashi2v_model.encoders import DTYPES  # which import torch, as whoever knows the device has
+            from flashi2v_model.quantization import check_products
+
+            check_products(self.quantize, device, DTYPES[dtypes.transformer])
+        return Settled(self, device, dtypes)
 
 
 @dataclass(frozen=True)

@@ -161,10 +161,15 @@ class Model(ABC):
                 network = transformer_class(self.execution.recipe).from_config(config)
             self.change(network)
 
-    def change(self, transformer: FlashI2VTransformer3DModel) -> None:
-        """Quantise a transformer's weights and load adapters, as they are asked for."""
+    def change(self, transformer: FlashI2VTransformer3DModel, device: torch.device | None = None) -> None:
+        """Quantise a transformer's weights and load adapters, as they are asked for.
+
+        Args:
+            transformer: on any device, meta included.
+            device: that it will compute on; None: the one that it is on.
+        """
         if self.execution.quantize is not None:
-            quantize(transformer, self.execution.quantize)
+            quantize(transformer, self.execution.quantize, device)
         load_adapters(transformer, self.lora)
 
     def prompt_note(self, prompt: str) -> str | None:
@@ -222,7 +227,7 @@ class ConfiguredModel(Model):
         self.check_changes()
         first = home_of_transformer(settled.execution, device)
         transformer = _load_transformer(predictor, first, transformer_class(settled.execution.recipe))
-        self.change(transformer)
+        self.change(transformer, device)
         transformer.to(where)
         tokenizer = _load_tokenizer(config.tokenizer.from_pretrained)
         text_encoder = load_text_encoder(config.text_encoder, where)
@@ -345,7 +350,7 @@ class ModelDirectory(Model):
             "text_encoder": part(encoder, "text_encoder", settled.dtypes.text_encoder),
             "vae": part(AutoencoderKLWan, "vae", settled.dtypes.vae),
         }
-        self.change(parts["transformer"])
+        self.change(parts["transformer"], settled.device)
         parts["transformer"].to(where)
         try:
             pipeline: FlashI2VPipeline = FlashI2VPipeline.from_pretrained(directory, **parts)

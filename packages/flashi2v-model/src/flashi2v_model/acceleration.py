@@ -96,8 +96,9 @@ class Accelerated(CacheMixin, AttentionMixin):
         """Choose the kernel of all attentions; `reset_attention_backend` leaves the choice to flashi2v_npu_ops again.
 
         Args:
-            backend: of `flashi2v_npu_ops.attention` ("auto", "torch", "reference", "ascend", "cuda", ...), or
-                diffusers' name of one that is served: "native", "_native_math", "_native_npu", "flash".
+            backend: of `flashi2v_npu_ops.attention` ("auto", "torch", "reference", "ascend", "cuda", "cudnn", "flash3",
+                "bf16", ...), or diffusers' name of one that is served: "native", "_native_math", "_native_npu",
+                "_native_cudnn", "flash", "_flash_3".
 
         Raises:
             InputError: it is not served.

@@ -6,7 +6,14 @@ from flashi2v_model.errors import InputError
 from flashi2v_npu_ops import backends
 
 # diffusers' names, and the backends of `flashi2v_npu_ops.attention` that compute the same.
-_SERVED = {"native": "torch", "_native_math": "reference", "_native_npu": "ascend", "flash": "cuda"}
+_SERVED = {
+    "native": "torch",
+    "_native_math": "reference",
+    "_native_npu": "ascend",
+    "_native_cudnn": "cudnn",
+    "flash": "cuda",
+    "_flash_3": "flash3",
+}
 
 
 def known_kernel(name: str) -> str:

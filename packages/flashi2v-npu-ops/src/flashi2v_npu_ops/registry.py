@@ -3,6 +3,7 @@
 A `Backend` is a set of implementations: `reference` (plain torch, the specification), `torch` (PyTorch's own fused
 paths), `ascend`, `cuda`, `taps` and `unfold` (convolutions in other words), and whatever other distributions offer as
 entry points of the group `flashi2v_npu_ops.backends`. They are loaded when the first operator is called, not on import.
+`cudnn`, `flash3` and `bf16` are taken by name alone: they stand behind the reference, which serves every case.
 
 What a choice may depend on is a call's `Case`. So "auto" decides once per case, and a compiled graph holds the
 decision as a constant. What a kernel cannot do is said by its backend, never by the operator's contract.
@@ -117,6 +118,8 @@ def all_backends() -> dict[str, Backend]:
         flat = import_module("flashi2v_npu_ops.backends.flat")
         ours |= {"taps": flat.taps, "unfold": flat.unfold}
         ours["reference"] = reference
+        cuda, bf16 = (import_module(f"flashi2v_npu_ops.backends.{name}") for name in ("cuda", "bf16"))
+        ours |= {"cudnn": cuda.cudnn, "flash3": cuda.flash3, "bf16": bf16.backend}
         others: dict[str, Backend] = {}
         for entry in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
             try:
@@ -216,6 +219,10 @@ def explain(operator: str, case: Case, backend: str = _AUTO) -> Choice:
         if reason is not None:
             raise UnsupportedError(f"{operator}: backend {backend!r} cannot serve this call: {reason}")
         return Choice(backend, {})
+    return _first_serving(operator, case)
+
+
+def _first_serving(operator: str, case: Case) -> Choice:
     passed_over: dict[str, str] = {}
     for name in backends(operator):
         if _backends[name].is_for(case.device):
@@ -264,6 +271,21 @@ def dispatch(
         with torch.autocast(device, enabled=False):
             return call(x, *args)
     return call(x, *args)
+
+
+def fastest(operator: str, *facts: Any) -> Callable[..., Any]:
+    """Return the implementation that "auto" would take if nobody had chosen one, for a backend that builds on others.
+
+    Args:
+        operator: its name.
+        facts: those of a `Case`, in order.
+    """
+    return _backends[_fastest(operator, *facts)].implementations[operator].call
+
+
+@torch.compiler.assume_constant_result
+def _fastest(operator: str, *facts: Any) -> str:
+    return _first_serving(operator, Case(*facts)).backend
 
 
 @torch.compiler.assume_constant_result
