@@ -251,7 +251,9 @@ def test_a_dry_run_of_one_video_finds_what_a_run_would(rejected, job, model_dire
         ({"tokenizer": {"from_pretrained": "nowhere"}}, [], "tokenizer.from_pretrained: no directory"),
         ({"device": "npu"}, [], "device 'npu': torch_npu is not installed"),
         ({}, ["--low-memory"], "the device is the CPU"),
-        ({}, ["--context-parallel-size", 3], "does not divide the 4 heads"),
+        ({}, ["--context-parallel-size", 5, "--ulysses-degree", 5], "without one of the 4 heads"),
+        ({}, ["--context-parallel-size", 4, "--ulysses-degree", 3], "3 must divide the context_parallel_size of 4"),
+        ({}, ["--guidance-parallel-size", 3], "guidance_parallel_size must be 1 or 2"),
         ({"image": "strips.txt"}, ["--strip", "strips"], "--strip: strips/video_1.png is the image itself"),
     ],
 )

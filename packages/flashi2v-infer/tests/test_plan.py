@@ -286,7 +286,7 @@ def test_small_models_are_planned_in_small_units(planned):
 
 def test_a_plan_says_what_context_parallelism_changes(planned):
     plan = make_plan(planned, SMALL, Execution(context_parallel_size=2), "cpu", None)
-    assert "each of 2 has fewer tokens" in str(plan)
+    assert "each of 2 has less to do" in str(plan)
 
 
 def test_a_sampler_that_evaluates_the_network_twice_a_step_takes_more_work(planned):

@@ -12,6 +12,7 @@ import pytest
 
 from flashi2v_data import read_frames
 from flashi2v_infer import InputError
+from flashi2v_infer.execution import Execution
 from flashi2v_infer.processes import join_processes
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
@@ -78,27 +79,52 @@ def test_two_processes_share_one_video(model_directory, job):
     arguments = ["--model", model_directory, "--image", "first.png", "--prompt", "a red circle"]
     arguments += ["--num-frames", 5, "--height", 32, "--width", 48, "--num-inference-steps", 2, "--device", "cpu"]
     assert forked.run("flashi2v-infer", *arguments, "-o", "one.mp4").returncode == 0
-    started(2, *arguments, "-o", "two.mp4", "--context-parallel-size", 2)
+    started(3, *arguments, "-o", "three.mp4", "--context-parallel-size", 3, "--ulysses-degree", 3)  # of 4 heads
+    started(4, *arguments, "-o", "four.mp4", "--context-parallel-size", 2, "--guidance-parallel-size", 2)
+    expected = read_frames("one.mp4", range(5)).astype(int)
+    for name in ("three.mp4", "four.mp4"):
+        assert abs(read_frames(name, range(5)).astype(int) - expected).mean() < 0.5
+
+
+@pytest.mark.slow
+def test_devices_starts_the_processes_in_the_best_layout(model_directory, job):
+    job()
+    arguments = ["--model", model_directory, "--image", "first.png", "--prompt", "a red circle", "--device", "cpu"]
+    arguments += ["--num-frames", 5, "--height", 32, "--width", 48, "--num-inference-steps", 2]
+    assert forked.run("flashi2v-infer", *arguments, "-o", "one.mp4").returncode == 0
+    result = forked.run("flashi2v-infer", *arguments, "-o", "two.mp4", "--devices", "2", "--plan")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("best: ") == 1
+    assert result.stdout.count("wrote two.mp4") == 1
     frames, expected = (read_frames(name, range(5)).astype(int) for name in ("two.mp4", "one.mp4"))
     assert abs(frames - expected).mean() < 0.5
+    wrong = forked.run("flashi2v-infer", *arguments, "-o", "no.mp4", "--devices", "2", "--context-parallel-size", "4")
+    assert wrong.returncode == 2
+    assert "does not divide the 2 processes of this run" in wrong.stderr
 
 
 @pytest.mark.slow
 def test_what_is_wrong_is_one_line(job):
-    result = torchrun(3, "--mm-model", job(), "--context-parallel-size", 3)
+    result = torchrun(3, "--mm-model", job(), "--context-parallel-size", 2)
     assert result.returncode == 1  # torchrun's, whatever the code of its processes
     lines = [line for line in result.stderr.splitlines() if line.startswith("flashi2v-infer: ")]
     # The others leave it to the first, who ends them by its end, where a busy machine does not keep torchrun from it.
-    assert {*lines} == {"flashi2v-infer: a context parallel size of 3 does not divide the 4 heads: use one of 1, 2, 4"}
+    assert {*lines} == {
+        "flashi2v-infer: --context-parallel-size 2 does not divide the 3 processes of this run: start as many by "
+        "--devices 2, or by torchrun"
+    }
     assert not Path("samples").exists()
 
 
 @pytest.mark.parametrize(
     ("num_processes", "arguments", "message"),
     [
-        (1, ("cpu", 2), "size 2 does not divide the 1 processes of this run: start as many by torchrun"),
-        (2, ("cpu", 4), "--context-parallel-size 4 does not divide the 2 processes of this run"),
-        (2, ("cpu:0",), "is one device for 2 processes: leave its number out"),
+        (1, ("cpu", Execution(context_parallel_size=2)), "size 2 does not divide the 1 processes of this run: start"),
+        (
+            *(2, ("cpu", Execution(context_parallel_size=2, guidance_parallel_size=2))),
+            "--context-parallel-size 2 x --guidance-parallel-size 2 does not divide the 2 processes of this run",
+        ),
+        (2, ("cpu:0", Execution()), "is one device for 2 processes: leave its number out"),
     ],
 )
 def test_processes_that_do_not_fit_are_refused(monkeypatch, num_processes, arguments, message):
@@ -110,5 +136,5 @@ def test_processes_that_do_not_fit_are_refused(monkeypatch, num_processes, argum
 
 
 def test_one_process_shares_its_videos_with_none():
-    with join_processes("cpu") as alone:
+    with join_processes("cpu", Execution()) as alone:
         assert (alone.is_first, alone.writes, alone.share([1, 2, 3])) == (True, True, [1, 2, 3])

@@ -243,13 +243,13 @@ def test_projections_may_be_fused():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ContextParallelConfig(ring_degree=2), "only Ulysses is offered"),
-        (object(), r"takes a ContextParallelConfig\(ulysses_degree=...\): .*parallelise_tensors"),
+        ({"config": ContextParallelConfig(ring_degree=2), "cp_plan": {}}, "leave cp_plan out"),
+        ({"config": object()}, r"takes a ContextParallelConfig\(ulysses_degree=..., ring_.*parallelise_tensors"),
     ],
 )
-def test_processes_share_a_network_by_ulysses_alone(config, message):
+def test_processes_share_a_network_by_its_tokens_alone(config, message):
     with pytest.raises(InputError, match=message):
-        small_model().enable_parallelism(config=config)
+        small_model().enable_parallelism(**config)
 
 
 def test_processes_have_to_be_started_first():

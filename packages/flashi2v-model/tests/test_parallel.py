@@ -8,14 +8,14 @@ import forked
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
+from diffusers import AutoencoderKLWan, ContextParallelConfig
 from golden import small_model, tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from flashi2v_model import InputError
 from flashi2v_model.caching import conditions_kept
-from flashi2v_model.parallel import check_degree, parallelise_context, parallelise_tensors
+from flashi2v_model.parallel import ContextGroups, parallelise_context, parallelise_tensors, parallelise_tiles
+from flashi2v_model.parallel.tiles import owners, tiles_of
 
 pytestmark = pytest.mark.slow
 
@@ -60,17 +60,31 @@ def _two_steps(model: torch.nn.Module, grid: tuple[int, ...]) -> torch.Tensor:
     return latents
 
 
+def _vae() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    vae.enable_tiling(32, 32, 24, 24)  # three rows and four columns, the last ones smaller
+    return vae.requires_grad_(False).eval()
+
+
+def _in_tiles(vae: AutoencoderKLWan) -> dict[str, torch.Tensor]:
+    video, latents = tensor("video", (1, 3, 5, 64, 80)), tensor("latents", (1, 4, 2, 8, 10))
+    return {"latents": vae.encode(video).latent_dist.mode(), "video": vae.decode(latents).sample}
+
+
 def _work(rank: int, port: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=4)
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     results = {}
-    for size, group in ((2, pairs[rank // 2]), (4, dist.group.WORLD)):
-        parallel = small_model()
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("half", "ring", "ulysses"))
+    pair = ContextGroups.of(mesh)
+    whole = ContextGroups.of(init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses")))
+    for size, groups in ((2, pair), (4, whole)):
+        parallel, group = small_model(), groups.all
         if size == 4:
-            parallel.enable_parallelism(config=ContextParallelConfig(ulysses_degree=4))
+            parallel.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, ring_degree=2))
         else:
-            parallelise_context(parallel, group)
+            parallelise_context(parallel, groups)
         for name, grid in GRIDS.items():
             shared = _run(parallel, grid)
             for key in sorted(shared.keys() - {"output"}):
@@ -79,24 +93,28 @@ def _work(rank: int, port: int, directory: str) -> None:
             results[size, name] = shared
             results[size, name]["two steps"] = _two_steps(parallel, grid)
         halved = small_model().to(torch.bfloat16)
-        parallelise_context(halved, group)
+        parallelise_context(halved, groups)
         for name, grid in GRIDS.items():
             results[size, name]["bf16 output"] = _run(halved, grid)["output"]
         with contextlib.suppress(ValueError):
             _two_steps(parallel, (1, 1, 2, 2))
             raise AssertionError("one token cannot be shared")
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("ring", "ulysses", "tensor"))
     for name, grid in GRIDS.items():
         matrices = small_model()
         parallelise_tensors(matrices, mesh["tensor"])
         results["tensor", name] = _whole(_run(matrices, grid)) | {"two steps": _two_steps(matrices, grid)}
         results["tensor", name]["share"] = matrices.blocks[0].ffn.net[0].proj.weight.to_local().shape[0]
-        parallelise_context(matrices, mesh.get_group("context"))
+        parallelise_context(matrices, ContextGroups.of(mesh))
         shared = _whole(_run(matrices, grid))
         for key in sorted(shared.keys() - {"output"}):
-            dist.all_reduce(shared[key], group=mesh.get_group("context"))
+            dist.all_reduce(shared[key], group=mesh.get_group("ring"))
             shared[key] /= 2
         results["both", name] = shared
+    for size, groups in ((2, pair), (4, whole)):
+        vae = _vae()
+        parallelise_tiles(vae, groups.all)
+        results["tiles", size] = _in_tiles(vae)
     torch.save(results, Path(directory) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -139,6 +157,22 @@ def test_processes_that_share_matrices_compute_what_one_computes(results, kind, 
             torch.testing.assert_close(shared[key], value, rtol=1e-4, atol=atol, msg=f"{key}: ranks differ")
 
 
-def test_a_size_that_does_not_divide_the_heads_says_which_do():
-    with pytest.raises(InputError, match=r"size of 5 does not divide the 12 heads: use one of 1, 2, 3, 4, 6, 12$"):
-        check_degree(5, 12)
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_that_share_tiles_have_the_seams_of_one_bit_for_bit(results, size):
+    vae = _vae()
+    single = _in_tiles(vae)
+    vae.disable_tiling()
+    assert not torch.equal(_in_tiles(vae)["video"], single["video"])  # there are seams
+    for result in results:
+        for key, value in single.items():
+            assert torch.equal(result["tiles", size][key], value), key
+
+
+def test_tiles_are_given_such_that_the_slowest_process_has_little_to_do():
+    tiles = tiles_of((60, 104), (32, 32), (24, 24))
+    areas = [(row.stop - row.start) * (column.stop - column.start) for row, column in tiles]
+    assert [areas[number] for number in (0, 4, 14)] == [32 * 32, 32 * 8, 12 * 8]
+    for num_processes in (1, 2, 4, 8):
+        chosen = owners(tiles, num_processes)
+        busy = [sum(area for area, owner in zip(areas, chosen) if owner == rank) for rank in range(num_processes)]
+        assert max(busy) <= max(1.15 * sum(areas) / num_processes, max(areas))

@@ -1,7 +1,7 @@
 """One call of every operator in each of its situations, for whatever runs all of them: backends, compilers, devices."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,10 +9,13 @@ from torch import Tensor
 from flashi2v_npu_ops import (
     apply_rope,
     attention,
+    attention_part,
+    attention_part_grad,
     conv3d,
     gated_residual,
     gelu_tanh,
     layer_norm_modulate,
+    merge_parts,
     rms_norm,
     split_frequencies,
 )
@@ -51,6 +54,32 @@ def attention_mask(device: str = "cpu") -> Tensor:
     return mask.to(device)
 
 
+class InParts(torch.autograd.Function):
+    """Attention over two parts of the keys, one after the other, as processes do that pass keys on."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str) -> Tensor:
+        exact = torch.promote_types(query.dtype, torch.float32)
+        parts = [*zip(key.split((2, key.shape[1] - 2), 1), value.split((2, value.shape[1] - 2), 1))]
+        out, lse = attention_part(query, *parts[0], scale=scale, backend=backend)
+        out, lse = merge_parts(out.to(exact), lse, *attention_part(query, *parts[1], scale=scale, backend=backend))
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scale, ctx.backend = scale, backend
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        parts = zip(key.split((2, key.shape[1] - 2), 1), value.split((2, value.shape[1] - 2), 1))
+        found = [
+            attention_part_grad(query, *part, grads[0], out, lse, scale=ctx.scale, backend=ctx.backend)
+            for part in parts
+        ]
+        of_queries, of_keys, of_values = zip(*found)
+        return sum(of_queries), torch.cat(of_keys, 1), torch.cat(of_values, 1), None, None
+
+
 def operator_cases(dtype: torch.dtype, device: str = "cpu") -> dict[str, OperatorCase]:
     """Return the cases by name; `dtype` is that of the activations."""
 
@@ -83,6 +112,10 @@ def operator_cases(dtype: torch.dtype, device: str = "cpu") -> dict[str, Operato
         "1-d mask": OperatorCase("attention", lambda b: attention(q, k, v, mask=mask[1, 0, 0], backend=b), (q, k, v)),
         "key mask per head": OperatorCase(
             "attention", lambda b: attention(q, k, v, mask=mask[1, :, :3, None], backend=b), (q, k, v)
+        ),
+        "attention in parts": OperatorCase("attention_part", lambda b: InParts.apply(q, k, v, None, b), (q, k, v)),
+        "attention in parts, scaled": OperatorCase(
+            "attention_part_grad", lambda b: InParts.apply(q, k, v, 0.3, b), (q, k, v)
         ),
         "rms_norm": OperatorCase("rms_norm", lambda b: rms_norm(x, weight, 1e-6, backend=b), (x, weight)),
         "rms_norm, exact weight": OperatorCase(

@@ -104,8 +104,8 @@ def test_options_that_were_not_given_are_not_answered(workspace):
 
 
 REFUSED = {
-    "ring attention": (["--context-parallel-algo", "megatron_cp_algo"], "ring attention"),
-    "hybrid attention": (["--context-parallel-algo", "hybrid_cp_algo"], "ring attention"),
+    "degree without hybrid": (["--ulysses-degree-in-cp", "2"], "without --context-parallel-algo hybrid_cp_algo"),
+    "an algorithm that is not there": (["--context-parallel-algo", "adaptive_cp_algo"], "--context-parallel-algo"),
     "no overlap": (["--no-overlap-grad-reduce"], "always so"),
     "softmax in bf16": (["--no-attention-softmax-in-fp32"], "always so"),
     "ema without ema": (["--optimizer-selection", "fused_ema_adamw", "--no-use-ema"], "contradicts --no-use-ema"),

@@ -35,6 +35,9 @@ pytestmark = pytest.mark.slow
 NUM_PROCESSES, STEPS, SAVED_AT = 4, 3, 1
 TWO_AT_ONCE = {"micro_batch_size": 2}  # where a step costs most: its batch of four is accumulated all the same
 PIPELINE = {"pipeline_model_parallel_size": 2}
+CONTEXT_3 = {"context_parallel_size": 3, "context_parallel_algo": "ulysses_cp_algo"}
+RING_2 = {"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"}
+HYBRID_4 = {"context_parallel_size": 4, "context_parallel_algo": "hybrid_cp_algo", "ulysses_degree_in_cp": 2}
 # Norms before and after adaptive clipping, of the public NPU release; see test_parts.
 CLIP_TRACE = ((0.8, 0.8), (1.2, 0.999999), (0.9, 0.9), (0.7, 0.7), (1.1, 1.0896), (0.95, 0.95), (6.0, 1.089669))
 CLIP_TRACE += ((0.85, 0.85), (0.9, 0.9), (30.0, 0.0), (0.8, 0.8), (1.0, 1.0))
@@ -48,6 +51,10 @@ LAYOUTS = {
     "data 2, shards on the CPU": (2, {"fsdp_cpu_offload": True}, None),
     "tensor 2": (2, TWO_AT_ONCE | {"tensor_model_parallel_size": 2}, None),
     "context 2": (2, TWO_AT_ONCE | {"context_parallel_size": 2}, None),
+    "context 3, uneven heads": (3, TWO_AT_ONCE | CONTEXT_3, None),
+    "ring 2": (2, TWO_AT_ONCE | RING_2, None),
+    "ring 2, attention again": (2, TWO_AT_ONCE | RING_2 | {"recompute_granularity": "selective"}, None),
+    "ulysses 2 x ring 2": (4, TWO_AT_ONCE | HYBRID_4, None),
     "tensor 2 x context 2": (4, TWO_AT_ONCE | {"tensor_model_parallel_size": 2, "context_parallel_size": 2}, None),
     "tensor 2 x data 2": (4, {"tensor_model_parallel_size": 2}, None),
     "pipeline 2": (2, PIPELINE, [3, 3]),
@@ -61,6 +68,7 @@ LAYOUTS = {
     "pipeline 2, interleaved": (2, PIPELINE, [[1, 2], [2, 1]]),
     "pipeline 2 x data 2": (4, PIPELINE, [3, 3]),
     "pipeline 2 x context 2": (4, PIPELINE | TWO_AT_ONCE | {"context_parallel_size": 2}, [3, 3]),
+    "pipeline 2 x ring 2": (4, PIPELINE | TWO_AT_ONCE | RING_2, [3, 3]),
     "pipeline 2 x tensor 2": (4, PIPELINE | TWO_AT_ONCE | {"tensor_model_parallel_size": 2}, [3, 3]),
     "pipeline 2, zero-bubble x data 2": (
         4,

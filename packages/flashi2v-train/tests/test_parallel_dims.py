@@ -50,6 +50,30 @@ def test_an_even_split_is_even(num_layers, num_stages):
     assert split == split[::-1] or num_layers % num_stages
 
 
+@pytest.mark.parametrize(
+    ("options", "ulysses", "ring", "words"),
+    [
+        ({}, 4, 2, "context 8 (Ulysses 4 x ring 2)"),
+        ({"context_parallel_algo": "ulysses_cp_algo"}, 8, 1, "context 8"),
+        ({"context_parallel_algo": "megatron_cp_algo"}, 1, 8, "context 8 (Ulysses 1 x ring 8)"),
+        ({"context_parallel_algo": "hybrid_cp_algo"}, 4, 2, "context 8 (Ulysses 4 x ring 2)"),
+        (
+            {"context_parallel_algo": "hybrid_cp_algo", "ulysses_degree_in_cp": 2},
+            *(2, 4, "context 8 (Ulysses 2 x ring 4)"),
+        ),
+    ],
+)
+def test_any_number_of_processes_shares_the_tokens_of_a_video(options, ulysses, ring, words):
+    layout = plan(8, context_parallel_size=8, **options)
+    assert (layout.context, layout.ulysses, layout.ring) == (8, ulysses, ring)
+    assert layout.describe() == words
+
+
+def test_tensor_parallel_processes_have_fewer_heads_to_exchange():
+    assert plan(8, context_parallel_size=4, tensor_model_parallel_size=2).ulysses == 2  # of 6 heads
+
+
+CP16 = {"context_parallel_size": 16}
 PP2 = {"pipeline_model_parallel_size": 2}
 
 
@@ -57,7 +81,10 @@ PP2 = {"pipeline_model_parallel_size": 2}
     ("world_size", "split", "options", "words"),
     [
         (6, None, {"tensor_model_parallel_size": 4}, "= 4 must divide the 6 processes"),
-        (8, None, {"context_parallel_size": 8}, "must divide the 12 attention heads"),
+        (8, None, {"tensor_model_parallel_size": 8}, "must divide the 12 attention heads"),
+        (16, None, CP16 | {"context_parallel_algo": "ulysses_cp_algo"}, "--context-parallel-size 16: .* at most 12"),
+        (16, None, CP16 | {"context_parallel_algo": "hybrid_cp_algo", "ulysses_degree_in_cp": 3}, "ring of 5 x"),
+        (16, None, CP16 | {"ulysses_degree_in_cp": 4}, "has no effect without"),
         (4, None, {"num_distributed_optimizer_instances": 3}, "must divide the 4 data parallel"),
         (4, None, {"num_distributed_optimizer_instances": 2, "use_distributed_optimizer": False}, "has no effect"),
         (1, None, {"virtual_pipeline_model_parallel_size": 2}, "without --pipeline-model-parallel-size"),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -147,7 +148,11 @@ class CommonOptions:
         lora: A LoRA adapter, FILE or FILE:SCALE, of any published spelling; a directory, a hub id, or a run of
             flashi2v-train that trained one does as well. Again for another (default: what the file says).
         seed: Of the noise (default: what the file says; 0 for one video).
-        plan: Print what the run will take (memory, operations) before anything is loaded, and at its end what it took.
+        devices: Start a process for each of so many devices: a number, or auto for all that there are. They share one
+            video in the layout that is predicted to be fastest, unless degrees are given below; of a batch each samples
+            videos of its own. 8xH100 plans for devices that are elsewhere (default: this process alone).
+        plan: Print what the run will take (memory, operations) before anything is loaded, and at its end what it took;
+            with --devices also all layouts, the fastest first.
         dry_run: Check everything that is given, and sample nothing. With --plan, --model needs no image, prompt and
             output.
     """
@@ -155,6 +160,7 @@ class CommonOptions:
     strip: Path | None = None
     lora: list[str] | None = None
     seed: int | None = None
+    devices: str | None = None
     plan: _Flag = False
     dry_run: _Flag = False
 
@@ -215,6 +221,7 @@ def infer(
     request = None if only_plans else video.request(settings, defaults, common.seed)
     with _importing():
         from flashi2v_infer.commands.batch import read_one
+        from flashi2v_infer.commands.devices import Devices, run_on
         from flashi2v_infer.commands.run import print_plan, sample
         from flashi2v_infer.load import ModelDirectory
 
@@ -222,9 +229,12 @@ def infer(
         raise InputError(f"flow_shift must be positive, got {video.flow_shift}")
     lora = read_choices(common.lora or ())
     model = ModelDirectory(video.model, execution, video.scheduler, lora, video.flow_shift)
+    devices = None if common.devices is None else Devices.read(common.devices)
     if request is None:
-        print_plan(model, settings)
+        print_plan(model, settings, devices)
         return
+    if devices is not None and not common.dry_run:
+        run_on(devices, model, settings, sys.argv[1:], is_one=True, plan=common.plan)
     output = str(video.output)
     sample(
         model,
@@ -233,6 +243,7 @@ def infer(
         plan=common.plan,
         dry_run=common.dry_run,
         preview=video.preview,
+        devices=devices,
     )
 
 
@@ -242,10 +253,16 @@ def _sample_batch(file: Path, resume: bool, video: VideoOptions, common: CommonO
     config = load_config(file, InferenceConfig)
     lora = None if common.lora is None else read_choices(common.lora)
     with _importing():
+        from flashi2v_infer.commands.devices import Devices, run_on
         from flashi2v_infer.commands.run import sample_batch
+        from flashi2v_infer.load import ConfiguredModel
 
+    devices = None if common.devices is None else Devices.read(common.devices)
+    if devices is not None and not common.dry_run:
+        model = ConfiguredModel(config, execution, lora)
+        run_on(devices, model, config.sampling, sys.argv[1:], is_one=False, plan=common.plan)
     options = {"resume": resume, "plan": common.plan, "dry_run": common.dry_run}
-    sample_batch(config, execution, common.seed, strips=common.strip, lora=lora, **options)
+    sample_batch(config, execution, common.seed, strips=common.strip, lora=lora, devices=devices, **options)
 
 
 @contextmanager

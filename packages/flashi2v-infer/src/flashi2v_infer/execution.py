@@ -52,7 +52,10 @@ class Execution:
         cfg_batch: Run both branches of the guidance as one batch: a little faster where memory allows it.
         keep_text_encoder: Hold the text encoder in the CPU's memory once all prompts are encoded, for more of them,
             instead of releasing it.
-        context_parallel_size: Processes of torchrun that share each video; it must divide the attention heads.
+        context_parallel_size: Processes that share the tokens of each video; any number.
+        ulysses_degree: Of these, those that exchange attention heads; the others pass keys on around a ring (default:
+            as many as share the heads evenly).
+        guidance_parallel_size: 2 gives each branch of the guidance its own processes, so many as share the tokens.
         recipe: module:Class of the variant of the network that the weights are of, or of the recipe that it was trained
             by (default: FlashI2V's own).
 
@@ -72,6 +75,8 @@ class Execution:
     cfg_batch: bool = False
     keep_text_encoder: bool = False
     context_parallel_size: int = 1
+    ulysses_degree: int | None = None
+    guidance_parallel_size: int = 1
     recipe: str | None = None
 
     def __post_init__(self) -> None:
@@ -99,8 +104,18 @@ class Execution:
             )
         if self.context_parallel_size < 1:
             raise InputError(f"context_parallel_size must be at least 1, got {self.context_parallel_size}")
-        if self.compile and self.context_parallel_size > 1:
-            raise InputError("compile was never tried together with context_parallel_size above 1: leave out one")
+        if self.guidance_parallel_size not in (1, 2):
+            raise InputError(f"guidance_parallel_size must be 1 or 2, got {self.guidance_parallel_size}")
+        if self.ulysses_degree is not None and self.context_parallel_size % max(self.ulysses_degree, 1):
+            raise InputError(
+                f"ulysses_degree {self.ulysses_degree} must divide the context_parallel_size of "
+                f"{self.context_parallel_size}"
+            )
+        if self.compile and self.processes_per_video > 1:
+            raise InputError(
+                "compile was never tried together with context_parallel_size or guidance_parallel_size above 1: leave "
+                "out one"
+            )
         self.check_device((self.device or "").partition(":")[0])
 
     def check_device(self, device_type: str) -> None:
@@ -114,6 +129,11 @@ class Execution:
                 f"offload {self.offloading!r} (or low_memory) moves weights between an accelerator and the CPU, and "
                 "the device is the CPU: leave it out, or choose another device"
             )
+
+    @property
+    def processes_per_video(self) -> int:
+        """How many processes share each video."""
+        return self.context_parallel_size * self.guidance_parallel_size
 
     @property
     def offloading(self) -> Offload:

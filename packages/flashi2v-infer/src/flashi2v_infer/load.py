@@ -4,10 +4,9 @@ import logging
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from diffusers import AutoencoderKLWan, SchedulerMixin
 
 from flashi2v_data.captions.tokenizer import load_model
@@ -20,14 +19,15 @@ from flashi2v_infer.files.records import Source
 from flashi2v_infer.lora import load_adapters
 from flashi2v_infer.model_index import check_model_index, class_of
 from flashi2v_infer.pipeline import FlashI2VPipeline
-from flashi2v_infer.placement import home, home_of_transformer, place
+from flashi2v_infer.placement import Sharing, home, home_of_transformer, place
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
 from flashi2v_model.adapter_choice import AdapterChoice, read_choices
 from flashi2v_model.config import AEConfig, PredictorConfig, SchedulerName, check_pretrained
 from flashi2v_model.encoders import DTYPES, load_pretrained, load_text_encoder, load_vae
 from flashi2v_model.errors import named
 from flashi2v_model.layers import use_fused_rms_norm
-from flashi2v_model.parallel import check_degree
+from flashi2v_model.parallel.degrees import ContextDegrees, choose_degrees
+from flashi2v_model.presets import TRANSFORMERS
 from flashi2v_model.quantization import quantize
 from flashi2v_model.scheduler import make_scheduler
 from flashi2v_model.variants import transformer_class
@@ -36,6 +36,9 @@ from flashi2v_model.weights.reading import check_directory, read_json, weight_fi
 from flashi2v_npu_ops import UnsupportedError
 from flashi2v_npu_ops.device import claim_device, resolve_device
 from flashi2v_npu_ops.registry import check_environment
+
+if TYPE_CHECKING:
+    from flashi2v_infer.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +127,8 @@ class Model(ABC):
         """Return the constructor arguments of transformer, text encoder and VAE; nothing but config.json is read."""
 
     @abstractmethod
-    def load(self, settled: Settled, context: dist.ProcessGroup | None = None) -> FlashI2VPipeline:
-        """Build the pipeline; `context` are the processes that share each video.
+    def load(self, settled: Settled, processes: "Processes | None" = None) -> FlashI2VPipeline:
+        """Build the pipeline; `processes` share each video as the execution says; None: there is this one.
 
         Raises:
             InputError: a part is missing or damaged, or parts do not fit each other.
@@ -150,12 +153,14 @@ class Model(ABC):
         return settings
 
     def check_changes(self) -> None:
-        """Refuse what cannot be done to the weights before they are read: it is done to a model without numbers.
+        """Refuse what cannot be done to the transformer before it is read: it is done to a model without numbers.
 
         Raises:
-            InputError: naming the adapter that does not fit, or what is not installed.
+            InputError: naming the adapter that does not fit, what is not installed, or degrees that do not fit.
         """
         config = self.part_configs()[0]
+        if config is not None:
+            degrees_of(self.execution, config.get("num_attention_heads", TRANSFORMERS["1.3b"]["num_attention_heads"]))
         if (self.lora or self.execution.quantize) and config is not None:
             with torch.device("meta"):
                 network = transformer_class(self.execution.recipe).from_config(config)
@@ -205,7 +210,6 @@ class ConfiguredModel(Model):
         check_pretrained(config.text_encoder.from_pretrained, "text_encoder.from_pretrained")
         check_pretrained(config.ae.from_pretrained, "ae.from_pretrained")
         _check_tokenizer(config.tokenizer.from_pretrained)
-        check_degree(self.execution.context_parallel_size, config.predictor.num_heads)
         self.check_changes()
 
     def part_configs(self) -> tuple[PartConfig, PartConfig, PartConfig]:
@@ -216,10 +220,9 @@ class ConfiguredModel(Model):
             _read_config(Path(ae), "ae.from_pretrained"),
         )
 
-    def load(self, settled: Settled, context: dist.ProcessGroup | None = None) -> FlashI2VPipeline:
+    def load(self, settled: Settled, processes: "Processes | None" = None) -> FlashI2VPipeline:
         config, predictor, device = self.config, self.config.predictor, settled.device
         where = home(settled.execution, device)
-        check_degree(settled.execution.context_parallel_size, predictor.num_heads)
         if device.type == "cpu" and predictor.dtype != "fp32":
             logger.warning("%s is slow on most CPUs: set predictor.dtype to fp32", predictor.dtype)
         for note in predictor.notes():
@@ -241,7 +244,7 @@ class ConfiguredModel(Model):
         scheduler = make_scheduler(config.diffusion.scheduler, config.diffusion.shift)
         use_mask = config.text_encoder.use_attention_mask
         pipeline = FlashI2VPipeline(tokenizer, text_encoder, vae, transformer, scheduler, use_attention_mask=use_mask)
-        place(pipeline, settled.execution, device, context)
+        place(pipeline, settled.execution, device, _sharing(settled.execution, transformer, processes))
         return pipeline
 
     def source(self, pipeline: FlashI2VPipeline | None = None) -> Source:
@@ -328,7 +331,7 @@ class ModelDirectory(Model):
         )
         return transformer, text_encoder, vae
 
-    def load(self, settled: Settled, context: dist.ProcessGroup | None = None) -> FlashI2VPipeline:
+    def load(self, settled: Settled, processes: "Processes | None" = None) -> FlashI2VPipeline:
         directory = self.directory() or self._fetched()
         with named("--model"):
             check_model_index(directory)
@@ -358,7 +361,8 @@ class ModelDirectory(Model):
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise InputError(f"--model: cannot load {self.name}: {reason}") from error
         pipeline.scheduler = rescheduled(pipeline.scheduler, self.scheduler, self.flow_shift)
-        place(pipeline, settled.execution, settled.device, context)
+        sharing = _sharing(settled.execution, parts["transformer"], processes)
+        place(pipeline, settled.execution, settled.device, sharing)
         return pipeline
 
     def source(self, pipeline: FlashI2VPipeline) -> Source:
@@ -375,6 +379,23 @@ class ModelDirectory(Model):
 
     def image_note(self, vae_psnr: float) -> str | None:
         return demo.image_note(vae_psnr) if Path(self.name) == demo.DIRECTORY else None
+
+
+def degrees_of(execution: Execution, num_heads: int) -> ContextDegrees:
+    """Return how processes share the tokens of a video, in a network with so many heads.
+
+    Raises:
+        InputError: there are more of them to exchange heads than heads.
+    """
+    with named(f"--context-parallel-size {execution.context_parallel_size}"):
+        return choose_degrees(execution.context_parallel_size, num_heads, execution.ulysses_degree)
+
+
+def _sharing(
+    execution: Execution, transformer: FlashI2VTransformer3DModel, processes: "Processes | None"
+) -> Sharing | None:
+    degrees = degrees_of(execution, transformer.config.num_attention_heads)
+    return None if processes is None else processes.sharing(degrees)
 
 
 def rescheduled(own: SchedulerMixin, name: SchedulerName | None, shift: float | None) -> SchedulerMixin:

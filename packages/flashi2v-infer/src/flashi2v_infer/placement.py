@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,9 +12,25 @@ from torch import Tensor
 
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.pipeline import FlashI2VPipeline
-from flashi2v_model.parallel import parallelise_context
+from flashi2v_model.parallel import ContextGroups, parallelise_context, parallelise_samples, parallelise_tiles
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The processes that share each video, of which this is one.
+
+    Attributes:
+        all: all of them, which share the VAE's tiles.
+        context: those that share the tokens of a branch.
+        branches: those at the same place of both branches.
+    """
+
+    all: dist.ProcessGroup
+    context: ContextGroups
+    branches: dist.ProcessGroup
+
 
 _CPU = torch.device("cpu")
 # Only CUDA's copies beside the computation are known to work with diffusers' prefetching.
@@ -36,9 +53,9 @@ def home_of_transformer(execution: Execution, device: torch.device) -> torch.dev
 
 
 def place(
-    pipeline: FlashI2VPipeline, execution: Execution, device: torch.device, context: dist.ProcessGroup | None = None
+    pipeline: FlashI2VPipeline, execution: Execution, device: torch.device, sharing: Sharing | None = None
 ) -> None:
-    """Set a loaded pipeline up for an execution: context parallelism, offloading, compilation, ways of decoding.
+    """Set a loaded pipeline up for an execution: sharing, offloading, compilation, ways of decoding.
 
     With "model" a part comes to the device when it is called and leaves when the next one is. With "group" the text
     encoder comes layer by layer and the transformer block by block, on CUDA the next block while one computes; the VAE,
@@ -48,11 +65,15 @@ def place(
         pipeline: its parts in the `home` of this execution.
         execution: how to compute.
         device: where to compute.
-        context: the processes that share each video.
+        sharing: the processes that share each video; None: this one has them alone.
     """
     pipeline.execution = execution
-    if context is not None:
-        parallelise_context(pipeline.transformer, context)
+    if sharing is not None:
+        if sharing.context.all.size() > 1:
+            parallelise_context(pipeline.transformer, sharing.context)
+        if sharing.branches.size() > 1:
+            parallelise_samples(pipeline.transformer, sharing.branches)
+        parallelise_tiles(pipeline.vae, sharing.all)
     if execution.offloading == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif execution.offloading == "group":

@@ -41,6 +41,7 @@ class Accelerated(CacheMixin, AttentionMixin):
     conditioning_names: ClassVar[tuple[str, ...]]
     _cache_config: Any = None
     _parallel_config: Any = None
+    shares_samples = False  # by `parallel.parallelise_samples`
 
     def enable_cache(self, config: Any) -> None:
         """Let steps reuse what earlier ones computed.
@@ -126,28 +127,28 @@ class Accelerated(CacheMixin, AttentionMixin):
             self.set_attention_backend("_native_xla")
 
     def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
-        """Let processes share the tokens of each video (Ulysses), as `parallel.parallelise_context` does.
+        """Let processes share the tokens of each video (Ulysses, ring), as `parallel.parallelise_context` does.
 
         Args:
-            config: a `ContextParallelConfig`, or a `ParallelConfig` with one, with a `ulysses_degree`.
+            config: a `ContextParallelConfig`, or a `ParallelConfig` with one, with a `ulysses_degree` and a
+                `ring_degree`. Neither heads nor tokens need share out evenly.
             cp_plan: none: where tokens are shared out and gathered is known.
 
         Raises:
-            InputError: something else is asked for than Ulysses, or the degree does not divide the heads.
+            InputError: something else is asked for, or the Ulysses degree is more than the heads.
             RuntimeError: torch.distributed is not initialised, or processes share this network already.
         """
-        from flashi2v_model.parallel import parallelise_context  # which imports this network
+        from flashi2v_model.parallel import ContextGroups, parallelise_context  # which imports this network
 
         context = getattr(config, "context_parallel_config", config)
         if getattr(config, "tensor_parallel_config", None) is not None or not hasattr(context, "ulysses_degree"):
             raise InputError(
-                "enable_parallelism takes a ContextParallelConfig(ulysses_degree=...): for shared matrices call "
+                "enable_parallelism takes a ContextParallelConfig(ulysses_degree=..., ring_degree=...): for shared "
+                "matrices call "
                 "flashi2v_model.parallel.parallelise_tensors"
             )
-        if context.ring_degree != 1 or cp_plan is not None:
-            raise InputError(
-                "only Ulysses is offered, without a cp_plan: give ContextParallelConfig(ulysses_degree=...) alone"
-            )
+        if cp_plan is not None:
+            raise InputError("where tokens are shared out and gathered is known here: leave cp_plan out")
         if self._parallel_config is not None:
             raise RuntimeError("processes share this transformer already: load it anew to share it otherwise")
         if not torch.distributed.is_initialized():
@@ -156,13 +157,18 @@ class Accelerated(CacheMixin, AttentionMixin):
         if mesh is None:
             device = next(self.parameters()).device.type
             mesh = init_device_mesh(device, context.mesh_shape, mesh_dim_names=context.mesh_dim_names)
-        parallelise_context(self, mesh["ulysses"].get_group())
+        parallelise_context(self, ContextGroups.of(mesh))
         self._parallel_config = config
 
 
 def needs_one_call(transformer: nn.Module) -> bool:
-    """Tell whether a hook keeps one state for all calls, and would mix up the branches of guidance in two."""
-    return any(name in hooks for hooks in _hooks(transformer) for name in _STATE_OF_ONE_CALL)
+    """Tell whether both branches of guidance have to come in one call.
+
+    A hook that keeps one state for all calls would mix them up in two; processes that share samples share these.
+    """
+    return getattr(transformer, "shares_samples", False) or any(
+        name in hooks for hooks in _hooks(transformer) for name in _STATE_OF_ONE_CALL
+    )
 
 
 def check_guided(transformer: nn.Module, is_guided: bool) -> None:

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from operator_cases import normal, operator_cases
 
-from flashi2v_npu_ops import Case, attention, explain
+from flashi2v_npu_ops import Case, attention, attention_part, explain
 from flashi2v_npu_ops.backends import half_spectrum
 from flashi2v_npu_ops.device import resolve_device
 from flashi2v_npu_ops.faults import explain_fault
@@ -74,6 +74,9 @@ def main() -> None:
         with torch.no_grad(), Recorder() as recorder:
             results["inference"] = describe(attention(half, half, half, mask=mask, backend="ascend"))
         results["calls of inference"] = [(made.operator, made.arguments) for made in recorder.calls]
+        with Recorder() as recorder:
+            results["part"] = [describe(found) for found in attention_part(half, half, half, backend="ascend")]
+        results["calls of the part"] = [(made.operator, made.arguments) for made in recorder.calls]
     results["auto"] = explain("attention", Case("npu", torch.bfloat16)).backend
 
     failures = {}

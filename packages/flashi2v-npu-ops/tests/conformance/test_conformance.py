@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(not INSTALLED, reason="needs the torch_npu wheel
 
 KERNELS = {
     "attention": ["npu_fusion_attention", "npu_fusion_attention_grad"],
+    "attention_part": ["npu_fusion_attention"] * 2 + ["npu_fusion_attention_grad"] * 2,
+    "attention_part_grad": ["npu_fusion_attention"] * 2 + ["npu_fusion_attention_grad"] * 2,
     "rms_norm": ["npu_rms_norm", "npu_rms_norm_backward"],
     "apply_rope": ["npu_rotary_mul", "npu_rotary_mul_backward"],
     "gelu_tanh": ["npu_gelu", "npu_gelu_backward"],
@@ -103,6 +105,26 @@ def test_attention_without_gradients_passes_an_inverted_mask_to_the_kernel_for_i
     assert name == "npu_fused_infer_attention_score"
     assert given["atten_mask"] == {"shape": [2, 1, 7, 7], "dtype": "bool", "on": "npu"}
     assert (given["num_heads"], given["input_layout"], given["scale"]) == (3, "BSND", 0.25)
+
+
+def test_parts_of_attention_pass_the_log_sum_exp_of_all_on_to_their_gradients(results):
+    rows = {"shape": [2, 3, 7, 8], "dtype": "float32", "on": "npu"}
+    for label in ("fp32", "bf16", "fp16"):
+        *_, (_, first), (_, second) = results[f"attention in parts, {label}"]["calls"]
+        for given in (first, second):
+            assert (given["head_num"], given["input_layout"], given["scale_value"]) == (3, "BSND", 8**-0.5)
+            assert given["softmax_max"] == given["softmax_sum"] == rows
+            assert given["attention_in"]["shape"] == [2, 7, 3, 8]
+
+
+def test_a_part_of_attention_asks_the_kernel_for_inference_for_its_log_sum_exp(results):
+    assert results["part"] == [
+        {"shape": [2, 7, 3, 16], "dtype": "bfloat16", "on": "npu"},
+        {"shape": [2, 3, 7], "dtype": "float32", "on": "npu"},
+    ]
+    ((name, given),) = results["calls of the part"]
+    assert name == "npu_fused_infer_attention_score"
+    assert given["softmax_lse_flag"] is True
 
 
 def test_rope_passes_fp32_tables_in_the_shape_of_the_layout(results):

@@ -3,7 +3,6 @@
 They are built on the meta device, where tensors have shapes and no numbers; `flashi2v_model.cost` counts.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
@@ -22,33 +21,6 @@ from flashi2v_train.recipe import example
 from flashi2v_train.recompute import save_memory
 
 _META = torch.device("meta")
-# Dense bf16 operations per second with fp32 sums, by a word of the name that the device calls itself; the first that
-# fits counts. NVIDIA: data sheets of the products, half of what they give for sparse matrices. Ascend: cores x 8192
-# operations a cycle x clock, the matrix units alone; what the maker advertises adds the vector units.
-_PEAKS = {
-    "H200|GH200": 989e12,
-    "H100 PCIe|H800 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100|H800": 989e12,
-    "H20": 148e12,
-    "A100|A800": 312e12,
-    "L40S": 362e12,
-    "RTX 4090 D|RTX 4090 Laptop GPU": None,
-    "RTX 4090": 165e12,
-    "A10": 125e12,
-    "Ascend910B1": 374e12,
-    "Ascend910B2C?": 354e12,
-    "Ascend910B3": 295e12,
-    "Ascend910B4": 246e12,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Return the bf16 operations per second that a device can do, or None where that is not known."""
-    # Whole words: an RTX A1000 is no A100.
-    return next(
-        (peak for words, peak in _PEAKS.items() if re.search(rf"\b({words})(?![A-Za-z0-9])", device_name)), None
-    )
 
 
 def operations_of(config: RunConfig) -> Operations:

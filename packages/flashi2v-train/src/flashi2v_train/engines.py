@@ -137,7 +137,7 @@ class PipelineEngine(Engine):
     def _wrap(self, bucket: int, size: int) -> list[PipelineStage]:
         """Say what the stages of this process are given and return, for micro batches of a shape and size."""
         world, kind = self._world, self._config.kinds[bucket]
-        group, num_tokens = world.tokens_mesh.get_group("context"), math.prod(self._grid(bucket))
+        group, num_tokens = world.context.all, math.prod(self._grid(bucket))
         own = len(torch.arange(num_tokens).tensor_split(group.size())[group.rank()])
         needs = torch.is_grad_enabled()
 

@@ -18,10 +18,11 @@ from tqdm import tqdm
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.console import machine_fault
 from flashi2v_data.errors import InputError, StorageError
+from flashi2v_model.machines import peak_flops
 from flashi2v_npu_ops.device import name as device_name
 from flashi2v_npu_ops.device import peak_memory
 from flashi2v_train.config import RunConfig
-from flashi2v_train.cost import count_parameters, peak_flops
+from flashi2v_train.cost import count_parameters
 from flashi2v_train.history import (
     Curve,
     draw_loss,

@@ -74,7 +74,15 @@ class ParallelOptions(BaseModel):
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] | None = Field(
         None, description="order of the micro batches; default: interleaved with virtual stages, else 1f1b"
     )
-    context_parallel_size: int = Field(1, ge=1, description="processes that share the tokens of a video (Ulysses)")
+    context_parallel_size: int = Field(1, ge=1, description="processes that share the tokens of a video")
+    context_parallel_algo: Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] | None = Field(
+        None,
+        description="they exchange heads (ulysses), pass keys on around a ring (megatron), or both (hybrid); default: "
+        "both, such that all have equally many heads",
+    )
+    ulysses_degree_in_cp: int | None = Field(
+        None, ge=1, description="processes of them that exchange heads, the ring has the rest: with hybrid_cp_algo"
+    )
     use_distributed_optimizer: bool = Field(
         True, description="shard weights, gradients and optimizer over data parallel processes (FSDP2); no: replicate"
     )
@@ -311,7 +319,6 @@ class ForeignOptions(BaseModel):
     distributed_backend: str | None = Field(
         None, description="no effect: the backend follows --device (hccl, nccl or gloo)"
     )
-    context_parallel_algo: str | None = Field(None, description="always ulysses_cp_algo")
     optimizer_selection: Literal["fused_ema_adamw", "fused_adamw"] | None = Field(
         None, description="always AdamW, fused where the device has it; --use-ema decides on the moving average"
     )
@@ -335,11 +342,6 @@ class ForeignOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check_wishes(self) -> "ForeignOptions":
-        if self.context_parallel_algo not in (None, "ulysses_cp_algo"):
-            raise ValueError(
-                f"--context-parallel-algo {self.context_parallel_algo}: ring attention is not here; ulysses_cp_algo is "
-                "the same mathematics, and --context-parallel-size may be any divisor of the attention heads"
-            )
         for name in (
             "accumulate_allreduce_grads_in_fp32",
             "attention_softmax_in_fp32",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashi2v_data.errors import InputError
+from flashi2v_model.parallel.degrees import ContextDegrees, choose_degrees
 from flashi2v_train.options import ParallelOptions
 
 
@@ -18,6 +19,7 @@ class ParallelDims:
         data: processes (or groups of the above) that have samples of their own.
         replicas: groups of data parallel processes that each hold all shards of the weights; divides `data`.
         layers: layers of every pipeline stage; stage number v * pipeline + p is the v-th piece of process p.
+        ring: of the context parallel processes, groups that pass keys on; those of a group exchange heads (Ulysses).
     """
 
     tensor: int
@@ -26,11 +28,17 @@ class ParallelDims:
     data: int
     replicas: int
     layers: tuple[int, ...]
+    ring: int = 1
 
     @property
     def world_size(self) -> int:
         """All processes."""
         return self.tensor * self.context * self.pipeline * self.data
+
+    @property
+    def ulysses(self) -> int:
+        """Of the context parallel processes, those that exchange heads."""
+        return self.context // self.ring
 
     @property
     def num_stages(self) -> int:
@@ -55,6 +63,8 @@ class ParallelDims:
             "tensor": self.tensor,
         }
         words = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one process"
+        if self.ring > 1:
+            words += f" ({ContextDegrees(self.ulysses, self.ring)})"
         if self.replicas > 1:
             words += f"; {self.replicas} replicas of the weights"
         if self.num_stages > 1:
@@ -92,11 +102,9 @@ def plan_parallel_dims(
             f"--pipeline-model-parallel-size {pipeline} = {model_size} must divide the {world_size} processes of "
             "this run: change one of them, or --nproc-per-node"
         )
-    if num_heads % (tensor * context):
-        raise InputError(
-            f"--tensor-model-parallel-size {tensor} x --context-parallel-size {context} must divide the "
-            f"{num_heads} attention heads"
-        )
+    if num_heads % tensor:
+        raise InputError(f"--tensor-model-parallel-size {tensor} must divide the {num_heads} attention heads")
+    degrees = _context_degrees(options, num_heads // tensor)
     data = world_size // model_size
     instances = options.num_distributed_optimizer_instances
     if data % instances:
@@ -106,7 +114,23 @@ def plan_parallel_dims(
     if instances > 1 and not options.use_distributed_optimizer:
         raise InputError("--num-distributed-optimizer-instances has no effect with --no-use-distributed-optimizer")
     replicas = instances if options.use_distributed_optimizer else data
-    return ParallelDims(tensor, context, pipeline, data, replicas, _layers(options, num_layers, split))
+    return ParallelDims(tensor, context, pipeline, data, replicas, _layers(options, num_layers, split), degrees.ring)
+
+
+def _context_degrees(options: ParallelOptions, num_heads: int) -> ContextDegrees:
+    """Return how processes share the tokens of a video, each with so many heads before they exchange them."""
+    size, algorithm, ulysses = (
+        options.context_parallel_size,
+        options.context_parallel_algo,
+        options.ulysses_degree_in_cp,
+    )
+    if ulysses is not None and algorithm != "hybrid_cp_algo":
+        raise InputError("--ulysses-degree-in-cp has no effect without --context-parallel-algo hybrid_cp_algo")
+    asked = {"ulysses_cp_algo": size, "megatron_cp_algo": 1}.get(algorithm or "", ulysses)
+    try:
+        return choose_degrees(size, num_heads, asked)
+    except ValueError as error:
+        raise InputError(f"--context-parallel-size {size}: {error}") from None
 
 
 def _layers(options: ParallelOptions, num_layers: int, split: Split | None) -> tuple[int, ...]:

@@ -164,7 +164,7 @@ def parallelise(transformer: FlashI2VTransformer3DModel, world: World) -> None:
     if world.dims.tensor > 1:
         parallelise_tensors(transformer, world.weights_mesh["tensor"])
     if world.dims.context > 1:
-        parallelise_context(transformer, world.tokens_mesh.get_group("context"))
+        parallelise_context(transformer, world.context)
 
 
 def shard(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not declared so
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from flashi2v_model.parallel import ContextGroups
 from flashi2v_npu_ops.device import claim_device, collective_backend
 from flashi2v_npu_ops.registry import check_environment
 from flashi2v_train.parallel_dims import ParallelDims
@@ -40,7 +41,8 @@ class World:
         dims: degrees of parallelism.
         weights_mesh: dimensions pipeline, replica, weights (processes that share shards of the weights: data and
             context parallel ones) and tensor.
-        tokens_mesh: the same processes as pipeline, data, context, tensor.
+        tokens_mesh: the same processes as pipeline, data, ring, ulysses, tensor.
+        context: groups of the processes that share the tokens of a video (ring x ulysses).
         peers: group of the processes that work on the same samples with the same layers (context x tensor).
         control: group for words about the run rather than its numbers: gloo on every device.
     """
@@ -50,6 +52,7 @@ class World:
     dims: ParallelDims
     weights_mesh: DeviceMesh
     tokens_mesh: DeviceMesh
+    context: ContextGroups
     peers: dist.ProcessGroup
     control: dist.ProcessGroup
 
@@ -145,13 +148,15 @@ def _group(rank: int, device: torch.device, dims: ParallelDims) -> World:
         return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     pipeline, data, context, tensor = dims.pipeline, dims.data, dims.context, dims.tensor
+    tokens = mesh(pipeline=pipeline, data=data, ring=dims.ring, ulysses=dims.ulysses, tensor=tensor)
     shards = data // dims.replicas * context
     return World(
         rank,
         device,
         dims,
         mesh(pipeline=pipeline, replica=dims.replicas, weights=shards, tensor=tensor),
-        mesh(pipeline=pipeline, data=data, context=context, tensor=tensor),
+        tokens,
+        ContextGroups.of(tokens),
         mesh(pipeline=pipeline, data=data, peers=context * tensor).get_group("peers"),
         dist.new_group(backend="gloo"),
     )

@@ -17,6 +17,7 @@ from flashi2v_data.console import configure_logging, one_line
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_data.video.strips import film_strip
 from flashi2v_infer.commands.batch import Batch, Job, read_batch, unfinished, write_together
+from flashi2v_infer.commands.devices import Devices, count, rank
 from flashi2v_infer.commands.sampler import Sample, Sampler
 from flashi2v_infer.commands.terminal import TerminalPreview
 from flashi2v_infer.config import InferenceConfig
@@ -27,6 +28,7 @@ from flashi2v_infer.files.records import versions
 from flashi2v_infer.load import ConfiguredModel, Model, dtype_name
 from flashi2v_infer.pipeline import FlashI2VPipeline, StepCallback
 from flashi2v_infer.placement import encode_prompts, put_away_text_encoder
+from flashi2v_infer.plan.layouts import table
 from flashi2v_infer.plan.measured import Meter, comparison
 from flashi2v_infer.plan.plan import Plan, make_plan, target_device
 from flashi2v_infer.plan.skeleton import parts_of
@@ -51,6 +53,7 @@ def sample_batch(
     resume: bool = False,
     plan: bool = False,
     dry_run: bool = False,
+    devices: Devices | None = None,
 ) -> None:
     """Sample every prompt and image of a configuration file into its `save_path`.
 
@@ -60,16 +63,17 @@ def sample_batch(
         seed: instead of the file's.
         strips: a directory for film strips of the videos.
         lora: adapters, instead of the file's.
-        resume: as of `sample`, and `plan` and `dry_run` likewise.
+        resume: as of `sample`, and `plan`, `dry_run` and `devices` likewise.
         plan: likewise.
         dry_run: likewise.
+        devices: likewise.
     """
     model = ConfiguredModel(config, execution, lora)
 
     def read() -> Batch:
         return read_batch(model.config, model.source(), seed, strips)
 
-    sample(model, config.sampling, read, resume=resume, plan=plan, dry_run=dry_run)
+    sample(model, config.sampling, read, resume=resume, plan=plan, dry_run=dry_run, devices=devices)
 
 
 @device_faults_told("--offload model or group, --low-memory, fewer frames or a smaller size")
@@ -82,6 +86,7 @@ def sample(
     plan: bool = False,
     dry_run: bool = False,
     preview: bool | None = None,
+    devices: Devices | None = None,
 ) -> None:
     """Sample videos into their files.
 
@@ -93,6 +98,7 @@ def sample(
         plan: print what the run will take, and at the end what it took.
         dry_run: check everything that was given, and sample nothing.
         preview: draw one video in the terminal while it is sampled; None where that can be done.
+        devices: what a plan of a dry run is for beside one device.
 
     Raises:
         InputError: anything that the user can fix. At the end where some images could not be used: the other videos
@@ -103,7 +109,7 @@ def sample(
     if dry_run:
         model.check()
         if plan:
-            print_plan(model, settings)  # also for a device that is elsewhere
+            print_plan(model, settings, devices)  # also for devices that are elsewhere
         else:
             model.settle()
         batch = read()
@@ -111,15 +117,15 @@ def sample(
         print(one_line(f"would write {batch.describe(len(jobs))}"))
         batch.raise_faults()
         return
-    with join_processes(model.device_name, model.execution.context_parallel_size) as processes:
+    with join_processes(model.device_name, model.execution) as processes:
         # What all processes would say alike is said by the first.
         configure_logging(logging.INFO if processes.is_first else logging.ERROR)
         settled, batch = model.settle(processes.device), read()
         is_one = batch.directory is None
         if is_one and processes.num_replicas > 1:
             raise InputError(
-                f"one video cannot be shared out among {processes.num_replicas} times "
-                f"{model.execution.context_parallel_size} processes: start as many as --context-parallel-size says"
+                f"one video cannot be shared out among {processes.num_replicas} times {processes.per_video} processes: "
+                "start as many as --context-parallel-size x --guidance-parallel-size say"
             )
         jobs = unfinished(batch.jobs) if resume else batch.jobs
         planned = print_plan(model, settings) if plan and processes.is_first else None
@@ -127,7 +133,7 @@ def sample(
         if jobs:
             if not is_one:
                 configure_logging(logging.INFO if processes.is_first else logging.WARNING)
-            pipeline, meter = model.load(settled, processes.context), Meter(processes.device)
+            pipeline, meter = model.load(settled, processes), Meter(processes.device)
             drawn = TerminalPreview(pipeline, meter.on_step_end)
             is_drawn = is_one and processes.is_first and drawn.can_be_seen(preview)
             on_step_end = drawn if is_drawn else meter.on_step_end
@@ -142,8 +148,8 @@ def sample(
             batch.raise_faults(missing)
 
 
-def print_plan(model: Model, settings: SamplingSettings) -> Plan:
-    """Print what sampling one video will take; nothing is loaded.
+def print_plan(model: Model, settings: SamplingSettings, devices: Devices | None = None) -> Plan:
+    """Print what sampling one video will take, and the layouts of several devices; nothing is loaded.
 
     Raises:
         InputError: there is no such model or device.
@@ -155,6 +161,10 @@ def print_plan(model: Model, settings: SamplingSettings) -> Plan:
         parts_of(model, device_type), settings, model.execution, device_type, free, scheduler=model.scheduler or "euler"
     )
     print(plan)
+    if devices is not None:
+        number = devices.number or count(devices, model)
+        if number > 1:
+            print("\n" + table(*rank(model, settings, devices, number)))
     return plan
 
 

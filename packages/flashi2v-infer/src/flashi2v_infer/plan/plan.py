@@ -168,7 +168,7 @@ def make_plan(
         (encoding, image, denoising, decoded),
         step_flops=denoising.last_flops,
         num_steps=len(timesteps),
-        calls_per_step=1 if execution.cfg_batch else branches,
+        calls_per_step=1 if execution.cfg_batch or execution.guidance_parallel_size > 1 else branches,
         num_tokens=math.prod(parts.transformer.token_grid(run.latents.shape)),
         num_videos=num_videos,
         parameters={name: sum(p.numel() for p in module.parameters()) for name, module in parts.modules.items()},
@@ -228,8 +228,8 @@ class _Run:
 def _notes(execution: Execution) -> Iterator[str]:
     if execution.compile:
         yield "compiled blocks need less memory than this"
-    if (size := execution.context_parallel_size) > 1:
-        yield f"this is what a process alone takes: in denoising each of {size} has fewer tokens, and less to do"
+    if (size := execution.processes_per_video) > 1:
+        yield f"this is what a process alone takes: in denoising each of {size} has less to do"
 
 
 def group_sizes(

@@ -93,7 +93,7 @@ def work(setup: Setup, name: str, connection: Connection, environment: dict[str,
     tqdm.set_lock(threading.RLock())  # its own is shared with other processes, and outlives this one
     try:
         model = setup.model()
-        with join_processes(model.device_name, setup.execution.context_parallel_size) as processes:
+        with join_processes(model.device_name, setup.execution) as processes:
             settled = model.settle(processes.device)
             worker = _Worker(setup, settled, processes)
             connection.send_bytes(READY)
@@ -132,7 +132,7 @@ class _Worker:
         self._setup, self._settled, self._processes = setup, settled, processes
         self.is_first = processes.is_first
         # What the processes tell each other of jobs goes between CPUs, where waiting takes no power.
-        several = processes.context is not None
+        several = processes.per_video > 1
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if several else None
         self._check: Callable[[], None] = lambda: None
         self._pipeline: FlashI2VPipeline | None = None
@@ -142,10 +142,11 @@ class _Worker:
         self._pipeline = None  # there may be no room for two
         gc.collect()
         self._model, self._lora = self._setup.model(lora), lora
-        self._pipeline = self._model.load(self._settled, self._processes.context)
+        self._pipeline = self._model.load(self._settled, self._processes)
         self._scheduler = self._pipeline.scheduler
-        for module in self._pipeline.vae.modules():
-            module.register_forward_pre_hook(lambda module, inputs: self._check())
+        if self._group is None:  # within the VAE others would wait for this process's tiles
+            for module in self._pipeline.vae.modules():
+                module.register_forward_pre_hook(lambda module, inputs: self._check())
 
     def shared(self, value: T) -> T:
         """Return what the first process has."""
@@ -258,7 +259,7 @@ class _Watcher(PipelineCallback):
         return {}
 
     def check(self) -> None:
-        """Stop within the VAE, where no other process waits for this one."""
+        """Stop within the VAE."""
         now = time.monotonic()
         if self._worker.is_first and now - self._checked >= _CHECK_SECONDS:
             self._checked = now

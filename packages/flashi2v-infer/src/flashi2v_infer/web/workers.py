@@ -34,7 +34,7 @@ def num_devices(model: Model, execution: Execution) -> int:
     device = model.settle().device
     if device.type == "cpu" or ":" in (execution.device or ""):
         return 1
-    return max(1, getattr(torch, device.type).device_count() // execution.context_parallel_size)
+    return max(1, getattr(torch, device.type).device_count() // execution.processes_per_video)
 
 
 class Workers:
@@ -43,7 +43,7 @@ class Workers:
     Args:
         setup: what they are told.
         jobs: the queue.
-        number: of workers, each of `context_parallel_size` processes.
+        number: of workers, each of `processes_per_video` processes.
     """
 
     def __init__(self, setup: Setup, jobs: Jobs, number: int) -> None:
@@ -99,7 +99,7 @@ class _Group:
 
     def __init__(self, setup: Setup, index: int, num_groups: int) -> None:
         self._setup, self._index, self._num_groups = setup, index, num_groups
-        self._size = setup.execution.context_parallel_size
+        self._size = setup.execution.processes_per_video
         self._context: Any = multiprocessing.get_context(clean_start(work.__module__))
         self._name = ""
         self._processes: list[multiprocessing.process.BaseProcess] = []

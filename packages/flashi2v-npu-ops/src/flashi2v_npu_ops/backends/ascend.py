@@ -75,6 +75,42 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     return out if dead is None else out.masked_fill(dead.transpose(1, 2), 0.0)
 
 
+@backend.serves("attention_part", obstacle=_needs("npu_fusion_attention", _attention_obstacle))
+def _attention_part(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    num_heads = query.shape[2]
+    if _only_infers(query, key, value, None):
+        out, lse = torch.ops.npu.npu_fused_infer_attention_score(
+            query, key, value, num_heads=num_heads, scale=scale, input_layout="BSND", softmax_lse_flag=True
+        )
+        return out, lse[..., 0]  # (B, K, N, 1)
+    out, largest, total, *_ = torch.ops.npu.npu_fusion_attention(
+        query, key, value, head_num=num_heads, input_layout="BSND", scale=scale
+    )
+    return out, (largest + total.log())[..., 0]  # eight times the same, (B, K, N, 8)
+
+
+@backend.serves("attention_part_grad", obstacle=_needs("npu_fusion_attention_grad", _attention_obstacle))
+def _attention_part_grad(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The kernel takes weights for exp(score - maximum) / sum: with the log-sum-exp and 1 they are those of all parts.
+    largest = lse.float()[..., None].expand(*lse.shape, 8).contiguous()
+    found = torch.ops.npu.npu_fusion_attention_grad(
+        query,
+        key,
+        value,
+        grad,
+        head_num=query.shape[2],
+        input_layout="BSND",
+        softmax_max=largest,
+        softmax_sum=torch.ones_like(largest),
+        attention_in=out,
+        scale_value=scale,
+    )
+    of_query, of_key, of_value = found[:3]  # newer versions return more behind them
+    return of_query, of_key, of_value
+
+
 def _only_infers(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Say whether the kernel without gradients, which keeps no statistics of the rows, serves a call."""
     differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))

@@ -27,6 +27,57 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     return out.transpose(1, 2).to(dtype)  # (B, N, K, d)
 
 
+def _part_obstacle(case: Case) -> str | None:
+    if case.device == "cuda":
+        if case.dtype == torch.float64:
+            return "PyTorch's attention for CUDA that returns the log-sum-exp takes fp32, bf16 and fp16"
+        if case.head_size % 8 or case.head_size > 256:
+            return f"it takes head sizes up to 256 that are divisible by 8, got {case.head_size}"
+    elif case.device not in ("cpu", "meta"):
+        return f"PyTorch has no attention for {case.device} that returns the log-sum-exp"
+    return None
+
+
+@backend.serves("attention_part", obstacle=_part_obstacle)
+def _attention_part(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    aten, device = torch.ops.aten, query.device.type
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, d)
+    if device != "cuda":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    elif query.dtype == torch.float32:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
+        lse = lse[..., : query.shape[2]]  # it comes padded
+    else:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+@backend.serves("attention_part_grad", obstacle=_part_obstacle)
+def _attention_part_grad(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    aten, device, dtype = torch.ops.aten, query.device.type, query.dtype
+    if device == "cpu" and query.shape[1] <= _SHORT and dtype.itemsize == 2:
+        query, key, value, grad, out = (x.float() for x in (query, key, value, grad, out))
+    query, key, value, grad, out = (x.transpose(1, 2) for x in (query, key, value, grad, out))  # (B, K, N, d)
+    given = grad, query, key, value
+    if device != "cuda":
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        found = backward(*given, out, lse, 0.0, False, scale=scale)
+    elif dtype == torch.float32:
+        seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of a dropout that there is not
+        lse = F.pad(lse, (0, -lse.shape[-1] % 32))
+        backward = aten._scaled_dot_product_efficient_attention_backward
+        found = backward(*given, None, out, lse, seed, seed, 0.0, [True, True, True, False], scale=scale)
+    else:
+        seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        lengths = None, None, query.shape[2], key.shape[2]
+        backward = aten._scaled_dot_product_flash_attention_backward
+        found = backward(*given, out, lse.contiguous(), *lengths, 0.0, False, seed, seed, scale=scale)
+    of_query, of_key, of_value = (x.transpose(1, 2).to(dtype) for x in found[:3])
+    return of_query, of_key, of_value
+
+
 @backend.serves("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype == weight.dtype:

@@ -38,16 +38,7 @@ def attention(
 
     Source: Vaswani et al., arXiv 1706.03762, section 3.2.1.
     """
-    check_floating("attention", query)
-    if query.ndim != 4 or key.shape != value.shape or key.ndim != 4:
-        raise ValueError(
-            "attention takes query (B, N, K, d) and key and value (B, M, K, d), "
-            f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or head size")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+    check_attention("attention", query, key, value)
     if mask is not None:
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be boolean with True = attend, got {mask.dtype}")
@@ -63,6 +54,20 @@ def attention(
         head_size=head_size,
         masked=mask is not None,
     )
+
+
+def check_attention(operator: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise a ValueError unless query (B, N, K, d), key and value (B, M, K, d) fit each other."""
+    check_floating(operator, query)
+    if query.ndim != 4 or key.shape != value.shape or key.ndim != 4:
+        raise ValueError(
+            f"{operator} takes query (B, N, K, d) and key and value (B, M, K, d), "
+            f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or head size")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
 
 
 @reference.serves("attention")

@@ -85,16 +85,23 @@ def npu_fused_infer_attention_score(
     scale: float = 1.0,
     input_layout: str = "BSH",
     num_key_value_heads: int = 0,
+    softmax_lse_flag: bool = False,
     **more: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attend without gradients, in half precision; a mask's True is masked OUT. Returns the result, and nothing."""
+    """Attend without gradients, in half precision; a mask's True is masked OUT.
+
+    Returns:
+        the result, and the log-sum-exp of its rows (B, N, S, 1), or nothing.
+    """
     _require(not more and num_key_value_heads in (0, num_heads), "the emulation knows plain attention only")
     _require(query.dtype != torch.float32, "inference in fp32: fp16 and bf16")
     head_size = query.shape[-1]
     _require(head_size <= 512 and head_size % 16 == 0, f"a head size of {head_size}: up to 512, divisible by 16")
     _require(atten_mask is None or atten_mask.dim() < 4 or atten_mask.shape[1] == 1, "a mask for each head")
-    out = npu_fusion_attention(query, key, value, num_heads, input_layout, atten_mask=atten_mask, scale=scale)[0]
-    return out, out.new_empty(0)
+    out, largest, total, *_ = npu_fusion_attention(
+        query, key, value, num_heads, input_layout, atten_mask=atten_mask, scale=scale
+    )
+    return out, (largest + total.log())[..., :1] if softmax_lse_flag else out.new_empty(0)
 
 
 def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -133,13 +140,24 @@ def npu_gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
 def npu_fusion_attention_grad(
     query: Tensor, key: Tensor, value: Tensor, dy: Tensor, head_num: int, input_layout: str, **more: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value, and nothing for what plain attention lacks."""
-    mask, scale = more.get("atten_mask"), more.get("scale_value", 1.0)
+    """Return the gradients of query, key and value, and nothing for what plain attention lacks.
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return npu_fusion_attention(query, key, value, head_num, input_layout, atten_mask=mask, scale=scale)[0]
-
-    of_query, of_key, of_value = gradients(attend, (query, key, value), dy)
+    The softmax's weights are those that its maximum and sum make, of this call's keys or of more.
+    """
+    mask, scale, dtype = more.get("atten_mask"), more.get("scale_value", 1.0), query.dtype
+    largest, total, out = (more[name] for name in ("softmax_max", "softmax_sum", "attention_in"))
+    flat = input_layout == "BSND"
+    q, k, v, g, o = (x.float().transpose(1, 2) if flat else x.float() for x in (query, key, value, dy, out))
+    _require(largest.shape == total.shape == (*q.shape[:3], 8), f"sums of the softmax of shape {tuple(largest.shape)}")
+    scores = q @ k.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(mask.bool(), _HIDDEN)
+    weights = (scores - largest[..., :1]).exp() / total[..., :1]
+    of_scores = weights * (g @ v.transpose(-1, -2) - (g * o).sum(-1, keepdim=True)) * scale
+    if mask is not None:
+        of_scores = of_scores.masked_fill(mask.bool(), 0)
+    found = of_scores @ k, of_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g
+    of_query, of_key, of_value = ((x.transpose(1, 2) if flat else x).to(dtype) for x in found)
     nothing = query.new_empty(0)
     return of_query, of_key, of_value, nothing, nothing
 

@@ -1,0 +1,9 @@
+from .context import ContextGroups as ContextGroups
+from .context import parallelise_context as parallelise_context
+from .degrees import ContextDegrees as ContextDegrees
+from .degrees import choose_degrees as choose_degrees
+from .samples import parallelise_samples as parallelise_samples
+from .tensors import parallelise_tensors as parallelise_tensors
+from .tiles import parallelise_tiles as parallelise_tiles
+from .traffic import Traffic as Traffic
+from .traffic import attention_traffic as attention_traffic
