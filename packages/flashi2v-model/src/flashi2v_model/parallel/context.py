@@ -131,8 +131,8 @@ class _Context:
         batch, num, _, dim = x.shape
         sends, receives = [k * batch * num * dim for k in heads], [own * batch * n * dim for n in tokens]
         received = all_to_all_single_autograd(x.movedim(2, 0).flatten(), receives, sends, group)
-        parts = [part.view(own, batch, n, dim) for part, n in zip(received.split(receives), tokens)]
-        return torch.cat(parts, 2).movedim(0, 2)
+        parts = [part.view(own, batch, n, dim).movedim(0, 2) for part, n in zip(received.split(receives), tokens)]
+        return torch.cat(parts, 1)
 
     def _to_tokens(self, x: Tensor, heads: list[int]) -> Tensor:
         """(B, M, k, d) to (B, n, K, d)."""
@@ -141,8 +141,8 @@ class _Context:
         batch, _, num, dim = x.shape
         sends, receives = [n * batch * num * dim for n in tokens], [own * batch * k * dim for k in heads]
         received = all_to_all_single_autograd(x.movedim(1, 0).flatten(), receives, sends, group)
-        parts = [part.view(own, batch, k, dim) for part, k in zip(received.split(receives), heads)]
-        return torch.cat(parts, 2).movedim(0, 1)
+        parts = [part.view(own, batch, k, dim).movedim(0, 1) for part, k in zip(received.split(receives), heads)]
+        return torch.cat(parts, 2)
 
     def gather_tokens(self, head: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """(B, n, C) to (B, N, C), behind the last projection, where a token is narrowest."""
