@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import weakref
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from torch._dynamo.utils import counters
 
 import flashi2v_infer.decoding
 from flashi2v_data.errors import InputError
@@ -20,6 +22,8 @@ from flashi2v_infer.load import load_from_pretrained
 from flashi2v_infer.placement import encode_prompts, place, put_away_text_encoder
 from flashi2v_model.cost import num_bytes, tracing
 from flashi2v_model.encoders import decode_video, encode_video
+from flashi2v_model.sampling import VelocityField
+from flashi2v_model.scheduler import euler_scheduler, inference_sigmas
 
 CPU = torch.device("cpu")
 
@@ -243,6 +247,25 @@ def test_every_block_is_compiled_on_its_own(model_directory, sampled, photograph
     assert pipe.transformer._compiled_call_impl is None
     with torch.compiler.set_stance("force_eager"):  # a compiler takes half a minute
         torch.testing.assert_close(sample(pipe, photograph), sampled(image=photograph), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_compiled_blocks_serve_other_sizes_without_being_compiled_again(model_directory, monkeypatch):
+    pipe, _ = load(model_directory)
+    network = type(pipe.transformer)
+    plain = partialmethod(network.compile_repeated_blocks, backend="eager")  # what is traced counts here
+    monkeypatch.setattr(network, "compile_repeated_blocks", plain)
+    place(pipe, Execution(device="cuda", compile=True), CPU)
+    torch._dynamo.reset()
+    graphs = []
+    for shape in ((1, 16, 2, 4, 6), (1, 16, 3, 6, 4), (1, 16, 5, 4, 8)):
+        latents, texts = torch.randn(shape), torch.randn(2, 1, 24, pipe.transformer.config.text_dim)
+        scheduler = euler_scheduler(7.0)
+        scheduler.set_timesteps(sigmas=inference_sigmas(2))
+        before = counters["stats"]["unique_graphs"]
+        VelocityField(pipe.transformer, latents[:, :, :1], *texts, 5.0).follow(scheduler, latents)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    assert graphs == [2, 0, 0]  # one keeps keys and values of the text, the other has them
 
 
 def test_each_distinct_prompt_is_encoded_once(model_directory, monkeypatch):

@@ -85,7 +85,8 @@ def place(
             onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=streams(device.type)
         )
     if execution.compile:
-        pipeline.transformer.compile_repeated_blocks()
+        # For all sizes at once: a second size would else be compiled anew, in the middle of somebody's work.
+        pipeline.transformer.compile_repeated_blocks(dynamic=True)
 
 
 @torch.no_grad()

@@ -261,7 +261,9 @@ class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelM
         time, modulation, text = self.condition_embedder(timestep, encoder_hidden_states)
         x = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
         x = x if features is None else x + features
-        return rearrange(x, "b d f h w -> b (f h w) d"), text, time, modulation
+        # In the order in which they will be read: sums take over the order of what comes first, so a mere view would
+        # leave the tokens of all blocks in the order of the convolution, and every norm would copy them.
+        return rearrange(x, "b d f h w -> b (f h w) d").contiguous(), text, time, modulation
 
     def run_blocks(self, x: Tensor, text: Tensor, modulation: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Return the tokens, (B, N, D), behind all blocks; arguments as `embed` returns them."""
