@@ -345,6 +345,12 @@ def cuda(session: nox.Session) -> None:
     passed(session, "python")
 
 
+@nox.session(venv_backend="none")
+def device(session: nox.Session) -> None:
+    """Measure a GPU or NPU in nine minutes, in the environment that is active: docs/gpu-first-hour.md."""
+    session.run("python", "bench/device_report.py", *session.posargs)
+
+
 def on_accelerator(session: nox.Session, device: str) -> None:
     """Ask the doctor, then hold every backend of the device to its reference."""
     session.run("flashi2v-npu-ops", "doctor", "--device", device)
@@ -371,3 +377,8 @@ def bench(session: nox.Session) -> None:
     for name in session.posargs or PACKAGES:
         for script in sorted((ROOT / "packages" / name / "bench").glob("bench_*.py")):
             run_shared(session, "python", str(script))
+    if not session.posargs:
+        for size in ("cpu", "eight"):
+            arguments = ("--device", "cpu", "--size", size, "--parts", "machine", "network", "--seconds", "3600")
+            output = ("--output", str(SHARED.parent / f"bench-{size}.json"))
+            run_shared(session, "python", "bench/device_report.py", *arguments, *output)

@@ -20,7 +20,7 @@ from flashi2v_npu_ops import device, operators, registry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Largest difference from the CPU's fp32, as a share of the largest number.
-_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
+TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 SIZES = ("tiny", "real")
 _ROWS = 64  # tokens that the CPU computes of an attention over many: each is a computation of its own
 
@@ -50,8 +50,9 @@ def _case(operator: str, size: str) -> tuple[Callable[..., Tensor], list[Tensor]
     batch, tokens, heads, head_size, mlp = (1, 20280, 12, 128, 8960) if size == "real" else (2, 7, 3, 16, 40)
     width = heads * head_size
     x, row = _normal(batch, tokens, width), (batch, 1, width)
-    if operator == "attention":
-        return _attend, [_normal(batch, tokens, heads, head_size, seed=seed) for seed in range(3)]
+    if operator.startswith("attention"):
+        attend = {"attention": _attend, "attention_part": _attend_part, "attention_part_grad": _attend_part_back}
+        return attend[operator], [_normal(batch, tokens, heads, head_size, seed=seed) for seed in range(3)]
     if operator == "rms_norm":
         return lambda x, w, backend: operators.rms_norm(x, w, 1e-6, backend=backend), [x, _normal(width, seed=1)]
     if operator == "layer_norm_modulate":
@@ -73,6 +74,40 @@ def _case(operator: str, size: str) -> tuple[Callable[..., Tensor], list[Tensor]
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
     return operators.attention(query, key, value, backend=backend)
+
+
+class _Part(torch.autograd.Function):
+    """Attention over all keys as one part, whose gradients are those of the part."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, forward: str, backward: str) -> Tensor:
+        out, lse = operators.attention_part(query, key, value, backend=forward)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.backend = backward
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        return (
+            *operators.attention_part_grad(query, key, value, grads[0], out, lse, backend=ctx.backend),
+            *(None, None),
+        )
+
+
+def _attend_part(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+    out: Tensor = _Part.apply(query, key, value, backend, _with(backend))
+    return out
+
+
+def _attend_part_back(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+    out: Tensor = _Part.apply(query, key, value, _with(backend), backend)
+    return out
+
+
+def _with(backend: str) -> str:
+    """Return the backend of what a probe calls beside its operator: that of the device, or all by the reference."""
+    return backend if backend == "reference" else "auto"
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, backend: str) -> Tensor:
@@ -106,7 +141,7 @@ def measure(operator: str, size: str, dtype: str, backend: str, name: str) -> di
         device.synchronize(where)
         times.append(time.perf_counter() - start)
     exact = [part.float() for part in given]
-    if operator == "attention":
+    if operator.startswith("attention"):
         exact[0] = exact[0][:, :_ROWS]
     exact[0].requires_grad_()
     expected = call(*exact, "reference")
@@ -141,7 +176,7 @@ def probe(operator: str, size: str, dtype: str, backend: str, name: str, seconds
         ended = f"{signal.Signals(-finished.returncode).name} " if finished.returncode < 0 else ""
         return Probe(*what, "crashed", words=f"{ended}{_reason(lines)}"[:300])
     found = json.loads(finished.stdout.splitlines()[-1])
-    return Probe(*what, "right" if found["error"] <= _TOLERANCE[dtype] else "wrong", **found)
+    return Probe(*what, "right" if found["error"] <= TOLERANCE[dtype] else "wrong", **found)
 
 
 def _reason(lines: list[str]) -> str:
