@@ -20,6 +20,7 @@ from flashi2v_train.dry_run import describe_run
 from flashi2v_train.recipe import example
 from flashi2v_train.start import command as start
 from flashi2v_train.start.memory import LORA_SAVINGS, measure, num_samples
+from flashi2v_train.start.options import InitOptions
 from flashi2v_train.trainer import Trainer, train
 from flashi2v_train.world import join_world
 
@@ -269,9 +270,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(workspace, trained, case, 
 
 def prepare(workspace, inputs, base, **lora) -> str:
     """Make the files of a run; return run.sh."""
-    chosen = {"lora": True, "lora_rank": None, "lora_from": None} | lora
-    videos = inputs / "shapes/videos.json"
-    start.prepare(workspace.directory / "new", videos, str(base), "32x32", 5, False, 2, "cpu", 4.0, 1, **chosen)
+    wanted = {"size": "32x32", "frames": 5, "train_iters": 2, "device": "cpu", "memory": 4.0, "nproc_per_node": 1}
+    options = InitOptions(videos=inputs / "shapes/videos.json", start=str(base), lora=True, **wanted, **lora)
+    start.prepare(workspace.directory / "new", options)
     return (workspace.directory / "new/run.sh").read_text()
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
-from cyclopts.validators import Number
 
 import flashi2v_train
 from flashi2v_data.console import configure_logging, escaped, importing, run
@@ -17,6 +16,7 @@ from flashi2v_train.config import RunConfig, read_run_config
 from flashi2v_train.options import TrainOptions
 from flashi2v_train.parallel_dims import ParallelDims
 from flashi2v_train.splits import check_split, suggest_split
+from flashi2v_train.start.options import InitOptions
 
 if TYPE_CHECKING:
     from flashi2v_train.recipe import RecipeClass
@@ -45,23 +45,7 @@ def command(recipe: "RecipeClass | None" = None) -> App:
     return app
 
 
-def init(
-    run: Path,
-    /,
-    *,
-    videos: Path,
-    start: Annotated[str, Parameter(name="--from")],
-    size: str | None = None,
-    frames: int | None = None,
-    buckets: Annotated[bool, Parameter(negative="")] = False,
-    train_iters: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
-    device: str = "auto",
-    memory: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
-    nproc_per_node: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
-    lora: Annotated[bool, Parameter(negative="")] = False,
-    lora_rank: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
-    lora_from: str | None = None,
-) -> None:
+def init(run: Path, /, *, options: Annotated[InitOptions, Parameter(name="*")]) -> None:
     """Write the files of a run on your own videos: filter.yaml, data.json, model.json and run.sh.
 
     The videos are opened; size, frames and batch are proposed that fit them and the device's memory. `bash RUN/run.sh`
@@ -73,41 +57,10 @@ def init(
     ----------
     run
         A new directory.
-    videos
-        A folder of videos with captions beside them, as of `flashi2v-data meta`; or a meta JSON, a table (CSV,
-        Parquet), or an annotation file (.txt).
-    start
-        demo (the small model of flashi2v-infer, for laptops), a directory in diffusers' layout, a hub id, or Wan2.1
-        (its text-to-video model of 1.3B).
-    size
-        HEIGHTxWIDTH of samples, each divisible by 16; default: as most videos are, and no larger than the model's.
-    frames
-        Frames of a sample, 4k + 1; default: as most videos have, and no more than the model's.
-    buckets
-        Train on several sizes and lengths, each clip where it is cropped least, and on images; --size and --frames are
-        then the largest.
-    train_iters
-        Steps of training; default: 300 of a small model, 2000 of a large one.
-    device
-        auto, cpu, cuda or npu: where run.sh will train.
-    memory
-        GiB of each device; default: what is free here.
-    nproc_per_node
-        Devices to train on; default: all of this machine.
-    lora
-        Train a LoRA adapter, and leave the model as it is.
-    lora_rank
-        Its rank; default: 16 of a small model, 32 of a large one.
-    lora_from
-        An adapter to go on with: a file, a directory, a hub id, or a run; it says rank, alpha and layers.
     """
     from flashi2v_train.start.command import prepare
 
-    told = prepare(
-        run, videos, start, size, frames, buckets, train_iters, device, memory, nproc_per_node,
-        lora, lora_rank, lora_from,
-    )  # fmt: skip
-    print(escaped(told))
+    print(escaped(prepare(run, options)))
 
 
 def status(run: Path, /) -> None:

@@ -100,17 +100,18 @@ def plan_adapters(transformer: FlashI2VTransformer3DModel, config: RunConfig) ->
     for part in also:
         if part not in (parts := _parts(transformer)):
             raise InputError(f"--lora-also {part}: there is no such part to train whole, only {', '.join(parts)}")
-    layers = start or _layers(base, options, also)
+    settings = _settings(options, start or None)
+    if not start:
+        settings["target_modules"] = _layers(base, options, also)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    return Adapters(_settings(options, layers), also, start, dtype, options.lora_quantize is not None)
+    return Adapters(settings, also, start, dtype, options.lora_quantize is not None)
 
 
-def _settings(options: LoraOptions, layers: Iterable[str]) -> dict[str, Any]:
-    """Return peft's settings, of the adapter to go on with, or of the options for these layers."""
-    if isinstance(layers, Mapping):
-        return make_config({name: tensor for name, tensor in layers.items() if "lora_diff" not in name})
-    rank = options.lora_rank
-    return {"r": rank, "lora_alpha": options.lora_alpha or rank, "target_modules": sorted(layers)}
+def _settings(options: LoraOptions, start: Adapter | None = None) -> dict[str, Any]:
+    """Return peft's settings of the adapter to go on with, where there is one, else what options say of ranks."""
+    if start is not None:
+        return make_config({name: tensor for name, tensor in start.items() if "lora_diff" not in name})
+    return {"r": options.lora_rank, "lora_alpha": options.lora_alpha or options.lora_rank}
 
 
 def _read(source: str, layers: Iterable[str] = ()) -> Adapter:
@@ -201,7 +202,7 @@ def checkpoint_facts(config: RunConfig) -> dict[str, Any]:
     options, path = config.options, config.model.predictor.from_pretrained
     if not options.trains_adapters:
         return {}
-    settings = _settings(options, [] if options.lora_from is None else _read(options.lora_from))
+    settings = _settings(options, None if options.lora_from is None else _read(options.lora_from))
     facts = {
         "lora_rank": settings["r"],
         "lora_alpha": settings["lora_alpha"],

@@ -14,6 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
 
+def flag(name: str) -> str:
+    """Return an option as one types it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _given(options: BaseModel, section: type[BaseModel]) -> list[str]:
+    """Return the names of a section's options that were given."""
+    return [name for name in section.model_fields if name in options.model_fields_set]
+
+
 class FileOptions(BaseModel):
     """What to train, on what."""
 
@@ -262,17 +272,13 @@ class LoraOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check_lora(self) -> "LoraOptions":
-        given = [name for name in LoraOptions.model_fields if name in self.model_fields_set]
+        given = _given(self, LoraOptions)
         said = [name for name in given if name in ("lora_rank", "lora_alpha", "lora_targets")]
         if self.lora_from is not None and said:
-            raise ValueError(f"{_flag(said[0])} is said by the adapter of --lora-from: leave it out")
+            raise ValueError(f"{flag(said[0])} is said by the adapter of --lora-from: leave it out")
         if given and not self.trains_adapters:
-            raise ValueError(f"{_flag(given[0])} has no effect without --lora-rank or --lora-from")
+            raise ValueError(f"{flag(given[0])} has no effect without --lora-rank or --lora-from")
         return self
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 class WatchOptions(BaseModel):
@@ -299,13 +305,9 @@ class WatchOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check_validation(self) -> "WatchOptions":
-        idle = [
-            name for name in WatchOptions.model_fields if name.startswith("eval_") and name in self.model_fields_set
-        ]
+        idle = [name for name in _given(self, WatchOptions) if name.startswith("eval_")]
         if idle and self.eval_interval is None:
-            raise ValueError(
-                f"--{idle[0].replace('_', '-')} has no effect without --eval-interval: give both or neither"
-            )
+            raise ValueError(f"{flag(idle[0])} has no effect without --eval-interval: give both or neither")
         return self
 
 
@@ -342,24 +344,20 @@ class ForeignOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check_wishes(self) -> "ForeignOptions":
-        for name in (
-            "accumulate_allreduce_grads_in_fp32",
-            "attention_softmax_in_fp32",
-            "overlap_grad_reduce",
-            "overlap_param_gather",
-        ):
+        fixed = ("accumulate_allreduce_grads_in_fp32", "attention_softmax_in_fp32")
+        for name in (*fixed, "overlap_grad_reduce", "overlap_param_gather"):
             if getattr(self, name) is False:
-                raise ValueError(f"--no-{name.replace('_', '-')} cannot be honoured: it is always so; leave it out")
+                raise ValueError(f"{flag(f'no_{name}')} cannot be honoured: it is always so; leave it out")
         return self
 
     def unanswered(self) -> set[str]:
         """Return the names of those that were not given."""
-        return {name for name in ForeignOptions.model_fields if name not in self.model_fields_set}
+        return {*ForeignOptions.model_fields} - self.model_fields_set
 
     def notes(self) -> list[str]:
         """Answer those that were given, one line each."""
-        given = [name for name in ForeignOptions.model_fields if name in self.model_fields_set]
-        return [f"--{name.replace('_', '-')}: {ForeignOptions.model_fields[name].description}" for name in given]
+        fields = ForeignOptions.model_fields
+        return [f"{flag(name)}: {fields[name].description}" for name in _given(self, ForeignOptions)]
 
 
 @Parameter(name="*")
@@ -409,13 +407,9 @@ class TrainOptions(
         return self
 
     @model_validator(mode="after")
-    def _check_frozen(self) -> "TrainOptions":
+    def _check_contradictions(self) -> "TrainOptions":
         if self.freeze and self.trains_adapters:
             raise ValueError("--freeze has no effect with LoRA, which trains the adapters alone: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _check_average(self) -> "TrainOptions":
         if not self.use_ema and self.ema_decay != OptimizerOptions.model_fields["ema_decay"].default:
             raise ValueError("--ema-decay has no effect with --no-use-ema: leave one of them out")
         if self.eval_ema and not self.use_ema:

@@ -27,7 +27,7 @@ from flashi2v_data.console import machine_fault, told_as
 from flashi2v_data.errors import InputError, StorageError
 from flashi2v_data.locking import hold
 from flashi2v_data.start_methods import clean_start
-from flashi2v_train.options import LaunchOptions
+from flashi2v_train.options import LaunchOptions, flag
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -175,7 +175,7 @@ def check_started(options: LaunchOptions) -> None:
     given, environment = options.model_fields_set, os.environ
     for name in ("max_restarts", "rdzv_backend", "rdzv_endpoint", "rdzv_id"):
         if name in given and getattr(options, name):
-            raise InputError(f"{_flag(name)} belongs to torchrun, which has started this process: leave it out here")
+            raise InputError(f"{flag(name)} belongs to torchrun, which has started this process: leave it out here")
     size, local_size = int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_WORLD_SIZE", 1))
     facts = {
         "nproc_per_node": str(local_size),
@@ -187,13 +187,9 @@ def check_started(options: LaunchOptions) -> None:
     for name, fact in facts.items():
         if name in given and fact is not None and str(getattr(options, name)) != fact:
             raise InputError(
-                f"{_flag(name)} {getattr(options, name)} contradicts torchrun or srun, which has started this process "
+                f"{flag(name)} {getattr(options, name)} contradicts torchrun or srun, which has started this process "
                 f"with {fact}: leave the option out"
             )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 # Slurm

@@ -5,5 +5,5 @@ base.find          what to start from: its architecture, its parts, what must be
 proposal.propose   size, frames and rate that fit videos and model, and which clips that keeps
 memory.fit         the batch, and what saves memory, that a device can hold
 words.extend       of a small model: a tokenizer that knows the captions' words, and rows for them
-files.write        filter.yaml, data.json, model.json, run.sh
+files.Plan         filter.yaml, data.json, model.json, run.sh, of templates
 """

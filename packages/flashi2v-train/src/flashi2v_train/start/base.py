@@ -3,10 +3,10 @@
 import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flashi2v_data.errors import InputError
-from flashi2v_train.downloads import ENCODERS, RELEASED, WAN_1_3B, WAN_14B
+from flashi2v_train.downloads import ENCODERS, RELEASED, WAN_1_3B, WAN_14B, download
 
 DEMO, WAN = "demo", "Wan2.1"
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
@@ -26,6 +26,15 @@ _NAMES = {
 }
 
 
+class Download(NamedTuple):
+    """What must be fetched first."""
+
+    command: str
+    what: str
+    size: str
+    place: str  # that it fills
+
+
 @dataclass(frozen=True)
 class Base:
     """What to start from.
@@ -35,7 +44,7 @@ class Base:
         predictor: the transformer's settings, under the names of the reference's files.
         paths: of `transformer`, `vae`, `text_encoder` and `tokenizer`.
         encoders: directory that holds the last three.
-        downloads: commands to run first, each with what it fetches and how large that is.
+        downloads: what is not here.
         pixels: of a frame that the model was made for.
         frames: likewise.
         copies: from where its small parts are copied into the run, to be changed there; None: they stay.
@@ -49,7 +58,7 @@ class Base:
     encoders: str
     pixels: int
     frames: int
-    downloads: list[tuple[str, str, str]] = field(default_factory=list)
+    downloads: list[Download] = field(default_factory=list)
     copies: Path | None = None
     is_trunk: bool = False
     samples: bool = False
@@ -116,23 +125,19 @@ def _of_directory(name: str, directory: Path, paths: dict[str, str]) -> Base:
 
 
 def _of_hub(name: str, repository: str, predictor: dict[str, Any], *, is_trunk: bool) -> Base:
-    place = Path("models") / repository.split("/")[1]
-    paths = {part: str(place / part) for part in _PARTS}
-    downloads = []
+    directory = Path("models") / repository.split("/")[1]
+    sources = {part: (repository, part) for part in _PARTS}
+    paths = {part: str(directory / part) for part in _PARTS}
     if repository == RELEASED:  # its encoders are those of Wan2.1
-        paths["transformer"] = str(place / "npu" / "flashi2v_1_3B.pt")
-        command = f"hf download {repository} --include 'npu/*' --local-dir {place}"
-        downloads.append((command, "weights of the transformer", _SIZES[repository]))
-    parts = [part for part in _PARTS if not Path(paths[part]).exists()]
-    for part in parts:
-        if part == "transformer" and repository == RELEASED:
-            continue
-        owner = WAN_1_3B if repository == RELEASED else repository
-        what, size = ENCODERS.get(part, ("weights of the transformer", _SIZES.get(repository, "size unknown")))
-        downloads.append((f"hf download {owner} --include '{part}/*' --local-dir {place}", what, size))
-    if Path(paths["transformer"]).exists() and repository == RELEASED:
-        downloads = downloads[1:]
-    return Base(name, predictor, paths, str(place), 480 * 832, 49, downloads, is_trunk=is_trunk)
+        sources = {part: (WAN_1_3B, part) for part in _PARTS} | {"transformer": (RELEASED, "npu")}
+        paths["transformer"] = str(directory / "npu" / "flashi2v_1_3B.pt")
+    downloads = []
+    for part, (owner, folder) in sources.items():
+        if not Path(paths[part]).exists():
+            place = str(directory / folder)
+            what, size = ENCODERS.get(part, ("weights of the transformer", _SIZES.get(repository, "size unknown")))
+            downloads.append(Download(download(owner, folder, place), what, size, place))
+    return Base(name, predictor, paths, str(directory), 480 * 832, 49, downloads, is_trunk=is_trunk)
 
 
 def _asked(repository: str) -> Base:

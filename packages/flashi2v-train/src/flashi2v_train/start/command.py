@@ -1,13 +1,9 @@
 """The command `flashi2v-train init`, from its options to the files."""
 
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from flashi2v_data.atomic import atomic_directory, check_directory
@@ -20,33 +16,20 @@ from flashi2v_data.records import printable
 from flashi2v_data.video.decode import read_frames
 from flashi2v_train.start import base as bases
 from flashi2v_train.start import files, videos
+from flashi2v_train.start.options import InitOptions
 from flashi2v_train.start.proposal import Proposal, propose
 
 if TYPE_CHECKING:
     from flashi2v_train.start.memory import Fit
+    from flashi2v_train.start.words import Words
 
-# As much as these say of a set, in lines.
-_SHOWN = 10
+_SHOWN = 10  # of what is told of a set, in lines
 _BATCH = 8  # samples of a step
 _STEPS = (2000, 300)  # of a large model, of a small one
 _RANKS = (32, 16)  # likewise
 
 
-def prepare(
-    run: Path,
-    source: Path,
-    start: str,
-    size: str | None,
-    frames: int | None,
-    mixes: bool,
-    steps: int | None,
-    device: str,
-    gib: float | None,
-    processes: int | None,
-    lora: bool,
-    lora_rank: int | None,
-    lora_from: str | None,
-) -> str:
+def prepare(run: Path, options: InitOptions) -> str:
     """Write the files of a run, and return what is said of them; nothing is written where something is wrong.
 
     Raises:
@@ -55,47 +38,44 @@ def prepare(
     check_directory(run, "RUN")
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run} exists: name a new directory, or remove it")
-    given = _size(size)
-    base = bases.find(start, run)
-    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = videos.look(source, jobs)
-    annotation, store = run / "videos.txt", run / "store"
-    least = 1 if found.num_images else None
-    proposal = propose(found.clips, base, given, frames, str(annotation), str(store), mixes=mixes, least_frames=least)
+    options.pixels()  # before anything is opened
+    base = bases.find(options.start, run)
+    found = videos.look(options.videos)
+    proposal = propose(found.clips, base, options, run, has_images=found.num_images > 0)
     with importing():
         from flashi2v_train.start import memory
         from flashi2v_train.start.words import extend
-    device, gib, processes = memory.device_of(device, gib, processes)
+    devices = memory.devices_of(options)
     held_out = max(1, min(8, len(proposal.main) // 10)) if len(proposal.main) > 3 else 0
-    batch = min(max(_BATCH, processes), len(proposal.kept) - held_out) // processes * processes
+    batch = min(max(_BATCH, devices.number), len(proposal.kept) - held_out) // devices.number * devices.number
     if not batch:
-        raise InputError(f"{len(proposal.kept)} clips are fewer than {processes} devices: use fewer (--nproc-per-node)")
-    chosen = _held_out(proposal, held_out)
+        raise InputError(
+            f"{len(proposal.kept)} clips are fewer than {devices.number} devices: use fewer (--nproc-per-node)"
+        )
+    told = [_of_videos(found, options.buckets), _of_clips(proposal, held_out)]
     with atomic_directory(run) as directory:
-        length, told = base.predictor.get("text_len", 512), [_of_videos(found, mixes), _of_clips(proposal, held_out)]
+        length = base.predictor.get("text_len", 512)
         if base.copies is not None:
             words = extend(base.copies, directory / "base", found.captions, length, seed=0)
             length = words.length
-            told.append(_of_words(words.new, words.unknown, words.cut, length, words.told_apart))
-        image, prompt = directory / "first_frame.png", chosen.entry.cap
-        Image.fromarray(_first_frame(chosen)).save(image)
-        prompt = clean_caption(prompt[0] if isinstance(prompt, list) else prompt, True)
+            told.append(_of_words(words))
         plan = files.Plan(
-            run, base, proposal.settings, proposal.size.num_frames, mixes, length, held_out, device, processes, batch,
-            steps or _STEPS[base.is_small], image, prompt, _lora(base, lora, lora_rank, lora_from),
+            run, options, base, proposal.settings, proposal.size.num_frames, length, held_out, devices, batch,
+            options.train_iters or _STEPS[base.is_small], _write_example(proposal, held_out, directory),
+            _lora(base, options.lora, options.lora_rank, options.lora_from),
         )  # fmt: skip
         _write_list(found, directory, run)
-        (directory / "filter.yaml").write_text(files.filter_yaml(plan), "utf-8")
-        (directory / "data.json").write_text(files.data_json(plan), "utf-8")
-        (directory / "model.json").write_text(files.model_json(plan), "utf-8")
-        fit = _fit(plan, directory, gib)
-        told.append(fit.table(gib))
-        script = directory / "run.sh"
-        script.write_text(files.run_sh(plan, files.as_words(fit.saving.options), fit.micro_batch), "utf-8")
-        script.chmod(0o755)
-    told += [f"download     {what}, {size}: {command}" for command, what, size in base.downloads]
-    where = f"{fit.micro_batch} at a time on {processes} x {device}"
-    told.append(f"batch        {batch} clips a step, {where}: {fit.gib:.1f} GiB of {gib:.1f}; {plan.steps} steps")
+        for name in files.SETTINGS:
+            plan.write(directory, name)
+        fit = _fit(plan, directory)
+        plan.write(directory, "run.sh", fit)
+        (directory / "run.sh").chmod(0o755)
+    told.append(fit.table(devices.gib))
+    told += [f"download     {each.what}, {each.size}: {each.command}" for each in base.downloads]
+    where = f"{fit.micro_batch} at a time on {devices.number} x {devices.kind}"
+    told.append(
+        f"batch        {batch} clips a step, {where}: {fit.gib:.1f} GiB of {devices.gib:.1f}; {plan.steps} steps"
+    )
     told.append(f"\nwrote {run}: filter.yaml, data.json, model.json, run.sh; now: bash {run}/run.sh")
     return "\n".join(told)
 
@@ -115,24 +95,14 @@ def _lora(base: bases.Base, lora: bool, rank: int | None, start: str | None) -> 
     return options | ({"lora_also": ["learnable_proj", "fourier_embedding"]} if base.is_trunk else {})
 
 
-def _size(size: str | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
-    if match is None:
-        raise InputError(f"--size: expected HEIGHTxWIDTH such as 480x832, got {size!r}")
-    return int(match[1]), int(match[2])
-
-
-def _fit(plan: files.Plan, directory: Path, gib: float) -> "Fit":
+def _fit(plan: files.Plan, directory: Path) -> "Fit":
     from flashi2v_model.weights.libraries import quieten
     from flashi2v_train.config import read_run_config
     from flashi2v_train.options import TrainOptions
     from flashi2v_train.start import memory
 
     quieten()
-    config = read_run_config(TrainOptions(**files.as_options(plan, directory)))
-    return memory.fit(config, plan.processes, gib, plan.batch, on_cpu=plan.device == "cpu")
+    return memory.fit(read_run_config(TrainOptions(**plan.as_options(directory))), plan.devices, plan.batch)
 
 
 def _write_list(found: videos.Videos, directory: Path, run: Path) -> None:
@@ -147,18 +117,20 @@ def _write_list(found: videos.Videos, directory: Path, run: Path) -> None:
     (directory / "videos.txt").write_text(text, "utf-8", errors="surrogateescape")
 
 
-def _held_out(proposal: Proposal, number: int) -> videos.Clip:
-    """Return the first clip that will be held out, as the store holds clips in the order of their list."""
+def _write_example(proposal: Proposal, held_out: int, directory: Path) -> str:
+    """Write the first frame of a clip that is held out, as the store holds clips in the order of their list.
+
+    Returns:
+        what happens in it.
+    """
     total = len(proposal.main)
-    return proposal.main[total // (2 * number)] if number else proposal.kept[0]
-
-
-def _first_frame(clip: videos.Clip) -> NDArray[np.uint8]:
-    start = clip.entry.cut[0] if isinstance(clip.entry.cut, list) else 0
+    entry = (proposal.main[total // (2 * held_out)] if held_out else proposal.kept[0]).entry
     try:
-        return read_frames(clip.entry.path, [start])[0]
+        frame = read_frames(entry.path, [entry.cut[0] if isinstance(entry.cut, list) else 0])[0]
     except DecodeError as error:
         raise InputError(str(error)) from None
+    Image.fromarray(frame).save(directory / "first_frame.png")
+    return clean_caption(entry.cap[0] if isinstance(entry.cap, list) else entry.cap, True)
 
 
 def _listed(title: str, names: Sequence[str]) -> list[str]:
@@ -193,14 +165,14 @@ def _of_clips(proposal: Proposal, held_out: int) -> str:
     return "\n".join(lines)
 
 
-def _of_words(new: list[str], unknown: list[str], cut: int, length: int, told_apart: float) -> str:
-    lines = [
-        f"words        {len(new)} are new to the model: {', '.join(new[:_SHOWN])}{', ...' if new[_SHOWN:] else ''}"
-    ]
+def _of_words(words: "Words") -> str:
+    new, unknown = words.new, words.unknown
+    shown = ", ".join([*new[:_SHOWN], *(["..."] if new[_SHOWN:] else [])])
+    lines = [f"words        {len(new)} are new to the model: {shown}"]
     if new:
-        lines.append(f"  the text encoder tells {told_apart:.0%} of them apart in the captions")
+        lines.append(f"  the text encoder tells {words.told_apart:.0%} of them apart in the captions")
     if unknown:
         lines.append(f"  {len(unknown)} stay unknown, the rarest: {', '.join(unknown[:_SHOWN])}")
-    if cut:
-        lines.append(f"  {cut} captions are longer than {length} tokens: what is behind is not read")
+    if words.cut:
+        lines.append(f"  {words.cut} captions are longer than {words.length} tokens: what is behind is not read")
     return "\n".join(lines)

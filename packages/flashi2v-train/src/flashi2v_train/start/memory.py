@@ -1,11 +1,12 @@
 """The batch that a device can hold, and what must be done twice or kept elsewhere for it."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from flashi2v_data.errors import InputError
 from flashi2v_train.config import RunConfig
 from flashi2v_train.cost import predict
+from flashi2v_train.start.options import InitOptions
 
 _GIB = 2**30
 # Of a device's memory; the rest is for kernels, fragments and the VAE that shows validation's videos.
@@ -42,6 +43,14 @@ LORA_SAVINGS = (
 CARDS = (24, 48, 80)  # GiB
 
 
+class Devices(NamedTuple):
+    """What is trained on."""
+
+    kind: str
+    gib: float  # of each
+    number: int
+
+
 @dataclass(frozen=True)
 class Fit:
     """What a device holds.
@@ -70,33 +79,31 @@ class Fit:
         return "\n".join(lines)
 
 
-def fit(config: RunConfig, processes: int, gib: float, batch: int, *, on_cpu: bool) -> Fit:
+def fit(config: RunConfig, devices: Devices, batch: int) -> Fit:
     """Choose how to train in a device's memory.
 
     Args:
         config: of the run.
-        processes: devices, over which weights and optimizer are spread.
-        gib: memory of each.
+        devices: over which weights and optimizer are spread.
         batch: samples of a step over all of them.
-        on_cpu: the device is the host itself, to which nothing can be moved.
 
     Raises:
         InputError: not one sample fits.
     """
-    most = max(1, batch // processes)
+    most = max(1, batch // devices.number)
     rows: list[tuple[str, float, float, int]] = []
     least = 0.0
     savings = LORA_SAVINGS if config.options.trains_adapters else SAVINGS
-    for saving in savings[:3] if on_cpu else savings:
-        least, more = measure(config, processes, saving)
-        number = num_samples(least, more, gib)
+    for saving in savings[:3] if devices.kind == "cpu" else savings:  # from the host nothing can be moved to the host
+        least, more = measure(config, devices.number, saving)
+        number = num_samples(least, more, devices.gib)
         rows.append((saving.name, least, more, number))
         if number:
-            micro = largest_divisor(most, number)
+            micro = max(divisor for divisor in range(1, min(most, number) + 1) if most % divisor == 0)
             return Fit(saving, micro, least + more * (micro - 1), rows)
     raise InputError(
-        f"one sample takes {least:.1f} GiB even with all that saves memory, and of {gib:.1f} GiB {_USABLE:.0%} can be "
-        "used: set a smaller --size or fewer --frames, or spread it over more devices (--nproc-per-node)"
+        f"one sample takes {least:.1f} GiB even with all that saves memory, and of {devices.gib:.1f} GiB {_USABLE:.0%} "
+        "can be used: set a smaller --size or fewer --frames, or spread it over more devices (--nproc-per-node)"
     )
 
 
@@ -126,28 +133,23 @@ def describe_cards(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def largest_divisor(number: int, limit: int) -> int:
-    """Return the largest divisor of a number that is no more than a limit."""
-    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
-
-
-def device_of(device: str, gib: float | None, processes: int | None) -> tuple[str, float, int]:
-    """Return the kind of device, the GiB of each, and how many there are; what is given is not asked of the machine.
+def devices_of(options: InitOptions) -> Devices:
+    """Return what to train on; what is given is not asked of the machine.
 
     Raises:
         InputError: there is no such device, or it does not tell its memory.
     """
-    if gib is not None and device != "auto":
-        return device, gib, processes or 1
+    gib, number = options.memory, options.nproc_per_node
+    if gib is not None and options.device != "auto":
+        return Devices(options.device, gib, number or 1)
     import torch
 
     from flashi2v_npu_ops.device import free_memory, resolve_device
 
-    found = resolve_device(device)
+    found = resolve_device(options.device)
     if gib is None:
         free = free_memory(found)
         if free is None:
             raise InputError("this system does not tell how much memory is free: say it by --memory")
         gib = free / _GIB
-    number = 1 if found.type == "cpu" else torch.accelerator.device_count()
-    return found.type, gib, processes or number
+    return Devices(found.type, gib, number or (1 if found.type == "cpu" else torch.accelerator.device_count()))

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,13 @@ from flashi2v_data.loading.buckets import BucketTable, Shape, propose_buckets
 from flashi2v_data.loading.config import Bucket
 from flashi2v_data.records import Size
 from flashi2v_train.start.base import Base
+from flashi2v_train.start.options import SIZE_STEP, InitOptions
 from flashi2v_train.start.videos import Clip
 
 _MAX_FPS = 16.0  # what Wan2.1's VAE and FlashI2V were trained at
 # A setting is chosen so that so many clips can keep it; the rest may be odd ones.
 _MOST = 0.1
 _WIDEST = 4.0  # side to side: what is wider is no picture but a banner
-_STEP = 16  # pixels: the VAE's 8 times the patches' 2
 
 
 @dataclass(frozen=True)
@@ -46,39 +47,58 @@ class Proposal:
     main: list[Clip]
 
 
-def propose(
-    clips: Sequence[Clip],
-    base: Base,
-    size: tuple[int, int] | None,
-    frames: int | None,
-    annotation: str,
-    store: str,
-    *,
-    mixes: bool = False,
-    least_frames: int | None = None,
-) -> Proposal:
+def propose(clips: Sequence[Clip], base: Base, options: InitOptions, run: Path, *, has_images: bool) -> Proposal:
     """Choose what is not given.
 
     Args:
         clips: that were opened.
         base: what to start from.
-        size: height and width, if given.
-        frames: if given.
-        annotation: file that names the meta JSON.
-        store: directory for the LMDB.
-        mixes: choose buckets.
-        least_frames: of the clips that buckets are for; default: of the shortest bucket.
+        options: of the user.
+        run: directory of the run.
+        has_images: there are clips of one frame, too, which buckets may be for.
 
     Raises:
-        InputError: a size is not divisible by 16, frames are not 4k + 1, or no clip fits.
+        InputError: frames are not 4k + 1, or no clip fits.
     """
     sizes = [Size(*clip.info.size("upright")) for clip in clips]
-    height, width = _checked(size) if size else _size(sizes, base.pixels)
+    height, width = options.pixels() or _size(sizes, base.pixels)
     fps = min(_MAX_FPS, float(np.quantile([clip.info.fps for clip in clips], _MOST, method="lower")))
-    available = [math.floor(clip.num_frames * fps / clip.info.fps + 1e-6) for clip in clips]
+    lengths = [math.floor(clip.num_frames * fps / clip.info.fps + 1e-6) for clip in clips]
+    sample = Bucket(_num_frames(options, base, lengths, fps), height, width)
+    limits = FilterConfig(
+        ann_txt_path=str(run / "videos.txt"),
+        save_path=str(run / "store"),
+        sample_height=height,
+        sample_width=width,
+        sample_num_frames=sample.num_frames,
+        min_hxw=1,
+        train_fps=fps,
+        max_h_div_w_ratio=round(2 * height / width, 2),
+        min_h_div_w_ratio=round(height / width / 2, 2),
+        too_long_factor=float(max(5, math.ceil(max(lengths) / sample.num_frames) + 1)),
+    )
+    if options.buckets:
+        shapes = [Shape(length, size.height, size.width) for length, size in zip(lengths, sizes)]
+        table = BucketTable(shapes, propose_buckets(shapes, sample), limits.ann_txt_path)
+        shortest = 1 if has_images else min(bucket.num_frames for bucket in table.buckets)
+        wider: dict[str, Any] = {"max_h_div_w_ratio": _WIDEST, "min_h_div_w_ratio": 1 / _WIDEST}
+        wider |= {"sample_num_frames": shortest, "too_long_factor": float(math.ceil(max(lengths) / shortest) + 1)}
+        found = _judged(clips, limits.model_copy(update=wider), sample)
+        main = sample if sample in table.buckets else table.buckets[0]
+        members = {id(clips[index]) for index in table.members(main)}
+        counts = dict(zip(table.buckets, table.counts))
+        return replace(found, buckets=counts, main=[clip for clip in found.kept if id(clip) in members])
+    areas = [area_at_ratio(size, limits) for size in sizes]
+    least = min(height * width, int(np.quantile(areas, _MOST, method="lower")))
+    return _judged(clips, limits.model_copy(update={"min_hxw": least}), sample)
+
+
+def _num_frames(options: InitOptions, base: Base, lengths: Sequence[int], fps: float) -> int:
+    """Return the frames of a sample; `lengths` are those that clips have at `fps`."""
+    frames = options.frames
     if frames is None:
         # With buckets half of the clips may be shorter.
-        usual = int(np.quantile(available, 0.5 if mixes else _MOST, method="lower"))
+        usual = int(np.quantile(lengths, 0.5 if options.buckets else _MOST, method="lower"))
         frames = min(base.frames, (usual - 1) // 4 * 4 + 1)
         if frames < 5:
             raise InputError(
@@ -88,56 +108,21 @@ def propose(
     elif frames < 1 or frames % 4 != 1:
         lower = max(1, frames // 4 * 4 + 1)
         raise InputError(f"--frames {frames}: must be 4k + 1 for the VAE: use {lower} or {lower + 4}")
-    values: dict[str, Any] = {
-        "ann_txt_path": annotation,
-        "save_path": store,
-        "sample_height": height,
-        "sample_width": width,
-        "sample_num_frames": frames,
-        "train_fps": fps,
-        "max_h_div_w_ratio": round(2 * height / width, 2),
-        "min_h_div_w_ratio": round(height / width / 2, 2),
-        "too_long_factor": float(max(5, math.ceil(max(available) / frames) + 1)),
-    }
-    sample = Bucket(frames, height, width)
-    if mixes:
-        shapes = [Shape(number, one.height, one.width) for number, one in zip(available, sizes)]
-        table = BucketTable(shapes, propose_buckets(shapes, sample), annotation)
-        shortest = least_frames or min(bucket.num_frames for bucket in table.buckets)
-        values |= {"sample_num_frames": shortest, "max_h_div_w_ratio": _WIDEST, "min_h_div_w_ratio": 1 / _WIDEST}
-        values["too_long_factor"] = float(math.ceil(max(available) / shortest) + 1)
-        main = sample if sample in table.buckets else table.buckets[0]
-        found = _judged(clips, FilterConfig(**values, min_hxw=1), sample)
-        members = {id(clips[index]) for index in table.members(main)}
-        counts = dict(zip(table.buckets, table.counts))
-        return replace(found, buckets=counts, main=[clip for clip in found.kept if id(clip) in members])
-    limits = FilterConfig(**values, min_hxw=1)
-    areas = [area_at_ratio(each, limits) for each in sizes]
-    least = min(height * width, int(np.quantile(areas, _MOST, method="lower")))
-    return _judged(clips, FilterConfig(**values, min_hxw=least), sample)
-
-
-def _checked(size: tuple[int, int]) -> tuple[int, int]:
-    for name, value in zip(("height", "width"), size):
-        if value % _STEP or value < _STEP:
-            lower = max(_STEP, value // _STEP * _STEP)
-            raise InputError(
-                f"--size {size[0]}x{size[1]}: {name} {value} is not divisible by {_STEP}: use {lower} or "
-                f"{lower + _STEP}"
-            )
-    return size
+    return frames
 
 
 def _size(sizes: Sequence[Size], pixels: int) -> tuple[int, int]:
     """Return height and width with the clips' usual shape, and no more pixels than most of them, or the model, have."""
     shape = float(np.median([math.log(size.height / size.width) for size in sizes]))
     area = min(pixels, int(np.quantile([size.height * size.width for size in sizes], _MOST, method="lower")))
-    if area < _STEP**2:
-        raise InputError(f"the videos have {area} pixels, fewer than {_STEP}x{_STEP}, the smallest size there is")
+    if area < SIZE_STEP**2:
+        raise InputError(
+            f"the videos have {area} pixels, fewer than {SIZE_STEP}x{SIZE_STEP}, the smallest size there is"
+        )
     candidates = [
         (height, width)
-        for height in range(_STEP, area // _STEP + 1, _STEP)
-        for width in range(_STEP, area // height + 1, _STEP)
+        for height in range(SIZE_STEP, area // SIZE_STEP + 1, SIZE_STEP)
+        for width in range(SIZE_STEP, area // height + 1, SIZE_STEP)
     ]
 
     def misfit(size: tuple[int, int]) -> float:

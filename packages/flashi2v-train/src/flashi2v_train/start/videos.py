@@ -64,12 +64,11 @@ class Videos:
     captions: list[str]
 
 
-def look(source: Path, jobs: int) -> Videos:
+def look(source: Path) -> Videos:
     """Read captions and open videos.
 
     Args:
         source: a folder, a meta JSON, a table, or an annotation file.
-        jobs: processes that open videos.
 
     Raises:
         InputError: there is no such thing, it holds no clips, or none can be read.
@@ -94,7 +93,7 @@ def look(source: Path, jobs: int) -> Videos:
     moving = [entry for entry in read if not is_image(entry.path)]
     if not moving:
         raise InputError(f"{source}: holds images alone; a model of motion learns from videos")
-    clips, unreadable = _open(moving[:: -(-len(moving) // _MAX_OPENED)], jobs)
+    clips, unreadable = _open(moving[:: -(-len(moving) // _MAX_OPENED)])
     if not clips:
         path, reason = unreadable[0]
         raise InputError(f"{source}: none of {len(unreadable)} videos can be read; the first is {path}: {reason}")
@@ -118,8 +117,9 @@ def _annotations(source: Path) -> list[Annotation]:
     return [Annotation("", str(source))]
 
 
-def _open(entries: list[Entry], jobs: int) -> tuple[list[Clip], list[tuple[str, str]]]:
+def _open(entries: list[Entry]) -> tuple[list[Clip], list[tuple[str, str]]]:
     clips, unreadable = [], []
+    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with closing(Prober(jobs)) as prober:
         probings = [prober.submit(entry.path) for entry in entries]
         for entry, probing in tqdm(zip(entries, probings), "open", len(entries), unit="video", disable=None):
