@@ -2,14 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashi2v_model.errors import StorageError
 from flashi2v_model.weights.settings import HEADER
 
 TORCH_SUFFIXES = (".pt", ".pth")
@@ -58,3 +62,26 @@ def copy_directory(source: Path, target: Path) -> None:
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
+
+
+@contextmanager
+def appearing_whole(path: Path) -> Iterator[Path]:
+    """Yield a place to write a file or directory, which gets its name when the block succeeds.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
+            temporary = Path(directory) / path.name
+            yield temporary
+            # safetensors makes files that only their owner can read; these get the permissions of any new file.
+            (usual := Path(directory) / "usual").touch()
+            for file in (temporary, *temporary.rglob("*.safetensors")):
+                if file.is_file():
+                    file.chmod(usual.stat().st_mode)
+            temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise StorageError(f"cannot write ({reason}): {path}") from error
