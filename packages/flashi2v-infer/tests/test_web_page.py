@@ -32,7 +32,7 @@ from flashi2v_infer.web.workers import Workers
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
-MILLISECONDS = 120_000  # against hangs alone
+MILLISECONDS = 900_000  # against hangs alone
 expect.set_options(timeout=MILLISECONDS)
 ALICE, BOB = "alice-0123456789", "bob-0123456789ab"
 

@@ -1,9 +1,7 @@
 """The command line `flashi2v-web`."""
 
 import os
-import signal
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,9 @@ from cyclopts import App, Group, Parameter
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.console import importing, run
 from flashi2v_data.errors import InputError
-from flashi2v_data.locking import hold
 from flashi2v_data.textfile import read_text
 from flashi2v_infer import __version__, demo
 from flashi2v_infer.defaults import read_defaults
-from flashi2v_infer.errors import SamplingError
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.web.schema import Limits, Served
 from flashi2v_model.adapter_choice import read_choices
@@ -30,7 +26,6 @@ app = App(name="flashi2v-web", version=__version__, help_format="plaintext")
 _Flag = Annotated[bool, Parameter(negative=())]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LONGEST_KEYS, _SHORTEST_KEY = 2**16, 16
-_END_SECONDS = 3
 _LIMITS = Limits()
 
 
@@ -173,52 +168,11 @@ def web(
     with access.listen() as listener:
         try:
             with importing():
-                import uvicorn
-
-                from flashi2v_infer.web.gate import Keys
-                from flashi2v_infer.web.jobs import Jobs
-                from flashi2v_infer.web.page import mount_page
-                from flashi2v_infer.web.planner import Planner
-                from flashi2v_infer.web.server import make_app
-                from flashi2v_infer.web.service import Service
+                from flashi2v_infer.web.running import serve
                 from flashi2v_infer.web.worker import Setup
-                from flashi2v_infer.web.workers import Workers, num_devices
         except ModuleNotFoundError as error:
             raise InputError(f"{error.name} is not installed: pip install 'flashi2v-infer[web]'") from None
-        setup = Setup(data, served, execution, model.scheduler)
-        checked = setup.model(served.choices(list(served.adapters)))
-        checked.check()
-        number = model.workers or num_devices(checked, execution)
-        data.mkdir(parents=True, exist_ok=True)
-        with hold(data / "lock", f"--data {data}"):
-            jobs = Jobs(data)
-            workers = Workers(setup, jobs, number)
-            service = Service(
-                jobs,
-                served,
-                workers.wake,
-                workers.num_ready,
-                model.keep_days,
-                None if model.keep_gib is None else model.keep_gib * 2**30,
-                frozenset(access.allow_url_hosts or ()),
-            )
-            opened = Keys(keys)
-            application = make_app(service, opened, access.names(keys))
-            mount_page(application, service, opened, Planner(setup, jobs))
-            config = uvicorn.Config(
-                application, log_config=None, access_log=False, timeout_graceful_shutdown=_END_SECONDS, ws="none"
-            )
-            server = uvicorn.Server(config)
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # once the server has answered the last
-            workers.start(on_failure=lambda: setattr(server, "should_exit", True))
-            try:
-                address, port = listener.getsockname()[:2]
-                print(f"flashi2v-web: http://{f'[{address}]' if ':' in address else address}:{port}", flush=True)
-                server.run(sockets=[listener])
-            finally:
-                workers.stop()
-            if workers.have_failed:
-                raise SamplingError("no worker could load the model: see above")
+        serve(Setup(data, served, execution, model.scheduler), model, access, keys, listener)
 
 
 def _served(options: ModelOptions, limits: Limits) -> Served:

@@ -15,7 +15,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashi2v_data.console import one_line
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _UPLOAD_SECONDS = 60
 _OPEN_PATHS = ("/health",)
 # Gradio's scripts are inline and compile functions; nothing at all comes from, goes to, or is framed by another host.

@@ -93,7 +93,9 @@ class _Page:
         self._served, self._is_demo = service.served, service.served.source == demo.NAME
 
     def blocks(self) -> gr.Blocks:
-        """Lay out the page."""
+        """Lay out the page, and say what happens on it."""
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        latest: dict[str, Any] = {**private, "trigger_mode": "always_last"}
         with gr.Blocks(
             title="FlashI2V", fill_width=True, analytics_enabled=False, delete_cache=(3600, _CACHE_SECONDS)
         ) as blocks:
@@ -108,7 +110,27 @@ class _Page:
             search = gr.Textbox(label="History", placeholder="words of a prompt", elem_id="search")
             history = gr.HTML(elem_id="history", js_on_load=_ACT, padding=False)
             refresh = gr.Button(visible="hidden", elem_id="refresh")
-            self._connect(fields, extras, shown, pair, result, both, search, history, refresh, blocks)
+
+            image, prompt, _, *sized = fields[:7]
+            size, seed = sized[0], fields[10]
+            views = [result, history]
+            gr.on([extras["make"].click, prompt.submit], self.make, [*fields, search], [shown, *views], **private)
+            extras["stop"].click(self.stop, [shown, search], views, **private)
+            for news in (refresh.click, search.change):
+                news(self.show, [shown, search], views, **latest)
+            blocks.load(self.load, None, [shown, *views], **private)
+            for part in (result, both, history):
+                part.click(self.act, [shown, pair, search, *fields], [shown, pair, both, *views, *fields], **private)
+            gr.on([image.change, size.change], self.crop, [image, size], extras["crop"], **latest)
+            changes = [blocks.load, refresh.click, *(field.change for field in sized)]
+            gr.on(changes, self.plan, sized, extras["plan"], **latest)
+            extras["restore"].upload(self.restore, extras["restore"], [extras["restore"], *fields], **private)
+            extras["dice"].click(lambda: str(random.randrange(2**31)), None, seed, **private)
+            if self._is_demo:
+                prompt.change(self.hint, prompt, extras["hint"], **latest)
+                extras["hint"].click(lambda words: words, extras["hint"], prompt, **private)
+                example = extras["examples"]
+                example.click(lambda sample: [str(demo.IMAGE), sample[0]], example, [image, prompt], **private)
         return blocks
 
     def _form(self) -> tuple[list[Any], dict[str, Any]]:
@@ -167,42 +189,6 @@ class _Page:
             elem_id="restore",
         )
         return [image, prompt, negative, size, frames, steps, guidance, detail, shift, fps, seed, lora], extras
-
-    def _connect(
-        self,
-        fields: list[Any],
-        extras: dict[str, Any],
-        shown: Any,
-        pair: Any,
-        result: Any,
-        both: Any,
-        search: Any,
-        history: Any,
-        refresh: Any,
-        blocks: gr.Blocks,
-    ) -> None:
-        image, prompt, size, sized = fields[0], fields[1], fields[3], fields[3:7]
-        views = [result, history]
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        latest: dict[str, Any] = {**private, "trigger_mode": "always_last"}
-        gr.on([extras["make"].click, prompt.submit], self.make, [*fields, search], [shown, *views], **private)
-        extras["stop"].click(self.stop, [shown, search], views, **private)
-        refresh.click(self.show, [shown, search], views, **latest)
-        blocks.load(self.load, None, [shown, *views], **private)
-        search.change(self.show, [shown, search], views, **latest)
-        for part in (result, both, history):
-            part.click(self.act, [shown, pair, search, *fields], [shown, pair, both, *views, *fields], **private)
-        gr.on([image.change, size.change], self.crop, [image, size], extras["crop"], **latest)
-        gr.on(
-            [blocks.load, refresh.click, *(field.change for field in sized)], self.plan, sized, extras["plan"], **latest
-        )
-        extras["restore"].upload(self.restore, extras["restore"], [extras["restore"], *fields], **private)
-        extras["dice"].click(lambda: str(random.randrange(2**31)), None, fields[10], **private)
-        if self._is_demo:
-            prompt.change(self.hint, prompt, extras["hint"], **latest)
-            extras["hint"].click(lambda words: words, extras["hint"], prompt, **private)
-            example = extras["examples"]
-            example.click(lambda sample: [str(demo.IMAGE), sample[0]], example, [image, prompt], **private)
 
     # What happens. Each knows whose browser it is by the request, which Gradio hands on.
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
 import prometheus_client
-from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from fastapi_offline import FastAPIOffline
@@ -87,47 +87,59 @@ def make_app(service: Service, keys: Keys, hosts: Collection[str] | None = None)
         keys: who may ask.
         hosts: as of `Gate`.
     """
-
-    @contextlib.asynccontextmanager
-    async def sweeping(app: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(_sweep(service))
-        yield
-        task.cancel()
-
     app: FastAPI = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
         title="FlashI2V",
         version=__version__,
         description="Videos that start with an image.",
-        lifespan=sweeping,
+        lifespan=_living,
+        exception_handlers=_FAULTS,
     )
+    app.state.service = service
+    app.state.metrics = prometheus_client.CollectorRegistry()
+    app.state.metrics.register(_Collector(service))
     app.add_middleware(Gate, keys=keys, max_bytes=service.served.limits.max_upload_mib * 2**20, hosts=hosts)
-    app.include_router(_videos(service))
-    app.include_router(_others(service))
-
-    @app.exception_handler(InputError)
-    def wrong(request: Request, error: InputError) -> Response:
-        return fault(422, str(error), code="invalid_value", param=str(error).partition(":")[0].split(" ")[0])
-
-    @app.exception_handler(RequestValidationError)
-    def malformed(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"][1:]))
-        return fault(422, f"{where}: {first['msg']}", code=first["type"], param=where)
-
-    @app.exception_handler(HTTPException)
-    def refused(request: Request, error: HTTPException) -> Response:
-        response = fault(error.status_code, str(error.detail))
-        response.headers.update(error.headers or {})
-        return response
-
-    @app.exception_handler(StorageError)
-    @app.exception_handler(sqlite3.OperationalError)
-    def full(request: Request, error: Exception) -> Response:
-        return fault(507, f"the server cannot store it: {error}", code="storage")
-
+    app.include_router(_videos)
+    app.include_router(_others)
     return app
+
+
+def _wrong(request: Request, error: InputError) -> Response:
+    return fault(422, str(error), code="invalid_value", param=str(error).partition(":")[0].split(" ")[0])
+
+
+def _malformed(request: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"][1:]))
+    return fault(422, f"{where}: {first['msg']}", code=first["type"], param=where)
+
+
+def _refused(request: Request, error: HTTPException) -> Response:
+    response = fault(error.status_code, str(error.detail))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _full(request: Request, error: Exception) -> Response:
+    return fault(507, f"the server cannot store it: {error}", code="storage")
+
+
+_FAULTS: dict[int | type[Exception], Any] = {
+    InputError: _wrong,
+    RequestValidationError: _malformed,
+    HTTPException: _refused,
+    StorageError: _full,
+    sqlite3.OperationalError: _full,
+}
+
+
+@contextlib.asynccontextmanager
+async def _living(app: FastAPI) -> AsyncIterator[None]:
+    app.state.decoders = anyio.CapacityLimiter(_DECODERS)  # made in the loop that it belongs to
+    task = asyncio.create_task(_sweep(app.state.service))
+    yield
+    task.cancel()
 
 
 async def _sweep(service: Service) -> None:
@@ -146,102 +158,112 @@ def _answers(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": Problems} for code in (401, 403, 413, 422, *codes)}
 
 
-def _videos(service: Service) -> APIRouter:
-    router, jobs = APIRouter(prefix="/v1/videos", tags=["videos"]), service.jobs
-    limiter: list[anyio.CapacityLimiter] = []
-
-    def job_of(id: str, request: Request) -> Job:
-        job = jobs.get(id, request.state.owner)
-        if job is None:
-            raise HTTPException(404, f"there is no video {id!r}")
-        return job
-
-    @router.post("", responses=_answers(400, 408, 429, 507), openapi_extra=order_schema())
-    async def create(request: Request) -> Video:
-        """Queue a video that starts with an image; a file of it, or as JSON a data: URL."""
-        order, image = await read(request)
-        if image is None:
-            if order.input_reference is None:
-                raise InputError("input_reference: the image that the video starts with is missing")
-            image = await from_url(order.input_reference.image_url, service)
-        limiter[:] = limiter or [anyio.CapacityLimiter(_DECODERS)]
-        add = partial(service.add, request.state.owner, order, image)
-        return await _aside(service.describe, await anyio.to_thread.run_sync(add, limiter=limiter[0]))
-
-    @router.get("", responses=_answers(404))
-    def list_videos(
-        request: Request,
-        after: Annotated[str | None, Query(max_length=64, description="The id that they follow.")] = None,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        order: Literal["asc", "desc"] = "desc",
-    ) -> Page:
-        """List your videos, page by page."""
-        number = None if after is None else job_of(after, request).number
-        found = jobs.find(request.state.owner, limit=limit + 1, after=number, ascending=order == "asc")
-        shown = [service.describe(job) for job in found[:limit]]
-        ids = [video.id for video in shown]
-        ends = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
-        return Page(data=shown, has_more=len(found) > limit, **ends)
-
-    @router.get("/{id}", responses=_answers(404))
-    def retrieve(id: str, request: Request) -> Video:
-        """Say how far a video is."""
-        return service.describe(job_of(id, request))
-
-    @router.delete("/{id}", responses=_answers(404))
-    def delete(id: str, request: Request) -> Deleted:
-        """Remove a video; one that is not finished is cancelled."""
-        jobs.delete(job_of(id, request).id, request.state.owner)
-        return Deleted(id=id)
-
-    @router.post("/{id}/cancel", responses=_answers(404))
-    def cancel(id: str, request: Request) -> Video:
-        """Stop a video: at once where it waits, else within one step and a second."""
-        jobs.cancel(job_of(id, request).id, request.state.owner)
-        return service.describe(job_of(id, request))
-
-    @router.post("/{id}/pin", responses=_answers(404))
-    def pin(id: str, request: Request, pinned: bool = True) -> Video:
-        """Keep a video whatever the limits of the server are, or no longer."""
-        jobs.pin(job_of(id, request).id, request.state.owner, pinned)
-        return service.describe(job_of(id, request))
-
-    @router.get(
-        "/{id}/content",
-        responses={**_answers(400, 404, 507), 200: {"content": {kind: {} for kind in (*_TYPES.values(), "image/png")}}},
-        response_class=FileResponse,
-    )
-    def content(
-        id: str,
-        request: Request,
-        variant: Literal["video", "thumbnail", "spritesheet"] = "video",
-        format: Annotated[Literal["mp4", "gif", "webp"], Query(description="Of the video.")] = "mp4",
-    ) -> FileResponse:
-        """Return a finished video, whole or a range of its bytes; or one picture of it, or several in a row."""
-        job = job_of(id, request)
-        if job.state != "done":
-            raise HTTPException(400, f"video {id} is {job.state}: it has no content")
-        kind = format if variant == "video" else variant
-        path = service.rendition(job, kind)
-        if not path.exists():  # it was removed in between
-            raise HTTPException(404, f"there is no video {id!r}")
-        media = _TYPES.get(path.suffix[1:], "image/png")
-        return FileResponse(path, media_type=media, filename=path.name, content_disposition_type="inline")
-
-    @router.get(
-        "/{id}/events", responses={**_answers(404), 200: {"content": {"text/event-stream": {}}}},
-        response_class=StreamingResponse,
-    )  # fmt: skip
-    def events(id: str, request: Request, cancel_on_disconnect: bool = False) -> StreamingResponse:
-        """Follow a video: `progress` has it as JSON, `preview` what is seen of it so far, `end` comes last."""
-        job = job_of(id, request)
-        stream = _events(service, job, cancel_on_disconnect)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-    return router
+def _service(request: Request) -> Service:
+    return request.app.state.service
 
 
-async def _events(service: Service, job: Job, cancels: bool) -> AsyncIterator[str]:
+_Service = Annotated[Service, Depends(_service)]
+
+
+def _job(id: str, request: Request, service: _Service) -> Job:
+    job = service.jobs.get(id, request.state.owner)
+    if job is None:
+        raise HTTPException(404, f"there is no video {id!r}")
+    return job
+
+
+_Found = Annotated[Job, Depends(_job)]
+_videos, _others = APIRouter(prefix="/v1/videos", tags=["videos"]), APIRouter()
+
+
+@_videos.post("", responses=_answers(400, 408, 429, 507), openapi_extra=order_schema())
+async def create(request: Request, service: _Service) -> Video:
+    """Queue a video that starts with an image; a file of it, or as JSON a data: URL."""
+    order, image = await read(request)
+    if image is None:
+        if order.input_reference is None:
+            raise InputError("input_reference: the image that the video starts with is missing")
+        image = await from_url(order.input_reference.image_url, service)
+    add = partial(service.add, request.state.owner, order, image)
+    job = await anyio.to_thread.run_sync(add, limiter=request.app.state.decoders)
+    return await _aside(service.describe, job)
+
+
+@_videos.get("", responses=_answers(404))
+def list_videos(
+    request: Request,
+    service: _Service,
+    after: Annotated[str | None, Query(max_length=64, description="The id that they follow.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> Page:
+    """List your videos, page by page."""
+    number = None if after is None else _job(after, request, service).number
+    found = service.jobs.find(request.state.owner, limit=limit + 1, after=number, ascending=order == "asc")
+    shown = [service.describe(job) for job in found[:limit]]
+    ids: list[str | None] = [video.id for video in shown] or [None]
+    return Page(data=shown, has_more=len(found) > limit, first_id=ids[0], last_id=ids[-1])
+
+
+@_videos.get("/{id}", responses=_answers(404))
+def retrieve(job: _Found, service: _Service) -> Video:
+    """Say how far a video is."""
+    return service.describe(job)
+
+
+@_videos.delete("/{id}", responses=_answers(404))
+def delete(job: _Found, service: _Service) -> Deleted:
+    """Remove a video; one that is not finished is cancelled."""
+    service.jobs.delete(job.id, job.owner)
+    return Deleted(id=job.id)
+
+
+@_videos.post("/{id}/cancel", responses=_answers(404))
+def cancel(job: _Found, request: Request, service: _Service) -> Video:
+    """Stop a video: at once where it waits, else within one step and a second."""
+    service.jobs.cancel(job.id, job.owner)
+    return service.describe(_job(job.id, request, service))
+
+
+@_videos.post("/{id}/pin", responses=_answers(404))
+def pin(job: _Found, request: Request, service: _Service, pinned: bool = True) -> Video:
+    """Keep a video whatever the limits of the server are, or no longer."""
+    service.jobs.pin(job.id, job.owner, pinned)
+    return service.describe(_job(job.id, request, service))
+
+
+@_videos.get(
+    "/{id}/content",
+    responses={**_answers(400, 404, 507), 200: {"content": {kind: {} for kind in (*_TYPES.values(), "image/png")}}},
+    response_class=FileResponse,
+)
+def content(
+    job: _Found,
+    service: _Service,
+    variant: Literal["video", "thumbnail", "spritesheet"] = "video",
+    format: Annotated[Literal["mp4", "gif", "webp"], Query(description="Of the video.")] = "mp4",
+) -> FileResponse:
+    """Return a finished video, whole or a range of its bytes; or one picture of it, or several in a row."""
+    if job.state != "done":
+        raise HTTPException(400, f"video {job.id} is {job.state}: it has no content")
+    path = service.rendition(job, format if variant == "video" else variant)
+    if not path.exists():  # it was removed in between
+        raise HTTPException(404, f"there is no video {job.id!r}")
+    media = _TYPES.get(path.suffix[1:], "image/png")
+    return FileResponse(path, media_type=media, filename=path.name, content_disposition_type="inline")
+
+
+@_videos.get(
+    "/{id}/events", responses={**_answers(404), 200: {"content": {"text/event-stream": {}}}},
+    response_class=StreamingResponse,
+)  # fmt: skip
+def events(job: _Found, service: _Service, cancel_on_disconnect: bool = False) -> StreamingResponse:
+    """Follow a video: `progress` has it as JSON, `preview` what is seen of it so far, `end` comes last."""
+    stream = _follow(service, job, cancel_on_disconnect)
+    return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def _follow(service: Service, job: Job, cancels: bool) -> AsyncIterator[str]:
     shown, preview, quiet = None, 0, 0.0
     try:
         while True:
@@ -276,32 +298,28 @@ def _event(name: str, data: str) -> str:
     return f"event: {name}\ndata: {data}\n\n"
 
 
-def _others(service: Service) -> APIRouter:
-    router = APIRouter()
-    registry = prometheus_client.CollectorRegistry()
-    registry.register(_Collector(service))
+@_others.get("/v1/models", tags=["models"], responses=_answers())
+def models(service: _Service) -> dict[str, Any]:
+    """Return the one model that is served, what it was trained for, and the adapters there are."""
+    served = service.served
+    about = {"defaults": served.defaults.model_dump(exclude_none=True), "lora": list(served.adapters)}
+    model = {"id": served.model, "object": "model", "created": 0, "owned_by": "flashi2v"}
+    return {"object": "list", "data": [model | about]}
 
-    @router.get("/v1/models", tags=["models"], responses=_answers())
-    def models() -> dict[str, Any]:
-        """Return the one model that is served, what it was trained for, and the adapters there are."""
-        served = service.served
-        about = {"defaults": served.defaults.model_dump(exclude_none=True), "lora": list(served.adapters)}
-        model = {"id": served.model, "object": "model", "created": 0, "owned_by": "flashi2v"}
-        return {"object": "list", "data": [model | about]}
 
-    @router.get("/health", responses={503: {"model": Health}})
-    def health(response: Response) -> Health:
-        """Say whether videos are sampled."""
-        ready = service.num_ready()
-        response.status_code = 200 if ready else 503
-        return Health(status="ok" if ready else "loading", workers_ready=ready)
+@_others.get("/health", responses={503: {"model": Health}})
+def health(response: Response, service: _Service) -> Health:
+    """Say whether videos are sampled."""
+    ready = service.num_ready()
+    response.status_code = 200 if ready else 503
+    return Health(status="ok" if ready else "loading", workers_ready=ready)
 
-    @router.get("/metrics", responses={**_answers(), 200: {"content": {"text/plain": {}}}}, response_class=Response)
-    def metrics() -> Response:
-        """Return what Prometheus collects."""
-        return Response(prometheus_client.generate_latest(registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    return router
+@_others.get("/metrics", responses={**_answers(), 200: {"content": {"text/plain": {}}}}, response_class=Response)
+def metrics(request: Request) -> Response:
+    """Return what Prometheus collects."""
+    told = prometheus_client.generate_latest(request.app.state.metrics)
+    return Response(told, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
 class _Collector:
