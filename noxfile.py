@@ -34,7 +34,7 @@ CONSTRAINTS = ROOT / ".ci/constraints.txt"
 PACKAGES = ("flashi2v-npu-ops", "flashi2v-data", "flashi2v-model", "flashi2v-train", "flashi2v-infer")
 EXTRAS = {
     "flashi2v-train": "[lora,wandb]",
-    "flashi2v-data": "[decord,parquet,plots,signals,tokenizer,torchcodec]",
+    "flashi2v-data": "[decord,parquet,plots,ray,signals,tokenizer,torchcodec]",
     "flashi2v-model": "[gguf,lora]",
     "flashi2v-infer": "[lora]",
 }

@@ -3,6 +3,7 @@
 # ruff: noqa: RUF012 (columns are read, never changed)
 import ctypes
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -58,6 +59,10 @@ class Trap:
                 file.write(f"{does}\n")
         if does == "abort":
             os.abort()
+        elif does == "kill actor":  # at the first try alone
+            if len(Path(clip.entry["note"]).read_text().split("\n")) == 2:
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(1000)
         elif does == "segfault":
             ctypes.string_at(0)
         elif does == "hang":

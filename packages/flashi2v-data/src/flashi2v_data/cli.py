@@ -54,6 +54,13 @@ class EngineOptions:
     jobs: Jobs | None = None
     shard: str | None = None
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether there are pieces and a ledger, or one run on this machine."""
+        if self.engine == "local" and self.shard is None:
+            _refuse("without --engine ray there is no cluster", {"--address": self.address is not None})
+        return self.engine != "local" or self.shard is not None
+
     def open(self) -> Engine:
         """Return the engine, which is to be closed.
 
@@ -80,12 +87,12 @@ def main() -> NoReturn:
 def filter_command(
     *,
     filter_config: Annotated[Path, Parameter(name="--filter_config")],
-    jobs: Jobs | None = None,
     probe_timeout: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = PROBE_TIMEOUT_SECONDS,
     resume: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     explain: str | None = None,
     plots: Annotated[bool, Parameter(negative="")] = False,
+    options: EngineOptions = ENGINE_OPTIONS,
 ) -> None:
     """Filter meta JSON into an LMDB.
 
@@ -98,8 +105,6 @@ def filter_command(
     ----------
     filter_config
         YAML with ann_txt_path, save_path and the limits.
-    jobs
-        Processes that judge entries, and that open the videos of incomplete ones; by default one per processor.
     probe_timeout
         Seconds to wait for a video before it is skipped.
     resume
@@ -112,7 +117,11 @@ def filter_command(
         Also draw the report as report.png.
     """
     from flashi2v_data.curation.filter import count_files, explain_path, filter_files
+    from flashi2v_data.curation.spread import filter_spread
 
+    if options.is_spread:
+        given = {"--resume": resume, "--dry-run": dry_run, "--explain": explain is not None}
+        _refuse("with --engine ray or --shard a run goes on by itself, and writes", given)
     if explain is not None:
         _refuse("--explain writes nothing", {"--dry-run": dry_run, "--resume": resume, "--plots": plots})
     if dry_run:
@@ -122,7 +131,17 @@ def filter_command(
         for lines in explain_path(config, explain, probe_timeout=probe_timeout):
             print(escaped("\n".join(lines)))
         return
-    jobs = jobs or num_processors()
+    if options.is_spread:
+        with closing(options.open()) as engine:
+            found = filter_spread(config, engine, probe_timeout=probe_timeout, shard=options.share, plots=plots)
+        if found is None:
+            print(escaped(f"shard {options.shard} is done; behind the last: flashi2v-data merge {config.save_path}"))
+            return
+        path, report = found
+        print(escaped(f"{report.describe(config)}\nwritten to {path}"))
+        _warn_of_none(report)
+        return
+    jobs = options.jobs or num_processors()
     if dry_run:
         report = count_files(config, jobs=jobs, probe_timeout=probe_timeout)
         print(report.describe(config))
@@ -234,7 +253,13 @@ def score_command(
 
 
 @app.command(name="merge")
-def merge_command(output: Path, /, *, signal: Annotated[list[str] | None, Parameter(negative="")] = None) -> None:
+def merge_command(
+    output: Path,
+    /,
+    *,
+    signal: Annotated[list[str] | None, Parameter(negative="")] = None,
+    plots: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
     """Unite the shards of a command, when all are done.
 
     Example: flashi2v-data merge scored.json
@@ -245,10 +270,12 @@ def merge_command(output: Path, /, *, signal: Annotated[list[str] | None, Parame
         What the command was to write: --output of score, save_path of filter.
     signal
         Those of your own that the command was given.
+    plots
+        Also draw a filter's report as report.png.
     """
     from flashi2v_data.curation.merge import merge
 
-    print(escaped(merge(output, signal or [])))
+    print(escaped(merge(output, signal or [], plots=plots)))
 
 
 @app.command(name="export")

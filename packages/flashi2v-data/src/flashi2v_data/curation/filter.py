@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from flashi2v_data.atomic import check_directory
 from flashi2v_data.captions.cleaning import CaptionCount
 from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.curation.judge import Judge
-from flashi2v_data.curation.meta import PIECE_BYTES, BrokenMetaError, read_entries, state_of
+from flashi2v_data.curation.meta import PIECE_BYTES, BrokenMetaError, read_entries, read_provenance, state_of
 from flashi2v_data.curation.probing import Prober
 from flashi2v_data.curation.report import FilterReport, check_plots, write_report
 from flashi2v_data.curation.stream import FileFilter, Outcome
@@ -42,9 +42,23 @@ def filter_files(
         InputError: the meta JSON or the annotation file is broken; save_path holds a store or an unfinished one.
         StorageError: the disk is full.
     """
+    annotations = checked(config, plots)
+
+    def outcomes(report: FilterReport, num_done: int) -> Iterator[Outcome]:
+        return _outcomes(config, annotations, report, jobs, probe_timeout, num_done)
+
+    return write_outcomes(config, annotations, outcomes, resume=resume, plots=plots)
+
+
+def checked(config: FilterConfig, plots: bool) -> list[Annotation]:
+    """Return the meta JSON, if the filter may begin.
+
+    Raises:
+        InputError: as `filter_files`.
+    """
     annotations = read_annotations(config.ann_txt_path)
     directory = Path(config.save_path)
-    for key, place in (("save_path", directory), ("probe_cache_path", _cache(config))):
+    for key, place in (("save_path", directory), ("probe_cache_path", cache_of(config))):
         check_directory(place, f"{key} of the filter's settings")
     earlier = sorted(directory.glob("filtered_samples_*.lmdb"))
     if earlier:
@@ -52,12 +66,25 @@ def filter_files(
         raise InputError(f"save_path holds {earlier[0]} already: remove it, or choose another save_path")
     if plots:
         check_plots()
-    with StoreWriter(directory / "unfinished", _purpose(config, annotations), resume=resume) as writer:
+    return annotations
+
+
+def write_outcomes(
+    config: FilterConfig,
+    annotations: list[Annotation],
+    outcomes: Callable[[FilterReport, int], Iterator[Outcome]],
+    *,
+    resume: bool,
+    plots: bool,
+) -> tuple[Path, FilterReport]:
+    """Write outcomes as they come; `outcomes` adds to a report, behind so many pieces of an earlier run."""
+    directory = Path(config.save_path)
+    with StoreWriter(directory / "unfinished", purpose_of(config, annotations), resume=resume) as writer:
         captions = CaptionCount(config.tokenizer_max_length or 0)
         begun = writer.state or {"place": 0, "report": FilterReport(captions=captions).to_json()}
         report = FilterReport.from_json(begun["report"])
         try:
-            for outcome in _outcomes(config, annotations, report, jobs, probe_timeout, begun["place"]):
+            for outcome in outcomes(report, begun["place"]):
                 writer.append(outcome.kept, functools.partial(_state, outcome.num_pieces, report))
         except BrokenMetaError:
             writer.discard()  # once the file is fixed, this part fits no more
@@ -67,7 +94,9 @@ def filter_files(
         path = directory / f"filtered_samples_{writer.count}.lmdb"
         with storage(directory, "free some space and continue with --resume"):
             write_report(report, config, directory, plots)  # first: a store that is there is whole, report and all
-        writer.finish(path, config.compression, config.model_dump(), report=report.to_json())
+        writer.finish(
+            path, config.compression, config.model_dump(), report=report.to_json(), **read_provenance(annotations)
+        )
     return path, report
 
 
@@ -104,7 +133,7 @@ def explain_path(config: FilterConfig, path: str, *, probe_timeout: float) -> It
     def probe(path: str) -> VideoInfo:
         return prober.result(prober.submit(path))
 
-    with closing(Prober(1, probe_timeout, _cache(config), readonly=True)) as prober:
+    with closing(Prober(1, probe_timeout, cache_of(config), readonly=True)) as prober:
         for annotation in read_annotations(config.ann_txt_path):
             for entry in read_entries(annotation):
                 if isinstance(entry, dict) and _is_at(entry.get("path"), path, annotation.root):
@@ -121,8 +150,8 @@ def _is_at(entry_path: object, path: str, root: str) -> bool:
     return entry_path in places or os.path.abspath(entry_path) in map(os.path.abspath, places)
 
 
-def _purpose(config: FilterConfig, annotations: list[Annotation]) -> dict[str, Any]:
-    """What a part must have been begun with to be continued: the settings, the pieces, the files as they are now."""
+def purpose_of(config: FilterConfig, annotations: list[Annotation]) -> dict[str, Any]:
+    """Return what a part must have been begun with to be continued: settings, pieces, the files as they are now."""
     return {
         **config.model_dump(exclude={"probe_cache_path"}),
         "size of pieces": PIECE_BYTES,
@@ -130,7 +159,8 @@ def _purpose(config: FilterConfig, annotations: list[Annotation]) -> dict[str, A
     }
 
 
-def _cache(config: FilterConfig) -> Path:
+def cache_of(config: FilterConfig) -> Path:
+    """Return where the probe cache lies."""
     return Path(config.probe_cache_path or os.path.join(config.save_path, "probe_cache"))
 
 
@@ -146,9 +176,9 @@ def _outcomes(
     """Filter, count and show progress: by bytes, as the entries are not counted ahead."""
     num_bytes = sum(os.path.getsize(annotation.meta) for annotation in annotations)
     with (
-        closing(Prober(jobs, probe_timeout, _cache(config), readonly=readonly)) as prober,
+        closing(Prober(jobs, probe_timeout, cache_of(config), readonly=readonly)) as prober,
         closing(FileFilter(annotations, config, prober, jobs)) as files,
-        tqdm(total=num_bytes, desc="filter", disable=None, bar_format=_BAR) as bar,
+        tqdm(total=num_bytes, desc="filter", disable=None, bar_format=BAR) as bar,
     ):
         for outcome in files.outcomes(num_done):
             report.add(outcome.report, config)
@@ -162,4 +192,4 @@ def _outcomes(
             yield outcome
 
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"

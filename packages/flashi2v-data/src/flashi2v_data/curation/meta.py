@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import msgspec
@@ -20,7 +21,7 @@ import zstandard
 from flashi2v_data.curation.tables import is_table, read_rows
 from flashi2v_data.errors import InputError
 from flashi2v_data.records import Annotation, PlainEntry
-from flashi2v_data.textfile import open_regular
+from flashi2v_data.textfile import open_regular, read_text
 
 # What is parsed of one piece should stay in the processor's cache, and be worth sending to another process.
 PIECE_BYTES = 512 << 10
@@ -131,6 +132,28 @@ def state_of(annotations: Sequence[Annotation]) -> list[list[Any]]:
         [*annotation, os.stat(annotation.meta).st_size, os.stat(annotation.meta).st_mtime_ns]
         for annotation in annotations
     ]
+
+
+SIGNALS_SUFFIX = ".signals.json"
+
+
+def read_provenance(annotations: Sequence[Annotation]) -> dict[str, Any]:
+    """Return, under the key `signals`, what the columns of scored meta JSON were made by; empty where none is scored.
+
+    Raises:
+        InputError: a file that should say so is none.
+    """
+    found: dict[str, Any] = {}
+    for annotation in annotations:
+        path = Path(annotation.meta).with_suffix(SIGNALS_SUFFIX)
+        if path.exists():
+            try:
+                found[annotation.meta] = msgspec.json.decode(read_text(path, 1 << 20), type=dict[str, Any])
+            except msgspec.DecodeError as error:
+                raise InputError(
+                    f"{path}: does not say what signals were: score again, or remove it ({error})"
+                ) from None
+    return {"signals": found} if found else {}
 
 
 def _status(file: BinaryIO) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import flashi2v_data
 from flashi2v_data.atomic import atomic_file, check_directory
 from flashi2v_data.curation.folder import write_meta
-from flashi2v_data.curation.meta import MetaParser, read_entries, read_pieces, state_of
+from flashi2v_data.curation.meta import SIGNALS_SUFFIX, MetaParser, read_entries, read_pieces, state_of
 from flashi2v_data.curation.stream import plain
 from flashi2v_data.engines import EachEntry, Engine, Ledger, Shard, Shards, run_pieces
 from flashi2v_data.errors import DecodeError, InputError
@@ -30,7 +30,6 @@ from flashi2v_data.signals import Clip, SetSignal, Signal, find_signals
 from flashi2v_data.signals.protocol import Column, provenance
 from flashi2v_data.workers import Limits
 
-SIGNALS_SUFFIX = ".signals.json"
 # So many may be lost by a kill for each process, and are sent at once.
 PIECE_ENTRIES = 16
 

@@ -142,7 +142,7 @@ class FileFilter:
         self._pack = ValueCodec(config.compression).pack
         self._prober = prober
         self._pool: WorkerPool[Piece, Outcome | None] = WorkerPool(
-            _JudgePiece(self._judge, self._pack), jobs, start=quick_start(), depth=2
+            JudgePiece(self._judge, self._pack), jobs, start=quick_start(), depth=2
         )
         self._pool.start()
         self._jobs = jobs
@@ -153,30 +153,17 @@ class FileFilter:
         Raises:
             InputError: a meta JSON is broken.
         """
-        return _complete(self._judged(num_done), self._judge, self._pack, self._prober)
+        return outcomes_in_order(
+            self._annotations, self._taken, self._judge, self._pack, self._prober, num_done=num_done
+        )
 
     def close(self) -> None:
         """End the processes."""
         self._pool.close()
 
-    def _judged(self, num_done: int) -> Iterator[Outcome]:
-        num_pieces, bytes_before = 0, 0
-        for annotation in self._annotations:
-            parser, pieces = MetaParser(annotation), read_pieces(annotation)
-            for piece in itertools.islice(pieces, max(0, num_done - num_pieces)):
-                parser.parse(piece)
-                num_pieces += 1
-            for piece, task in self._submitted(pieces):
-                num_pieces += 1
-                outcome = self._result(task, annotation)
-                if outcome is not None and parser.is_between_entries:
-                    parser.passed(outcome.num_parsed)
-                else:
-                    outcome = _judge_entries(parser.parse(piece), self._judge, self._pack)
-                outcome.num_pieces = num_pieces
-                outcome.num_bytes = bytes_before + piece.end
-                yield outcome
-            bytes_before += piece.end
+    def _taken(self, annotation: Annotation, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Outcome | None]]:
+        for piece, task in self._submitted(pieces):
+            yield piece, self._result(task, annotation)
 
     def _result(self, task: Task[Piece, Outcome | None], annotation: Annotation) -> Outcome | None:
         try:
@@ -195,7 +182,43 @@ class FileFilter:
         yield from pending
 
 
-class _JudgePiece:
+# Given the pieces of a meta JSON, yields each with its outcome where it was cut well, else with None.
+Take = Callable[[Annotation, Iterator[Piece]], Iterator[tuple[Piece, Outcome | None]]]
+
+
+def outcomes_in_order(
+    annotations: Sequence[Annotation], take: Take, judge: Judge, pack: Pack, prober: Prober, *, num_done: int = 0
+) -> Iterator[Outcome]:
+    """Yield what becomes of all entries, in order; what `take` could not read, or left incomplete, is judged here.
+
+    Raises:
+        InputError: a meta JSON is broken.
+    """
+    return _complete(_judged(annotations, take, judge, pack, num_done), judge, pack, prober)
+
+
+def _judged(
+    annotations: Sequence[Annotation], take: Take, judge: Judge, pack: Pack, num_done: int
+) -> Iterator[Outcome]:
+    num_pieces, bytes_before = 0, 0
+    for annotation in annotations:
+        parser, pieces = MetaParser(annotation), read_pieces(annotation)
+        for piece in itertools.islice(pieces, max(0, num_done - num_pieces)):
+            parser.parse(piece)
+            num_pieces += 1
+        for piece, outcome in take(annotation, pieces):
+            num_pieces += 1
+            if outcome is not None and parser.is_between_entries:
+                parser.passed(outcome.num_parsed)
+            else:
+                outcome = _judge_entries(parser.parse(piece), judge, pack)
+            outcome.num_pieces = num_pieces
+            outcome.num_bytes = bytes_before + piece.end
+            yield outcome
+        bytes_before += piece.end
+
+
+class JudgePiece:
     """What worker processes do; None stands for a piece that was not cut well."""
 
     def __init__(self, judge: Judge, pack: Pack) -> None:
@@ -257,12 +280,13 @@ def _complete(outcomes: Iterable[Outcome], judge: Judge, pack: Pack, prober: Pro
     for outcome in outcomes:
         pending.append((outcome, [prober.submit(clip.path) for _, clip, _ in outcome.incomplete]))
         while pending and (len(pending) > _AHEAD or not pending[0][1]):
-            yield _settled(*pending.popleft(), judge, pack, prober)
+            yield settled(*pending.popleft(), judge, pack, prober)
     while pending:
-        yield _settled(*pending.popleft(), judge, pack, prober)
+        yield settled(*pending.popleft(), judge, pack, prober)
 
 
-def _settled(outcome: Outcome, probings: list[Probing], judge: Judge, pack: Pack, prober: Prober) -> Outcome:
+def settled(outcome: Outcome, probings: list[Probing], judge: Judge, pack: Pack, prober: Prober) -> Outcome:
+    """Return an outcome with its incomplete clips judged, by what was probed of their videos."""
     kept: list[Entry] = []
     rejections: list[Rejection] = []
     for (position, clip, entry), probing in zip(outcome.incomplete, probings):

@@ -15,6 +15,7 @@ from typing import Any
 import lmdb
 import msgspec
 
+from flashi2v_data.atomic import atomic_file
 from flashi2v_data.errors import InputError
 from flashi2v_data.locking import hold
 from flashi2v_data.store.environments import (
@@ -92,6 +93,7 @@ class Ledger:
         with storage(directory, _ADVICE):
             directory.mkdir(parents=True, exist_ok=True)
         _check_count(directory, shard)
+        self._check_siblings(directory / "purpose.msgpack")
         with ExitStack() as stack:
             stack.enter_context(hold(directory / f".{shard.file}.lock", str(self.path)))
             with storage(self.path, _ADVICE):
@@ -102,6 +104,17 @@ class Ledger:
             stack.callback(self._environment.close)
             self._begin()
             self._held = stack.pop_all()
+
+    def _check_siblings(self, path: Path) -> None:
+        """Hold the purpose against that of the shards that other processes write."""
+        if not path.exists():
+            with storage(path, _ADVICE), atomic_file(path) as file:
+                file.write_bytes(msgspec.msgpack.encode(self._purpose))
+        try:
+            found = msgspec.msgpack.decode(path.read_bytes(), type=dict[str, Any])
+        except msgspec.DecodeError:
+            raise InputError(f"{path}: is no ledger's: remove {self.directory}") from None
+        check_purpose(self.directory, found, self._purpose)
 
     def _begin(self) -> None:
         with self._environment.begin() as transaction:
