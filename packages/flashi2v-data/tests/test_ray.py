@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flashi2v_data.cli import app
+from flashi2v_data.curation import meta as meta_module
 from flashi2v_data.curation.score import PIECE_ENTRIES
 from flashi2v_data.errors import InputError
 
@@ -95,38 +97,6 @@ def test_a_cluster_writes_the_bytes_of_one_process_also_when_its_driver_was_kill
     assert not ray.is_initialized(), "what a command joined it leaves"
 
 
-def test_clips_that_do_harm_and_an_actor_that_is_killed_cost_nothing_else(meta, joined):
-    entries = json.loads(meta.read_text())[: 4 * PIECE_ENTRIES]
-    del entries[7]
-    for number, does in ((3, "abort"), (20, "eat"), (36, "hang"), (50, "kill actor")):
-        entries[number] |= {"does": does, "note": str(meta.with_name(f"tries {number}"))}
-    meta.write_text(json.dumps(entries))
-    bounds = ("--timeout", "15", "--memory-gib", "0.5")
-    run(meta, "-o", "scored.json", "--signal", "engine_signals:Trap", *bounds, *OVER_RAY)
-    failed = [json.loads(line) for line in Path("scored.failed.jsonl").read_text().splitlines()]
-    assert [(each["kind"], each["entry"]) for each in failed] == [
-        ("crashed", entries[3]),
-        ("too_large", entries[20]),
-        ("hung", entries[36]),
-    ]
-    scored = json.loads(Path("scored.json").read_text())
-    harmful = {entries[number]["number"] for number in (3, 20, 36)}
-    assert [entry["number"] for entry in scored] == [e["number"] for e in entries if e["number"] not in harmful]
-    assert all(entry["trapped"] is False for entry in scored)
-    tries = [len(meta.with_name(f"tries {number}").read_text().splitlines()) for number in (3, 20, 36, 50)]
-    assert tries[:2] == [2, 2]
-    assert tries[2] in (1, 2), "another try where it was in flight on the actor that was killed"
-    assert tries[3] == 2
-
-
-def test_what_a_worker_raises_of_its_input_is_one_line_at_the_driver(meta, joined):
-    entries = json.loads(meta.read_text())
-    entries[2] |= {"does": "another column", "note": str(meta.with_name("tries"))}
-    meta.write_text(json.dumps(entries))
-    with pytest.raises(InputError, match=r"^signal trap gave .*, not its columns trapped$"):
-        run(meta, "-o", "scored.json", "--signal", "engine_signals:Trap", *OVER_RAY)
-
-
 def refused(code: str, meta: Path, *options: str) -> str:
     """Return the one line that a command ends with, in a process that runs some code before."""
     program = f"{code}\nimport sys; sys.argv[0] = 'x'\nfrom flashi2v_data.cli import main; main()"
@@ -169,3 +139,57 @@ def test_filtering_and_importing_do_not_import_ray():
         "flashi2v_data.filter_records\nassert 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_clips_that_do_harm_and_an_actor_that_is_killed_cost_nothing_else(meta, joined):
+    entries = json.loads(meta.read_text())[: 4 * PIECE_ENTRIES]
+    del entries[7]
+    for number, does in ((3, "abort"), (20, "eat"), (36, "hang"), (50, "kill actor")):
+        entries[number] |= {"does": does, "note": str(meta.with_name(f"tries {number}"))}
+    meta.write_text(json.dumps(entries))
+    bounds = ("--timeout", "15", "--memory-gib", "0.5")
+    run(meta, "-o", "scored.json", "--signal", "engine_signals:Trap", *bounds, *OVER_RAY)
+    failed = [json.loads(line) for line in Path("scored.failed.jsonl").read_text().splitlines()]
+    assert [(each["kind"], each["entry"]) for each in failed] == [
+        ("crashed", entries[3]),
+        ("too_large", entries[20]),
+        ("hung", entries[36]),
+    ]
+    scored = json.loads(Path("scored.json").read_text())
+    harmful = {entries[number]["number"] for number in (3, 20, 36)}
+    assert [entry["number"] for entry in scored] == [e["number"] for e in entries if e["number"] not in harmful]
+    assert all(entry["trapped"] is False for entry in scored)
+    tries = [len(meta.with_name(f"tries {number}").read_text().splitlines()) for number in (3, 20, 36, 50)]
+    assert tries[:2] == [2, 2]
+    assert tries[2] in (1, 2), "another try where it was in flight on the actor that was killed"
+    assert tries[3] == 2
+
+
+def test_what_a_worker_raises_of_its_input_is_one_line_at_the_driver(meta, joined):
+    entries = json.loads(meta.read_text())
+    entries[2] |= {"does": "another column", "note": str(meta.with_name("tries"))}
+    meta.write_text(json.dumps(entries))
+    with pytest.raises(InputError, match=r"^signal trap gave .*, not its columns trapped$"):
+        run(meta, "-o", "scored.json", "--signal", "engine_signals:Trap", *OVER_RAY)
+
+
+def test_a_process_that_has_joined_one_cluster_joins_no_other(meta, joined):
+    with pytest.raises(InputError, match=f"this process has joined the cluster at {joined} already"):
+        run(meta, "-o", "scored.json", *SIGNALS, *OVER_RAY, "--address", "127.0.0.1:9")
+
+
+def test_the_filter_over_a_cluster_writes_the_bytes_of_one_process(meta, joined, monkeypatch):
+    monkeypatch.setattr(meta_module, "PIECE_BYTES", 4000)
+    settings = {"ann_txt_path": "videos.txt", "save_path": "lmdb", "sample_height": 32, "sample_width": 48}
+    settings |= {"sample_num_frames": 5, "min_hxw": 1, "train_fps": 16}
+    Path("filter.yaml").write_text(json.dumps({**settings, "max_h_div_w_ratio": 1.2, "min_h_div_w_ratio": 0.4}))
+    Path("videos.txt").write_text(".,meta.json\n")
+    meta.write_text(json.dumps([{**entry, "cap": "a"} for entry in json.loads(meta.read_text())]))
+    found = []
+    for options in (("--jobs", "1"), OVER_RAY):
+        app(["filter", "--filter_config", "filter.yaml", *options], exit_on_error=False, result_action="return_value")
+        (store,) = Path("lmdb").glob("*.lmdb")
+        found.append([(store / "data.mdb").read_bytes(), Path("lmdb/report.json").read_bytes(), store.name])
+        shutil.rmtree("lmdb")
+    assert found[0] == found[1]
+    assert found[0][2] == f"filtered_samples_{NUM_CLIPS - 1}.lmdb"

@@ -132,6 +132,8 @@ class RayEngine:
         self._owns = not self._ray.is_initialized()
         if self._owns:
             self._connect(address or os.environ.get("RAY_ADDRESS"))
+        elif address not in (None, "auto", joined := self._ray.get_runtime_context().gcs_address):
+            raise InputError(f"--address {address}: this process has joined the cluster at {joined} already")
 
     def _connect(self, address: str | None) -> None:
         if address is not None and "://" in address:
