@@ -1,14 +1,18 @@
 """`flashi2v-encode`: latents of clips and states of captions, written to a store ahead of training."""
 
 import logging
+from contextlib import closing
 from pathlib import Path
+from typing import Literal
 
 from cyclopts import App, Parameter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import flashi2v_train
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.console import configure_logging, importing, run
+from flashi2v_data.engines.opening import open_engine
+from flashi2v_data.errors import InputError
 from flashi2v_npu_ops.installation import loading_told
 from flashi2v_train import processes
 from flashi2v_train.config import RunConfig, read_run_config
@@ -24,14 +28,30 @@ class StoreOptions(FileOptions):
     seed: int = Field(1024, description="of the run to come: it decides crops in time and mirroring")
 
 
+class SpreadOptions(BaseModel):
+    """Whether a Ray cluster encodes, with an actor for each device, or processes as of torchrun."""
+
+    engine: Literal["local", "ray"] = Field("local", description="processes of torchrun's kind, or a Ray cluster")
+    address: str | None = Field(
+        None, description="HOST:PORT of a Ray cluster; default: RAY_ADDRESS, else one is started"
+    )
+    jobs: int | None = Field(None, ge=1, description="actors of --engine ray; default: as many as it has devices")
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> "SpreadOptions":
+        if self.engine == "local" and (self.address is not None or self.jobs is not None):
+            raise ValueError("--address and --jobs are of --engine ray; processes are started by --nproc-per-node")
+        return self
+
+
 @Parameter(name="*")
-class EncodeOptions(LaunchOptions, StoreOptions):
+class EncodeOptions(LaunchOptions, SpreadOptions, StoreOptions):
     """All options of `flashi2v-encode`."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-group_options(EncodeOptions, {StoreOptions: "Files", LaunchOptions: "Processes"})
+group_options(EncodeOptions, {StoreOptions: "Files", SpreadOptions: "Engine", LaunchOptions: "Processes"})
 
 
 class Report(BaseModel):
@@ -68,6 +88,25 @@ def launch(*, options: EncodeOptions) -> None:
         mm_model=options.mm_model, mm_data=options.mm_data, seed=options.seed, device=options.device
     )
     config = read_run_config(run_options, encodes=True)
+    if options.engine == "ray":
+        if processes.is_started() or processes.needs_launch(options):
+            raise InputError(
+                "--engine ray starts its own processes: leave out torchrun's options (--nproc-per-node ...)"
+            )
+        _encode_spread(config, options)
+    else:
+        _encode_launched(config, options)
+    if processes.is_first():
+        from flashi2v_train.provenance import REPORT
+
+        report = Report.model_validate_json((options.output / REPORT).read_text())
+        logger.info(
+            "done: %s holds %d clips and %d captions; %d videos could not be read",
+            *(options.output, report.clips, report.captions, len(report.unreadable)),
+        )
+
+
+def _encode_launched(config: RunConfig, options: EncodeOptions) -> None:
     slurm = processes.adopt_slurm(options)
     if processes.is_started():
         processes.check_started(options)
@@ -78,14 +117,15 @@ def launch(*, options: EncodeOptions) -> None:
         processes.start(_encode, (config, options.output), options, preload="flashi2v_train.encoding")
     else:
         _encode(config, options.output)
-    if processes.is_first():
-        from flashi2v_train.provenance import REPORT
 
-        report = Report.model_validate_json((options.output / REPORT).read_text())
-        logger.info(
-            "done: %s holds %d clips and %d captions; %d videos could not be read",
-            *(options.output, report.clips, report.captions, len(report.unreadable)),
-        )
+
+def _encode_spread(config: RunConfig, options: EncodeOptions) -> None:
+    configure_logging()
+    with closing(open_engine("ray", options.address, options.jobs)) as engine:
+        with importing():
+            from flashi2v_train.encode_spread import encode_spread
+
+        encode_spread(config, options.output, engine)
 
 
 def _encode(config: RunConfig, output: Path) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashi2v_data.atomic import atomic_file
-from flashi2v_data.captions.cleaning import CaptionCount
+from flashi2v_data.captions.cleaning import CaptionCount, TextLoss
 from flashi2v_data.captions.tokenizer import Tokenizer, find_loss
 from flashi2v_data.errors import DecodeError
 from flashi2v_data.loading.dataset import FlashI2VDataset
@@ -40,18 +40,22 @@ _BATCH = 16
 _PATIENCE = timedelta(days=7)
 
 
-class _Cycle(StatefulDistributedSampler):
+class Cycle(StatefulDistributedSampler):
     """Some samples of the first epoch, again and again, as the loader reads ahead."""
 
     def __init__(self, num_samples: int, seed: int, indices: Sequence[int]) -> None:
         super().__init__(num_samples, seed=seed)
-        self._indices = indices
+        self.indices = indices
 
     def __iter__(self) -> Iterator[SampleKey]:
-        return itertools.cycle(SampleKey(0, index) for index in self._indices)
+        return itertools.cycle(SampleKey(0, index) for index in self.indices)
 
 
-@device_faults_told("encode smaller clips (sample_height, sample_width, sample_num_frames)")
+# What to do where the device's memory is full.
+IF_FULL = "encode smaller clips (sample_height, sample_width, sample_num_frames)"
+
+
+@device_faults_told(IF_FULL)
 def encode(config: RunConfig, output: Path) -> None:
     """Encode this process's share of what a run trains on into a directory; the first process writes the report."""
     quieten()
@@ -75,66 +79,70 @@ def _encode_share(config: RunConfig, output: Path, rank: int, size: int) -> None
     encoders = Encoders(config, device)
     origin = provenance(config)
     mine = dataset.indices[rank::size]
-    captions, count = _captions(dataset, mine)
+    captions, count = find_captions(dataset, mine)
     # Before any process writes: a store is read without locks, and must not be open twice in a process.
-    clips, missing = _not_stored(output, origin, dataset, mine, captions)
+    clips, missing = not_stored(output, origin, dataset, mine, captions)
     if rank == 0:
         (output / REPORT).unlink(missing_ok=True)  # until this end, too, is reached
     if size > 1:
         dist.barrier()
     loader = StatefulLoader(
-        dataset, _Cycle(len(store), config.options.seed, clips), 1, config.data.dataloader_param, device
+        dataset, Cycle(len(store), config.options.seed, clips), 1, config.data.dataloader_param, device
     )
-    with FeatureWriter(output / f"process_{rank:04d}.lmdb", origin) as writer:
-        _write_clips(writer, encoders, loader, len(clips), quiet=rank > 0)
-        _write_captions(writer, encoders, dataset.tokenizer, missing, quiet=rank > 0)
+    with contextlib.closing(loader), FeatureWriter(output / f"process_{rank:04d}.lmdb", origin) as writer:
+        write_clips(writer, encoders, loader, len(clips), quiet=rank > 0)
+        write_captions(writer, encoders, dataset.tokenizer, missing, quiet=rank > 0)
     done = [(len(mine), loader.skipped, captions, count)]
     if size > 1:
         everyones: list[Any] = [None] * size
         dist.all_gather_object(everyones, done[0])
         done = everyones
     if rank == 0:
-        _write_report(output, done)
+        numbers, unreadable, texts, counts = zip(*done, strict=True)
+        count = counts[0]
+        for other in counts[1:]:
+            count.merge(other)
+        write_report(output, sum(numbers), set().union(*unreadable), len(set().union(*texts)), count)
 
 
-def _write_report(output: Path, done: Sequence[tuple[int, Collection[str], set[str], CaptionCount]]) -> None:
-    numbers, unreadable, texts, counts = zip(*done, strict=True)
-    count = counts[0]
-    for other in counts[1:]:
-        count.merge(other)
-    for line in count.lines().values():
+def write_report(output: Path, clips: int, unreadable: Iterable[str], captions: int, total: CaptionCount) -> None:
+    """Write the report, and warn of captions.
+
+    Args:
+        output: the folder.
+        clips: records that are encoded, or that others stand in for.
+        unreadable: messages of what could not be read.
+        captions: distinct ones, the empty one among them.
+        total: what of them the text encoder does not get.
+    """
+    for line in total.lines().values():
         logger.warning(line)
     report = Report(
-        clips=sum(numbers),
-        unreadable=sorted(set().union(*unreadable)),
-        captions=len(set().union(*texts)),
-        empty_captions=count.empty,
-        cut_captions=count.cut,
-        captions_with_unknown_words=count.unknown,
+        clips=clips,
+        unreadable=sorted(unreadable),
+        captions=captions,
+        empty_captions=total.empty,
+        cut_captions=total.cut,
+        captions_with_unknown_words=total.unknown,
     )
     with atomic_file(output / REPORT) as path:
         path.write_text(report.model_dump_json(indent=1) + "\n")
 
 
-def _write_clips(
-    writer: FeatureWriter, encoders: Encoders, loader: StatefulLoader, number: int, *, quiet: bool
-) -> None:
+def write_clips(writer: FeatureWriter, encoders: Encoders, loader: StatefulLoader, number: int, *, quiet: bool) -> None:
     """Encode the next clips of a loader without end."""
     waiting: dict[bytes, dict[str, Tensor]] = {}
-    try:
-        # Without any to encode there is nothing to begin to read.
-        batches = itertools.islice(loader, number) if number else ()
-        for batch in tqdm(batches, "clips", number, disable=quiet or None, unit="clip"):
-            waiting[batch["clip"][0]] = encoders.clip(batch, 0)
-            if len(waiting) >= _BATCH:
-                writer.put(waiting)
-                waiting.clear()
-        writer.put(waiting)
-    finally:
-        loader.close()
+    # Without any to encode there is nothing to begin to read.
+    batches = itertools.islice(loader, number) if number else ()
+    for batch in tqdm(batches, "clips", number, disable=quiet or None, unit="clip"):
+        waiting[batch["clip"][0]] = encoders.clip(batch, 0)
+        if len(waiting) >= _BATCH:
+            writer.put(waiting)
+            waiting.clear()
+    writer.put(waiting)
 
 
-def _write_captions(
+def write_captions(
     writer: FeatureWriter, encoders: Encoders, tokenizer: Tokenizer, captions: Sequence[str], *, quiet: bool
 ) -> None:
     with tqdm(desc="captions", total=len(captions), disable=quiet or None, unit="caption") as progress:
@@ -144,36 +152,44 @@ def _write_captions(
             progress.update(len(group))
 
 
-def _not_stored(
+def not_stored(
     output: Path, origin: dict[str, Any], dataset: FlashI2VDataset, indices: Sequence[int], captions: set[str]
 ) -> tuple[list[int], list[str]]:
     """Return the records and captions, of those given, that no store of the folder holds yet."""
     if not feature_stores(output):
         return [*indices], sorted(captions)
     stored = FeatureStore(output, origin)
-    clips = [index for index in indices if not _is_stored(stored, dataset, index)]
+    clips = [index for index in indices if not is_stored(stored, dataset, index)]
     return clips, [caption for caption in sorted(captions) if text_key(caption) not in stored]
 
 
-def _is_stored(stored: FeatureStore, dataset: FlashI2VDataset, index: int) -> bool:
+def is_stored(stored: FeatureStore, dataset: FlashI2VDataset, index: int) -> bool:
     try:
         return dataset.clip_key(index) in stored
     except DecodeError:
         return False
 
 
-def _captions(dataset: FlashI2VDataset, indices: Sequence[int]) -> tuple[set[str], CaptionCount]:
+def find_captions(dataset: FlashI2VDataset, indices: Sequence[int]) -> tuple[set[str], CaptionCount]:
     """Return all captions that training may see of some records, and the empty one, as they are tokenised.
 
     The count tells of what the text encoder does not get of them, each counted once.
     """
-    captions: set[str] = set()
+    captions = {""}
     count = CaptionCount(dataset.config.tokenizer_max_length)
+    for caption, loss, path in caption_losses(dataset, indices):
+        captions.add(caption)
+        count.add(loss, path)
+    return captions, count
+
+
+def caption_losses(dataset: FlashI2VDataset, indices: Sequence[int]) -> Iterator[tuple[str, TextLoss, str]]:
+    """Yield every caption that training may see of some records once, what is lost of it, and a clip that has it."""
+    seen: set[str] = set()
     for index in indices:
         with contextlib.suppress(DecodeError):  # a record at fault, for which another stands in
             for caption in dataset.captions(index):
-                if caption not in captions:
-                    captions.add(caption)
+                if caption not in seen:
+                    seen.add(caption)
                     loss = find_loss(dataset.tokenizer, caption, dataset.tokenizer(caption))
-                    count.add(loss, str(dataset.store[index]["path"]))
-    return captions | {""}, count
+                    yield caption, loss, str(dataset.store[index]["path"])
