@@ -23,8 +23,10 @@ from typing import Any
 import lmdb
 import psutil
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import ray_nodes
+
+ROOT = Path(__file__).parents[2]
 KINDS = ("actor", "driver", "raylet", "node")
 PATIENCE_SECONDS = 900.0
 NOTES = Path("seen")
@@ -128,7 +130,7 @@ def attempt(number: int, draw: random.Random, cluster: Any, length: float, whole
     if not faults and outputs("scored") != whole:
         faults.append("the output differs from that of one process")
     while len(cluster.list_all_nodes()) < 3:
-        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        ray_nodes.add_node(cluster)
     note = "" if struck else " (it had ended before)"
     print(f"{number:4} {kind:7} after {moment:5.2f} s: {struck}{note}; {'; '.join(faults) or 'equal'}", flush=True)
     return kind, faults
@@ -140,11 +142,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clips", type=int, default=400)
     options = parser.parse_args()
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_raylet_start_wait_time_s="300", OMP_NUM_THREADS="1")
+    os.environ["OMP_NUM_THREADS"] = "1"
     tests = ROOT / "packages/flashi2v-data/tests"
     os.environ["PYTHONPATH"] = f"{tests}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     import ray
-    from ray.cluster_utils import Cluster
 
     draw, tries, faulty = random.Random(options.seed), Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as holder:
@@ -153,18 +154,12 @@ def main() -> None:
         begun = time.monotonic()
         subprocess.run(command("-o", "whole.json", "--jobs", "1"), check=True, stdout=subprocess.DEVNULL)
         length, whole = (time.monotonic() - begun) / 2, outputs("whole")
-        node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=node)
-        try:
-            for _ in range(2):
-                cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        with ray_nodes.cluster(num_cpus=1, num_nodes=3) as cluster:
             for number in range(options.num):
                 kind, faults = attempt(number, draw, cluster, length, whole)
                 tries[kind] += 1
                 faulty[kind] += bool(faults)
-        finally:
-            cluster.shutdown()
-            os.chdir(ROOT)
+        os.chdir(ROOT)
     print(f"ray {ray.__version__}, Python {platform.python_version()}, {options.clips} clips, seed {options.seed}")
     print("\n".join(f"| {kind} | {tries[kind]} | {faulty[kind]} |" for kind in KINDS))
     sys.exit(1 if faulty.total() else 0)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray_nodes
 
 from flashi2v_data.cli import app
 from flashi2v_data.curation import meta as meta_module
@@ -24,7 +25,6 @@ SCORE = [sys.executable, "-m", "flashi2v_data.cli", "score"]
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    "RAY_raylet_start_wait_time_s": "300",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
@@ -32,15 +32,8 @@ ENVIRONMENT = {
 @pytest.fixture(scope="module")
 def address():
     """A cluster of one node with two processors."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        node = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=node)
+    with ray_nodes.cluster(path=str(HERE)) as cluster:
         yield cluster.address
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

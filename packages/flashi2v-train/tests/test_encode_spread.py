@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lmdb
 import pytest
+import ray_nodes
 
 from flashi2v_data.store.reader import open_store, write_store
 from flashi2v_train import encode, encode_spread
@@ -17,17 +18,10 @@ ray = pytest.importorskip("ray")
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster with two processors, joined by this process."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_raylet_start_wait_time_s", "300")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        node = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=node)
-        ray.init(address=cluster.address, log_to_driver=False)
+    with ray_nodes.cluster() as made:
+        ray.init(address=made.address, log_to_driver=False)
         yield
         ray.shutdown()
-        cluster.shutdown()
 
 
 def run(monkeypatch, workspace, output: str, *options: str, changes=None, code: int = 0) -> Path:

@@ -81,7 +81,7 @@ def _encode_share(config: RunConfig, output: Path, rank: int, size: int) -> None
     mine = dataset.indices[rank::size]
     captions, count = find_captions(dataset, mine)
     # Before any process writes: a store is read without locks, and must not be open twice in a process.
-    clips, missing = not_stored(output, origin, dataset, mine, captions)
+    clips, missing = _not_stored(output, origin, dataset, mine, captions)
     if rank == 0:
         (output / REPORT).unlink(missing_ok=True)  # until this end, too, is reached
     if size > 1:
@@ -152,7 +152,7 @@ def write_captions(
             progress.update(len(group))
 
 
-def not_stored(
+def _not_stored(
     output: Path, origin: dict[str, Any], dataset: FlashI2VDataset, indices: Sequence[int], captions: set[str]
 ) -> tuple[list[int], list[str]]:
     """Return the records and captions, of those given, that no store of the folder holds yet."""

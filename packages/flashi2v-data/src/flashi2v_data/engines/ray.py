@@ -30,6 +30,8 @@ _MOST_STILLBORN = 8
 # After so long without any actor, say what is waited for.
 _PATIENCE_SECONDS = 60.0
 _CONNECT_SECONDS = 10.0
+# Ray gives a node 30 seconds to start, which a busy machine may exceed.
+_STARTS = 3
 # Of a cluster that is started here: results are small.
 _OBJECT_STORE_BYTES = 128 << 20
 
@@ -41,7 +43,6 @@ def import_ray() -> Any:
         InputError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine takes longer than its 30 seconds
     try:
         import ray
         import ray.exceptions
@@ -144,17 +145,19 @@ class RayEngine:
             options |= {"num_cpus": self._jobs, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
         elif address != "auto":
             _check_answers(address)
-        try:
-            self._ray.init(address=address, **options)
-        except Exception as error:  # Ray has no class of its own for them
-            text = " ".join(str(error).split())
-            if "ersion mismatch" in text:
-                raise InputError(
-                    f"--address {address}: install the same Ray and Python on all machines: {text}"
-                ) from None
-            if address == "local":
-                raise EngineError(f"Ray could not be started here: {text}") from None
-            raise InputError(f"--address {address}: no Ray cluster can be joined there: {text}") from None
+        for left in range(_STARTS - 1, -1, -1):
+            try:
+                self._ray.init(address=address, **options)
+                return
+            except Exception as error:  # Ray has no class of its own for them
+                text = " ".join(str(error).split())
+                if address != "local":
+                    is_version = "ersion mismatch" in text
+                    advice = "install the same Ray and Python on all machines" if is_version else "cannot be joined"
+                    raise InputError(f"--address {address}: {advice}: {text}") from None
+                if "timed out during startup" not in text or not left:
+                    raise EngineError(f"Ray could not be started here: {text}") from None
+                self._ray.shutdown()
 
     def run(self, stage: Stage[P, R], pieces: Iterable[tuple[int, P]]) -> Iterator[tuple[int, R]]:
         """Yield number and result of every piece, as they are done."""
