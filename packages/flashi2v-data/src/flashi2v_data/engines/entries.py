@@ -44,7 +44,7 @@ class EachEntry(Generic[E]):
 
     def start(self, jobs: int) -> "_Entries":
         """Start the processes."""
-        return _Entries(WorkerPool(self.function, jobs, self.limits))
+        return _Entries(WorkerPool(self.function, jobs, self.limits, depth=2))
 
 
 class _Entries:
