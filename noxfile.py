@@ -325,6 +325,13 @@ def faults(session: nox.Session) -> None:
 
 
 @shared_session
+def clusters(session: nox.Session) -> None:
+    """Kill parts of a Ray cluster of three nodes that scores clips: the output must be that of one process."""
+    install_shared(session)
+    run_shared(session, "python", "tests/faults/clusters.py", *session.posargs)
+
+
+@shared_session
 def fuzz(session: nox.Session) -> None:
     """Read nearly valid inputs of every kind: only declared errors may come of them."""
     install_shared(session)
