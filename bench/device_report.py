@@ -27,8 +27,8 @@ WORKER = (sys.executable, str(Path(__file__).with_name("parts.py")))
 # In the order of what is most worth knowing, with the most seconds that each may take of those below.
 PARTS = {
     "machine": 45,
-    "network": 150,
-    "operators": 90,
+    "network": 180,
+    "operators": 120,
     "golden": 30,
     "training": 75,
     "vae": 60,
@@ -41,7 +41,7 @@ _SIZES = {
     "full": "the 1.3B at 49x480x832 in bf16",
     "cpu": "the 1.3B at 17x128x128 in fp32",
     "eight": "8 layers of width 256 at 33x128x128 in fp32",
-    "small": "all of it tiny, in a minute on a CPU",
+    "small": "all of it tiny, in three minutes on a CPU",
 }
 
 

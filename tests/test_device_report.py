@@ -151,7 +151,7 @@ EXPECTED = {
     "network": {"same weights, same output": "error", "memory": "planned", "compiled blocks": "compiling_seconds"},
     "training": {"every layer computed again": "peak", "nothing computed again": "seconds"},
     "vae": {"decode fp32": "planned", "encode bf16": "seconds"},
-    "quantised": {"none": "compiled_seconds"},
+    "quantised": {"none": "weights"},
     "caches": {"none": "seconds", "FirstBlockCache, 0.1": "change", "TaylorSeer, every third step": "change"},
 }
 

@@ -75,7 +75,14 @@ def unmarked(page: str) -> list[Block]:
 
 
 def test_every_page_is_in_the_navigation_once():
-    patterns = ("*.md", "docs/*.md", "packages/*/*.md", "packages/*/docs/**/*.md", "packages/*/bench/*.md")
+    patterns = (
+        "*.md",
+        "docs/*.md",
+        "packages/*/*.md",
+        "packages/*/docs/**/*.md",
+        "packages/*/bench/*.md",
+        "bench/*.md",
+    )
     patterns += ("examples/*/*.md", "tests/*/*.md")
     found = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
     assert sorted(PAGES) == found, "docs/zensical.toml lists the pages"
