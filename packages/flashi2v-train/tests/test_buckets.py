@@ -12,6 +12,7 @@ from flashi2v_train.batch import Series, join
 from flashi2v_train.config import read_run_config
 from flashi2v_train.engines import DirectEngine
 from flashi2v_train.features import FeatureSource
+from flashi2v_train.lora import plan_adapters
 from flashi2v_train.options import TrainOptions
 from flashi2v_train.parallelise import build_stages
 from flashi2v_train.provenance import provenance
@@ -49,7 +50,7 @@ def test_the_loss_is_the_mean_over_all_samples_whatever_their_micro_batch(worksp
     config = read(workspace, mixed, micro_batch_size=2, global_batch_size=8)
     series = next(found for found in steps(config, 6) if len({len(batch["sigma"]) for batch in found.batches}) > 1)
     with join_world("cpu", config.parallel_dims(1)) as world:
-        (stage,) = build_stages(config, world, weights=False)
+        (stage,) = build_stages(config, world, weights=False, adapters=plan_adapters(config))
         loss = DirectEngine(stage, config.recipe).train(series)
         velocity = DirectEngine(stage, config.recipe).velocity
         every = torch.cat(
@@ -73,7 +74,7 @@ def test_an_image_trains_the_trunk_and_sees_no_condition(workspace, mixed):
     config = read(workspace, mixed, micro_batch_size=2, global_batch_size=8)
     images = join([b for found in steps(config, 6) for n, b in zip(found.buckets, found.batches) if BUCKETS[n][0] == 1])
     with join_world("cpu", config.parallel_dims(1)) as world:
-        (stage,) = build_stages(config, world, weights=False)
+        (stage,) = build_stages(config, world, weights=False, adapters=plan_adapters(config))
         new_layers = ("fourier_embedding", "learnable_proj")
         with torch.no_grad():
             for parameter in stage.transformer.parameters():

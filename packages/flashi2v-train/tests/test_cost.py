@@ -31,6 +31,7 @@ from flashi2v_train.cost import (
 )
 from flashi2v_train.dry_run import missing_files
 from flashi2v_train.engines import make_schedule
+from flashi2v_train.lora import plan_adapters
 from flashi2v_train.options import TrainOptions
 from flashi2v_train.parallelise import build_stages
 from flashi2v_train.splits import best_split, bubble, suggest_split
@@ -80,7 +81,7 @@ def test_operations_are_those_that_torch_counts(workspace, changes):
     config = read(workspace, changes)
     operations = operations_of(config)
     with join_world("cpu", config.parallel_dims(1)) as world:
-        (stage,) = build_stages(config, world, weights=False)
+        (stage,) = build_stages(config, world, weights=False, adapters=plan_adapters(config))
         arguments = inputs(config, 1)
         # The counter does not know the CPU's fused attention.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -169,7 +170,7 @@ def test_what_is_computed_again_is_what_torch_counts_more(workspace, options):
 
     def count(config) -> int:
         with join_world("cpu", config.parallel_dims(1)) as world:
-            (stage,) = build_stages(config, world, weights=False)
+            (stage,) = build_stages(config, world, weights=False, adapters=plan_adapters(config))
             # The counter knows the plain attention only, and what is skipped is the fused one.
             attention = nullcontext() if skips else sdpa_kernel(SDPBackend.MATH)
             with FlopCounterMode(display=False) as counter, attention:
@@ -225,7 +226,7 @@ def test_activations_are_those_that_autograd_keeps(workspace, options):
         return tensor
 
     with join_world("cpu", config.parallel_dims(1)) as world:
-        (stage,) = build_stages(config, world, weights=False)
+        (stage,) = build_stages(config, world, weights=False, adapters=plan_adapters(config))
         own = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             stage(*inputs(config, 2))

@@ -12,6 +12,7 @@ from flashi2v_model.cost import kept_bytes
 from flashi2v_model.quantization import quantize
 from flashi2v_train.config import TrainOptions, read_run_config
 from flashi2v_train.cost import build_stage, predict
+from flashi2v_train.lora import plan_adapters
 from flashi2v_train.parallelise import build_stages
 from flashi2v_train.quantized import FrozenLinear, freeze_in_8_bits
 from flashi2v_train.world import join_world
@@ -38,7 +39,7 @@ def test_the_plan_counts_what_is_held(workspace):
     files = workspace.files({"model.predictor.from_pretrained": str(workspace.base())})
     config = read_run_config(TrainOptions(**files, device="cpu", lora_rank=4, lora_quantize="int8"))
     with join_world("cpu", config.parallel_dims(1)) as world:
-        (stage,) = build_stages(config, world, weights=True)
+        (stage,) = build_stages(config, world, weights=True, adapters=plan_adapters(config))
     planned = build_stage(config, config.parallel_dims(1), 0)
     held = {name: (p.shape, p.dtype) for name, p in stage.named_parameters()}
     assert {name: (p.shape, p.dtype) for name, p in planned.named_parameters()} == held

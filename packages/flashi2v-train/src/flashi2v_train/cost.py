@@ -52,12 +52,11 @@ def build_network(config: RunConfig) -> FlashI2VTransformer3DModel:
 def _trained(config: RunConfig) -> FlashI2VTransformer3DModel:
     """Build the whole network as it is trained."""
     network = build_network(config)
-    if config.options.trains_adapters:
-        adapters = plan_adapters(network, config)
+    if (adapters := plan_adapters(config)) is None:
+        freeze(network, config.options.freeze)
+    else:
         with _META:
             adapters.apply(network)
-    else:
-        freeze(network, config.options.freeze)
     return network
 
 

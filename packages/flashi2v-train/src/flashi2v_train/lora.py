@@ -82,40 +82,36 @@ class Adapters:
         return name.split(".")[0] in self.also
 
 
-def plan_adapters(transformer: FlashI2VTransformer3DModel, config: RunConfig) -> Adapters:
-    """Return what is to be trained of a transformer; its numbers do not matter.
+def plan_adapters(config: RunConfig) -> Adapters | None:
+    """Return what is to be trained of a transformer in place of all weights; None where these are.
 
     Raises:
         InputError: an option, or the adapter to go on with, does not fit the transformer; or peft is not installed.
     """
-    check_peft()
     options = config.options
+    if not options.trains_adapters:
+        return None
+    check_peft()
+    with torch.device("meta"):  # its numbers do not matter
+        transformer = config.recipe.build(config.model.predictor)
     base = dict(transformer.named_modules())
     start: Adapter = {}
     also = tuple(options.lora_also)
     if options.lora_from is not None:
         with named(f"--lora-from {options.lora_from}"):
-            start = _read(options.lora_from, base)
+            start = read_adapter(*open_adapter(options.lora_from), tuple(base))
             also += tuple(sorted(_whole_parts(start, base) - {*also}))
     for part in also:
         if part not in (parts := _parts(transformer)):
             raise InputError(f"--lora-also {part}: there is no such part to train whole, only {', '.join(parts)}")
-    settings = _settings(options, start or None)
-    if not start:
-        settings["target_modules"] = _layers(base, options, also)
+    if start:
+        settings = make_config({name: tensor for name, tensor in start.items() if "lora_diff" not in name})
+    else:
+        rank = options.lora_rank
+        layers = _layers(base, options, also)
+        settings = {"r": rank, "lora_alpha": options.lora_alpha or rank, "target_modules": layers}
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     return Adapters(settings, also, start, dtype, options.lora_quantize is not None)
-
-
-def _settings(options: LoraOptions, start: Adapter | None = None) -> dict[str, Any]:
-    """Return peft's settings of the adapter to go on with, where there is one, else what options say of ranks."""
-    if start is not None:
-        return make_config({name: tensor for name, tensor in start.items() if "lora_diff" not in name})
-    return {"r": options.lora_rank, "lora_alpha": options.lora_alpha or options.lora_rank}
-
-
-def _read(source: str, layers: Iterable[str] = ()) -> Adapter:
-    return read_adapter(*open_adapter(source), tuple(layers))
 
 
 def _whole_parts(adapter: Adapter, base: Mapping[str, nn.Module]) -> set[str]:
@@ -191,25 +187,21 @@ def _plain(name: str) -> str:
     return name.replace(f".{_NAME}.", ".")
 
 
-def checkpoint_facts(config: RunConfig) -> dict[str, Any]:
+def checkpoint_facts(config: RunConfig, adapters: Adapters | None) -> dict[str, Any]:
     """Return what a checkpoint of adapters says of them, for its config.json; {} of a run that trains all weights.
 
     Runs go on only where it is the same, keys with an underscore apart.
-
-    Raises:
-        InputError: the adapter to go on with cannot be read.
     """
-    options, path = config.options, config.model.predictor.from_pretrained
-    if not options.trains_adapters:
+    if adapters is None:
         return {}
-    settings = _settings(options, None if options.lora_from is None else _read(options.lora_from))
+    path = str(config.model.predictor.from_pretrained)
     facts = {
-        "lora_rank": settings["r"],
-        "lora_alpha": settings["lora_alpha"],
-        "lora_alpha_pattern": settings.get("alpha_pattern", {}),
-        "lora_quantize": options.lora_quantize,
-        "base_weights": base_fingerprint(str(path)),
-        "_base_path": str(path),
+        "lora_rank": adapters.settings["r"],
+        "lora_alpha": adapters.settings["lora_alpha"],
+        "lora_alpha_pattern": adapters.settings.get("alpha_pattern", {}),
+        "lora_quantize": config.options.lora_quantize,
+        "base_weights": base_fingerprint(path),
+        "_base_path": path,
     }
     return {ADAPTERS: facts}
 

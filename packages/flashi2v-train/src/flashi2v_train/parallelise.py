@@ -17,7 +17,7 @@ from flashi2v_model.parallel import parallelise_context, parallelise_tensors
 from flashi2v_model.transformer import EMBED_INPUTS
 from flashi2v_model.weights.key_names import NEW_LAYERS
 from flashi2v_train.config import RunConfig
-from flashi2v_train.lora import check_start, plan_adapters
+from flashi2v_train.lora import Adapters, check_start
 from flashi2v_train.optim import freeze
 from flashi2v_train.options import ParallelOptions
 from flashi2v_train.recipe import example
@@ -103,7 +103,7 @@ def keep_layers(
     return part
 
 
-def build_stages(config: RunConfig, world: World, *, weights: bool) -> list[Stage]:
+def build_stages(config: RunConfig, world: World, *, weights: bool, adapters: Adapters | None) -> list[Stage]:
     """Build what this process holds of the transformer: whole, or its pipeline stages; shared out as configured.
 
     Args:
@@ -111,15 +111,15 @@ def build_stages(config: RunConfig, world: World, *, weights: bool) -> list[Stag
         world: this process among all.
         weights: load those that `predictor.from_pretrained` names; not needed where a checkpoint is loaded next that
             holds all of them.
+        adapters: from `plan_adapters`.
 
     Raises:
-        InputError: the weights, or what is said of adapters, do not fit the transformer.
+        InputError: the weights do not fit the transformer.
     """
     predictor, options, dims = config.model.predictor, config.options, world.dims
     torch.manual_seed(options.seed)  # all processes start from the same weights
     whole = config.recipe.build(predictor)
     use_fused_rms_norm(whole, predictor.use_fused_rmsnorm)
-    adapters = plan_adapters(whole, config) if options.trains_adapters else None
     if weights or adapters is not None:
         started = _start(whole, predictor.from_pretrained)
     if adapters is None:

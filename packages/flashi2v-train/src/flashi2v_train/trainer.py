@@ -26,7 +26,7 @@ from flashi2v_train.config import RunConfig
 from flashi2v_train.ema import EMA
 from flashi2v_train.engines import build_engine
 from flashi2v_train.features import FeatureSource, Origin
-from flashi2v_train.lora import checkpoint_facts, trained_parameters
+from flashi2v_train.lora import checkpoint_facts, plan_adapters, trained_parameters
 from flashi2v_train.metrics import Meter, Metrics, MetricsLog, disk_failures_reported, open_log
 from flashi2v_train.optim import build_optimizer, learning_rate, set_learning_rate
 from flashi2v_train.parallelise import build_stages
@@ -84,7 +84,8 @@ class Trainer:
         self.source = FeatureSource(config, world, provenance) if world.embeds else None
         iteration = None if is_restarted() else options.load_iteration
         resumed = find_checkpoint(options.save, options.load, iteration, world)
-        self.stages = build_stages(config, world, weights=resumed is None)
+        adapters = plan_adapters(config)
+        self.stages = build_stages(config, world, weights=resumed is None, adapters=adapters)
         self.parameters = trained_parameters(self.stages, options)
         self.engine = build_engine(config, world, self.stages)
         self.validation = self._build_validation()
@@ -95,7 +96,8 @@ class Trainer:
             if options.clip_grad_ema_decay is None
             else AdaptiveClip(options.clip_grad, options.clip_grad_ema_decay)
         )
-        self.transformer_config = json.loads(self.stages[0].transformer.to_json_string()) | checkpoint_facts(config)
+        built = json.loads(self.stages[0].transformer.to_json_string())
+        self.transformer_config = built | checkpoint_facts(config, adapters)
         self.state = self._state(optimizer=options.save_optim)
         self.step = 0
         self.waited = 0.0  # for data, in this step
