@@ -31,5 +31,6 @@ def test_links_are_those_of_the_product_and_pcie_where_it_has_none():
 def test_processes_share_the_cores_of_a_cpu():
     machine = measure_cpu(0.01)
     assert machine.flops > 1e8
+    assert machine.memory > 1e7
     assert machine.slowed(machine.cores) == 1
     assert machine.slowed(3 * machine.cores) == 3

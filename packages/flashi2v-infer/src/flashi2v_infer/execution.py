@@ -147,6 +147,12 @@ class Execution:
         # Of the two names of one dtype always the same, as records are compared.
         return DTypes(*("fp32" if dtype == "float32" else dtype for dtype in chosen))
 
+    def dtypes_on(self, device_type: str, file: DTypes | None = None) -> DTypes:
+        """Return the dtypes of all parts on a type of device, which need not be in this machine; errors of `settle`."""
+        self.check_device(device_type)
+        usual: DType = "fp32" if device_type == "cpu" else "bf16"
+        return self.dtypes(file or DTypes(usual, usual, "fp32"))
+
     def settle(self, device: "torch.device", file: DTypes | None = None) -> "Settled":
         """Decide what is left open, once the device is known.
 
@@ -157,9 +163,7 @@ class Execution:
         Raises:
             InputError: the execution makes no sense on this device.
         """
-        self.check_device(device.type)
-        usual: DType = "fp32" if device.type == "cpu" else "bf16"
-        dtypes = self.dtypes(file or DTypes(usual, usual, "fp32"))
+        dtypes = self.dtypes_on(device.type, file)
         if self.quantize is not None:
             from flashi2v_model.encoders import DTYPES  # which import torch, as whoever knows the device has
             from flashi2v_model.quantization import check_products

@@ -44,11 +44,12 @@ class Trace(TorchDispatchMode):
         peak: the most of them at once.
         flops: floating-point operations of products, convolutions and attention, by PyTorch's own formulas.
         attention_flops: those of attention alone, as far as it is one operator.
+        moved: bytes that all other operators read and write: norms, sums, copies and the like. Views move nothing.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = self.attention_flops = 0
+        self.live = self.peak = self.flops = self.attention_flops = self.moved = 0
         self._storages: set[int] = set()
 
     def hold(self, num_bytes: int) -> None:
@@ -66,7 +67,10 @@ class Trace(TorchDispatchMode):
             self.attention_flops += flops if func._overloadpacket is _FUSED else 0
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if made:
-            given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            given = {leaf.untyped_storage()._cdata for leaf in read}
+            if formula is None and func.is_view is False:
+                self.moved += sum(tensor.nbytes for tensor in (*read, *made))
             for tensor in made:
                 self._watch(tensor.untyped_storage(), given)
         return result
@@ -150,6 +154,7 @@ class Operations:
         matrices: of one block, all else.
         head: the projection to the velocity.
         num_layers: number of blocks.
+        moved: bytes that embedding, one block and the projection read and write beside these operations.
         frozen: with weights that are not trained, for which the backward pass has no gradients to compute.
     """
 
@@ -158,6 +163,7 @@ class Operations:
     matrices: float
     head: float
     num_layers: int
+    moved: tuple[float, float, float]
     frozen: float = 0.0
 
     @property
@@ -188,13 +194,16 @@ def count_operations(transformer: FlashI2VTransformer3DModel, inputs: Mapping[st
     more = {name: tensor for name, tensor in inputs.items() if name not in EMBED_INPUTS}
     with tracing() as trace:
         x, text, time, modulation = transformer.embed(*usual, **more)
-        embedding = trace.flops
+        embedding, moved = trace.flops, [trace.moved]
         x = transformer.run_blocks(x, text, modulation, grid)
         blocks = trace.flops - embedding
+        moved.append(trace.moved)
         transformer.project(x, time, grid)
     attention = trace.attention_flops / num_layers
     head = trace.flops - embedding - blocks
-    return Operations(embedding, attention, blocks / num_layers - attention, head, num_layers)
+    first, behind = moved[0], trace.moved - moved[1]
+    of_parts = first, (moved[1] - first) / num_layers, behind
+    return Operations(embedding, attention, blocks / num_layers - attention, head, num_layers, of_parts)
 
 
 def kept_bytes(run: Callable[[], object], module: nn.Module) -> int:

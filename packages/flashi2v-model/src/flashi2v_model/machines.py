@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +35,23 @@ _LINKS = {
     "A100": 300e9,
     "Ascend910B[1-4]C?": 196e9,
 }
+# Bytes per second of its own memory, by data sheets.
+_MEMORIES = {
+    "H200|GH200": 4.8e12,
+    "H100 PCIe|H800 PCIe": 2.0e12,
+    "H100 NVL": 3.9e12,
+    "H100|H800": 3.35e12,
+    "H20": 4.0e12,
+    "A100|A800": 2.0e12,
+    "L40S": 864e9,
+    "RTX 4090": 1008e9,
+    "A10": 600e9,
+    "Ascend910B[1-4]C?": 1.6e12,
+}
 _PCIE = 25e9  # of all others: PCIe 4.0, of 32 GB/s what transfers reach
-# Assumed, as neither is in a data sheet: what of the peak a network reaches, and what a message takes to be under way.
+# Assumed, as neither is in a data sheet: what of the peak a network reaches, and how long an exchange is under way.
 _REACHED, _LATENCY = 0.5, 20e-6
-_CPU_MESSAGE, _CPU_BANDWIDTH = 1e-4, 1e9  # over gloo on the loopback device, as measured on two cores
+_CPU_LATENCY, _CPU_BANDWIDTH = 1e-4, 2e9  # assumed of gloo on the loopback device
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -59,13 +73,15 @@ class Machine:
     Attributes:
         name: of the devices.
         flops: operations per second that one is taken to reach.
+        memory: bytes per second that one reads and writes in its own memory.
         bandwidth: bytes per second that one sends.
-        latency: seconds that a message takes beside its bytes.
+        latency: seconds that an exchange takes beside its bytes.
         cores: that all devices share, as processes on a CPU do; None: each computes and sends by itself.
     """
 
     name: str
     flops: float
+    memory: float
     bandwidth: float
     latency: float
     cores: int | None = None
@@ -77,10 +93,10 @@ class Machine:
 
 def machine_of(device_name: str) -> Machine | None:
     """Return what is known of accelerators that call themselves so, None where their rate is not."""
-    peak = peak_flops(device_name)
-    if peak is None:
+    peak, memory = peak_flops(device_name), _look_up(_MEMORIES, device_name)
+    if peak is None or memory is None:
         return None
-    return Machine(device_name, _REACHED * peak, _look_up(_LINKS, device_name) or _PCIE, _LATENCY)
+    return Machine(device_name, _REACHED * peak, memory, _look_up(_LINKS, device_name) or _PCIE, _LATENCY)
 
 
 def measure_cpu(seconds: float = 0.2) -> Machine:
@@ -89,16 +105,23 @@ def measure_cpu(seconds: float = 0.2) -> Machine:
     Args:
         seconds: to spend on it.
     """
-    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    a, b, large = torch.randn(512, 512), torch.randn(512, 512), torch.zeros(2**23)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        best, until = float("inf"), time.perf_counter() + seconds
-        while time.perf_counter() < until:
-            before = time.perf_counter()
-            torch.mm(a, b)
-            best = min(best, time.perf_counter() - before)
+        product = _shortest(lambda: torch.mm(a, b), seconds / 2)
+        copy = _shortest(lambda: large.add_(1), seconds / 2)
     finally:
         torch.set_num_threads(threads)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine("CPU", 2 * 512**3 / best, _CPU_BANDWIDTH, _CPU_MESSAGE, cores)
+    num_bytes = 2 * large.nbytes  # read and written
+    return Machine("CPU", 2 * 512**3 / product, num_bytes / copy, _CPU_BANDWIDTH, _CPU_LATENCY, cores)
+
+
+def _shortest(run: Callable[[], object], seconds: float) -> float:
+    best, until = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < until:
+        before = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - before)
+    return best

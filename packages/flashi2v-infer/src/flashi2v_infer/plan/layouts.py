@@ -2,7 +2,8 @@
 
 A layout gives each branch of the guidance its own devices or not, and shares the tokens of a branch by Ulysses and a
 ring. Operations are those of the network's own functions on the meta device, divided as the layout divides them; bytes
-and messages are those of `flashi2v_model.parallel.traffic`.
+and messages are those of `flashi2v_model.parallel.traffic`. Computing is operations at the device's rate, and what all
+else moves at that of its memory.
 
 N tokens, K heads, d head size, n tokens of a device, P devices of a branch.
 """
@@ -16,10 +17,13 @@ import torch
 from flashi2v_infer.plan.plan import Plan, gib, tera
 from flashi2v_infer.settings import SamplingSettings
 from flashi2v_model import FlashI2VTransformer3DModel
+from flashi2v_model.caching import conditions_kept
 from flashi2v_model.cost import Operations, count_operations
 from flashi2v_model.machines import Machine
-from flashi2v_model.parallel import ContextDegrees, Traffic, attention_traffic
+from flashi2v_model.parallel import ContextDegrees, Traffic, attention_rounds, attention_traffic
 from flashi2v_model.parallel.degrees import share
+
+_PASSES = 6  # over memory, for `merge_parts` by plain operators
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,10 @@ def rank_layouts(
     """
     config = transformer.config
     latent = (config.in_channels, *settings.latent_grid)
-    operations = count_operations(transformer, _inputs(transformer, latent, settings))
+    inputs = _inputs(transformer, latent, settings)
+    with conditions_kept(transformer):
+        count_operations(transformer, inputs)  # the first step keeps for the others what all have in common
+        operations = count_operations(transformer, inputs)
     num_tokens = prod(transformer.token_grid((1, *latent)))
     is_guided = settings.uses_negative_prompt
     found = [
@@ -166,14 +173,20 @@ def _ranked(
     busiest = max(attention, key=lambda sent: sent.num_bytes)
     traffic = (busiest * operations.num_layers + _gathered(layout, tokens, latent, batch)) * calls
     slowed = machine.slowed(layout.size)
+    # Parts of a ring are merged in fp32: the merged and the new one are read, some passes between, and written.
+    merged = 4 * batch * sum(tokens[: degrees.ulysses]) * max(heads) * config.attention_head_dim
+    first, block, behind = operations.moved
+    moved = samples * (first + own * (operations.num_layers * block + behind))
+    moved += calls * operations.num_layers * (degrees.ring - 1) * _PASSES * merged
+    rounds = calls * (operations.num_layers * attention_rounds(degrees) + (degrees.size > 1) + (layout.branches > 1))
     (denoising,) = (stage for stage in plan.stages if stage.name == "denoising")
     return Ranked(
         layout,
         flops,
         traffic,
         int(denoising.weights + own * (denoising.peak - denoising.weights)),
-        computing=slowed * flops / machine.flops,
-        sending=slowed * (traffic.num_bytes / machine.bandwidth + traffic.messages * machine.latency),
+        computing=slowed * (flops / machine.flops + moved / machine.memory),
+        sending=slowed * (traffic.num_bytes / machine.bandwidth + rounds * machine.latency),
         largest_share=group * degrees.size,
     )
 

@@ -12,6 +12,7 @@ from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.encoders import DTYPES, TextEncoder, configure_tiling, text_encoder_class
 from flashi2v_model.presets import TRANSFORMERS
 from flashi2v_model.variants import transformer_class
+from flashi2v_npu_ops.device import missing
 
 # Of the encoders that every release uses, for where their config.json is not at hand.
 _UMT5_XXL = {
@@ -52,7 +53,9 @@ def parts_of(model: Model, device_type: str) -> Parts:
     Raises:
         InputError: there is no such directory, a config.json is damaged, or the device makes no sense.
     """
-    dtypes = model.settle(torch.device(device_type)).dtypes
+    if missing(device_type) is None:
+        model.settle(torch.device(device_type))  # refuses what the device cannot do
+    dtypes = model.execution.dtypes_on(device_type, model.dtypes)
     parts = build_parts(*model.part_configs(), dtypes, transformer_class(model.execution.recipe))
     model.change(parts.transformer)
     if model.ae is not None:

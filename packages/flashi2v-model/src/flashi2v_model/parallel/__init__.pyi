@@ -6,4 +6,5 @@ from .samples import parallelise_samples as parallelise_samples
 from .tensors import parallelise_tensors as parallelise_tensors
 from .tiles import parallelise_tiles as parallelise_tiles
 from .traffic import Traffic as Traffic
+from .traffic import attention_rounds as attention_rounds
 from .traffic import attention_traffic as attention_traffic

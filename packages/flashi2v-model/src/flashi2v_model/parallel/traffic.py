@@ -27,6 +27,11 @@ class Traffic:
         return Traffic(self.messages * times, self.num_bytes * times)
 
 
+def attention_rounds(degrees: ContextDegrees) -> int:
+    """Return how often processes wait for each other in one self attention: an exchange there and back, and a ring."""
+    return (2 if degrees.ulysses > 1 else 0) + degrees.ring - 1
+
+
 def attention_traffic(
     degrees: ContextDegrees,
     num_tokens: int,
