@@ -73,3 +73,12 @@ def test_a_variant_is_counted_with_what_it_asks_for():
         latents, text, one = torch.empty(1, 16, 3, 8, 8), torch.empty(1, 16, 64), torch.empty(1)
     inputs = dict(zip(EMBED_INPUTS, (latents, one, text, latents[:, :, :1], one)))
     assert count_operations(scored, {"score": one, **inputs}) == count_operations(plain, inputs)
+
+
+def test_what_operators_without_operations_move_is_counted_and_views_move_nothing():
+    x = torch.zeros(4, 8)
+    with tracing() as trace:
+        y = x + 1
+        y.view(32).unflatten(0, (8, 4))
+        y @ y.T
+    assert trace.moved == 2 * x.nbytes
