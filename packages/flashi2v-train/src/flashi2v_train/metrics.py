@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from flashi2v_data.atomic import atomic_file
@@ -126,8 +127,6 @@ class MetricsLog:
     def __init__(
         self, options: TrainOptions, first_step: int, config: Mapping[str, Any], started: float | None = None
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # which takes a second, and only this process needs it
-
         self._options, self._run = options, options.save
         self._started = time.monotonic() if started is None else started
         self._step = self._first_step = first_step
