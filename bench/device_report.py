@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 WORKER = (sys.executable, str(Path(__file__).with_name("parts.py")))
 # In the order of what is most worth knowing, with the most seconds that each may take of those below.
 PARTS = {
-    "machine": 45,
+    "machine": 75,
     "network": 180,
     "operators": 120,
     "golden": 30,
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = options.size, options.device
     for _ in run_parts(report["parts"], options.parts, what, options.seconds, limits, WORKER):
         save(report, options.output)
+        name, part = [*report["parts"].items()][-1]
+        print(f"{name}: {len(part['rows'])} rows, {part['seconds']:.0f} s", file=sys.stderr, flush=True)
     print(table(report))
     print(f"\nthe report is {options.output}, the table {options.output.with_suffix('.md')}: attach both")
     return 1 if any(row["status"] == "failed" or is_wrong(row) for row in rows_of(report)) else 0
@@ -78,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def commit() -> str | None:
     """Return what git says of this checkout; None where only files were carried."""
+    if shutil.which("git") is None:
+        return None
     found = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
     )
@@ -141,7 +146,9 @@ def run_once(part: dict[str, Any], command: Sequence[str], seconds: float) -> No
                 code = None
             finally:
                 end(process)
-        written = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+        # What is behind the last line's end was cut off while it was written.
+        whole, _, _ = (lines.read_text() if lines.exists() else "").rpartition("\n")
+        written = [json.loads(line) for line in whole.splitlines()]
         words = last_words(errors, code, seconds)
     begun = None
     for line in written:

@@ -64,6 +64,25 @@ def test_a_row_that_ends_the_process_is_kept_as_failed_and_those_behind_it_are_m
     ]
 
 
+def test_a_line_that_was_cut_off_is_that_of_a_row_that_failed(worker):
+    made = worker(
+        """
+        if skipped:
+            raise SystemExit
+        write(rows=["a"])
+        write(begins="a")
+        with open(rows, "a") as file:
+            file.write('{"name": "a", "sta')
+        """
+    )
+    assert outcome(made)["one"] == [("a", "failed", "exit code 0")]
+
+
+def test_without_git_the_report_names_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert device_report.commit() is None
+
+
 def test_a_part_that_does_not_start_is_kept_as_failed_once_and_does_not_end_the_rest(worker):
     made = worker(
         """

@@ -124,6 +124,7 @@ def _split(latent: Tensor, backend: str) -> Tensor:
 
 def measure(operator: str, size: str, dtype: str, backend: str, name: str) -> dict[str, Any]:
     """Run an operator forward and backward in this process; return its error and its milliseconds."""
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in fp32 would have 10 bits on a GPU
     call, inputs = _case(operator, size)
     where = device.resolve_device(name)
     given = [part.to(DTYPES[dtype]) for part in inputs]
