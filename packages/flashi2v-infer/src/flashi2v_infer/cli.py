@@ -69,6 +69,8 @@ class VideoOptions:
             own).
         flow_shift: Of the noise levels: above 1, more of the steps go where there is much noise (default: the model's
             own, 7 in the released one).
+        speed: Leave calls of the network out: exact (none), balanced, fast, or a number, so many times fewer calls
+            (default exact). The model has to be calibrated, as the demo is: flashi2v-model calibrate.
         scale: Enlarge the file so many times, smoothly; a whole number (default 1; of the demo so that the shorter side
             has 384 pixels).
         preview: Show in the terminal what the video will be while it is sampled (default: where there is a terminal).
@@ -90,6 +92,7 @@ class VideoOptions:
     fps: float | None = None
     scheduler: SchedulerName | None = None
     flow_shift: float | None = None
+    speed: str | None = None
     scale: int | None = None
     preview: bool | None = None
     conditioning: list[str] | None = None

@@ -10,6 +10,7 @@ from flashi2v_infer.execution import DTypes, Execution
 from flashi2v_infer.settings import SamplingSettings, check_negative_prompt
 from flashi2v_model.adapter_choice import read_choices
 from flashi2v_model.config import AEConfig, DiffusionConfig, DType, PredictorConfig, SchedulerName, TextEncoderConfig
+from flashi2v_model.speed.plan import Speed, read_speed
 
 
 class TokenizerConfig(Settings):
@@ -37,6 +38,12 @@ class SamplingConfig(DiffusionConfig):
     """The `diffusion` part."""
 
     scheduler: SchedulerName = Field("euler", description="The sampler; all but euler are of second order.")
+    speed: str | float = Field("exact", description="exact, balanced, fast, or so many times fewer calls.")
+
+    @field_validator("speed")
+    @classmethod
+    def _check_speed(cls, speed: str | float) -> Speed:
+        return read_speed(speed)
 
 
 class InferenceConfig(Settings):
@@ -160,4 +167,5 @@ class InferenceConfig(Settings):
             guidance_scale=self.diffusion.guidance_scale,
             low_freq_energy_ratio=SamplingSettings.low_freq_energy_ratio if ratio is None else ratio,
             conditioning=self.conditioning,
+            speed=read_speed(self.diffusion.speed),
         )

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLWan, SchedulerMixin
 
@@ -20,6 +21,8 @@ from flashi2v_infer.lora import load_adapters
 from flashi2v_infer.model_index import check_model_index, class_of
 from flashi2v_infer.pipeline import FlashI2VPipeline
 from flashi2v_infer.placement import Sharing, home, home_of_transformer, place
+from flashi2v_infer.settings import SamplingSettings
+from flashi2v_infer.speed import calibration_in, planned_calls
 from flashi2v_model import FlashI2VTransformer3DModel, load_weights
 from flashi2v_model.adapter_choice import AdapterChoice, read_choices
 from flashi2v_model.config import AEConfig, PredictorConfig, SchedulerName, check_pretrained
@@ -29,7 +32,10 @@ from flashi2v_model.layers import use_fused_rms_norm
 from flashi2v_model.parallel.degrees import ContextDegrees, choose_degrees
 from flashi2v_model.presets import TRANSFORMERS
 from flashi2v_model.quantization import quantize
+from flashi2v_model.sampling import set_timesteps
 from flashi2v_model.scheduler import make_scheduler
+from flashi2v_model.speed.choice import Calls
+from flashi2v_model.speed.plan import plan_of
 from flashi2v_model.variants import transformer_class
 from flashi2v_model.weights.fingerprint import fingerprint
 from flashi2v_model.weights.reading import check_directory, read_json, weight_files
@@ -123,6 +129,31 @@ class Model(ABC):
         """Refuse what can be seen to be missing (`InputError`), before anything large is read."""
 
     @abstractmethod
+    def weights_directory(self) -> Path | None:
+        """Return where the transformer's weights lie, or a file of them; None where they are not on this disk yet."""
+
+    @abstractmethod
+    def sampler(self) -> SchedulerMixin | None:
+        """Return the scheduler of a run; None where its configuration is not on this disk yet."""
+
+    def calls(self, settings: SamplingSettings) -> Calls | None:
+        """Return which calls of the network a run makes, before anything large is read.
+
+        Returns:
+            None where it makes all of them, or where the model is not on this disk yet.
+
+        Raises:
+            InputError: some are to be left out, and the model is not calibrated; the message says how to do that.
+        """
+        plan, directory = plan_of(settings.speed), self.weights_directory()
+        if plan.is_exact or directory is None:
+            return None
+        calibration, scheduler = calibration_in([directory]), self.sampler()
+        assert scheduler is not None
+        set_timesteps(scheduler, settings.num_inference_steps, torch.device("cpu"))
+        return planned_calls(plan, calibration, scheduler, settings)
+
+    @abstractmethod
     def part_configs(self) -> tuple[PartConfig, PartConfig, PartConfig]:
         """Return the constructor arguments of transformer, text encoder and VAE; nothing but config.json is read."""
 
@@ -212,6 +243,12 @@ class ConfiguredModel(Model):
         _check_tokenizer(config.tokenizer.from_pretrained)
         self.check_changes()
 
+    def weights_directory(self) -> Path | None:
+        return Path(str(self.config.predictor.from_pretrained))
+
+    def sampler(self) -> SchedulerMixin:
+        return make_scheduler(self.config.diffusion.scheduler, self.config.diffusion.shift)
+
     def part_configs(self) -> tuple[PartConfig, PartConfig, PartConfig]:
         encoder, ae = self.config.text_encoder.from_pretrained, self.config.ae.from_pretrained
         return (
@@ -241,9 +278,10 @@ class ConfiguredModel(Model):
         ):
             if ours != theirs:
                 raise InputError(what.format(ours, theirs))
-        scheduler = make_scheduler(config.diffusion.scheduler, config.diffusion.shift)
         use_mask = config.text_encoder.use_attention_mask
-        pipeline = FlashI2VPipeline(tokenizer, text_encoder, vae, transformer, scheduler, use_attention_mask=use_mask)
+        pipeline = FlashI2VPipeline(
+            tokenizer, text_encoder, vae, transformer, self.sampler(), use_attention_mask=use_mask
+        )
         place(pipeline, settled.execution, device, _sharing(settled.execution, transformer, processes))
         return pipeline
 
@@ -322,6 +360,19 @@ class ModelDirectory(Model):
         except Exception as error:  # whatever the libraries raise
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise InputError(f"--model: there is no directory {self.name}, nor is it on the hub: {reason}") from error
+
+    def weights_directory(self) -> Path | None:
+        path = self.directory()
+        return None if path is None else path / "transformer"
+
+    def sampler(self) -> SchedulerMixin | None:
+        if (path := self.directory()) is None:
+            return None
+        config = read_json(path / "scheduler" / "scheduler_config.json")
+        own: Any = getattr(diffusers, str(config.get("_class_name")), None)
+        if not (isinstance(own, type) and issubclass(own, SchedulerMixin)):
+            raise InputError(f"--model: {path / 'scheduler'} names no scheduler of diffusers")
+        return rescheduled(own.from_config(config), self.scheduler, self.flow_shift)
 
     def part_configs(self) -> tuple[PartConfig, PartConfig, PartConfig]:
         if (path := self.directory()) is None:
@@ -426,6 +477,7 @@ def _load_transformer(
     use_fused_rms_norm(transformer, config.use_fused_rmsnorm)
     cast(transformer, DTYPES[config.dtype])
     assert config.from_pretrained is not None
+    transformer.register_to_config(_name_or_path=config.from_pretrained)  # as diffusers does
     load_weights(transformer, config.from_pretrained)  # the file's own tensors, so that there is no second copy
     transformer.to(device).requires_grad_(False).eval()
     return transformer

@@ -7,7 +7,7 @@ import base64
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from diffusers.utils import BaseOutput
@@ -30,11 +30,14 @@ class FlashI2VPipelineOutput(BaseOutput):
             in [0, 1]; "latent": (B, C, F, H, W), normalised.
         decoding: in words, in which way the VAE decoded; None for latents.
         fps: frames per second that the model was trained for.
+        calls: which calls of the network were made and skipped, and what is predicted of the error; None where none
+            was skipped.
     """
 
     frames: AnyFrames
     decoding: str | None = None
     fps: float = 16.0
+    calls: dict[str, Any] | None = None
 
     def save(
         self, path: str | Path, video: int | None = None, *, fps: float | None = None, record: Record | None = None

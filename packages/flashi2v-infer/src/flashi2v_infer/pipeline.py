@@ -44,12 +44,15 @@ from flashi2v_infer.preview import PreviewMixin
 from flashi2v_infer.publishing import hub_options, upload, write_beside
 from flashi2v_infer.settings import SamplingSettings
 from flashi2v_infer.single_file import SingleFileMixin
+from flashi2v_infer.speed import SpeedMixin
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.config import SPATIAL_STRIDE
 from flashi2v_model.encoders import encode_text, encode_video
 from flashi2v_model.sampling import Generators, VelocityField, set_timesteps
 from flashi2v_model.sampling import denoise as denoise
 from flashi2v_model.scheduler import fitted
+from flashi2v_model.speed.choice import as_record
+from flashi2v_model.speed.plan import SamplingPlan, plan_of
 from flashi2v_npu_ops import route_conv3d
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ StepCallback: TypeAlias = Callable[["FlashI2VPipeline", int, Tensor, dict[str, A
 _USUAL_TEXT_LENGTH = 512  # of every release
 
 
-class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMixin):
+class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMixin, SpeedMixin):
     """Samples videos that start with an image and follow a prompt.
 
     Args:
@@ -233,6 +236,7 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMix
         callback_on_step_end: StepCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         conditioning: Mapping[str, Conditioning] | None = None,
+        plan: SamplingPlan | str | float | None = None,
     ) -> FlashI2VPipelineOutput | tuple[AnyFrames]:
         """Sample videos for every prompt. Numbers that are None are the model's defaults.
 
@@ -268,6 +272,8 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMix
                 "negative_prompt_embeds".
             conditioning: what a variant of the transformer asks for, by name: a number or a list of them for all
                 videos, or a tensor with a row for each, (B,) or (B, n).
+            plan: which calls of the network are left out: "balanced", "fast", so many times fewer calls (2.5), or a
+                `SamplingPlan`, where the model is calibrated. None, or "exact", is the plain loop.
 
         Raises:
             InputError: an argument cannot be used; the message says what can.
@@ -282,6 +288,8 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMix
             low_freq_energy_ratio=low_freq_energy_ratio,
             max_sequence_length=max_sequence_length,
         )
+        chosen = plan_of(plan)
+        self._check_plan(chosen)
         if output_type not in get_args(OutputType):
             raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
         if num_videos_per_prompt < 1:
@@ -305,6 +313,10 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMix
             negative_prompt_embeds=None if isinstance(negatives, list) else negatives,
             max_sequence_length=max_sequence_length,
         )
+        self.scheduler = fitted(self.scheduler)
+        set_timesteps(self.scheduler, settings.num_inference_steps, device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        calls = self._calls(chosen, settings)
         field = VelocityField(
             self.transformer,
             self._condition(pictures, settings, num_videos),
@@ -315,10 +327,8 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMix
             cfg_batch=self.execution.cfg_batch if cfg_batch is None else cfg_batch,
             conditioning=conditioning_tensors(conditioning or {}, num_videos, device),
             attention_kwargs=attention_kwargs,
+            calls=calls,
         )
-        self.scheduler = fitted(self.scheduler)
-        set_timesteps(self.scheduler, settings.num_inference_steps, device)
-        self._num_timesteps = len(self.scheduler.timesteps)
         try:
             denoised = field.follow(
                 self.scheduler,
@@ -330,6 +340,7 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMix
         finally:
             self._current_timestep = None
         output = self._decoded(denoised, output_type)
+        output.calls = None if calls is None else as_record(calls, field.made)
         self.maybe_free_model_hooks()  # with offloading by diffusers, the last part leaves the device too
         return output if return_dict else (output.frames,)
 

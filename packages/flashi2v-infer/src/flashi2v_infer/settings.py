@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from flashi2v_data.errors import InputError
 from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from flashi2v_model.speed.plan import Speed, read_speed
 
 # The transformer's patch is 2 x 2.
 SPATIAL_MULTIPLE, TEMPORAL_MULTIPLE = 2 * SPATIAL_STRIDE, TEMPORAL_STRIDE
@@ -26,6 +27,7 @@ class SamplingSettings:
         max_sequence_length: text tokens that the transformer attends to, padding included; the number it was trained
             with, 512 in every release. None: what the transformer's config says.
         conditioning: what a variant of the network asks for, by name.
+        speed: which calls of the network are left out: exact, balanced, fast, or so many times fewer.
 
     Raises:
         InputError: a number cannot be used; the message says which can.
@@ -39,6 +41,7 @@ class SamplingSettings:
     low_freq_energy_ratio: float = 0.1
     max_sequence_length: int | None = None
     conditioning: Mapping[str, float | Sequence[float]] = field(default_factory=dict, hash=False)
+    speed: Speed = "exact"
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.num_frames % TEMPORAL_MULTIPLE != 1:
@@ -56,6 +59,7 @@ class SamplingSettings:
             raise InputError(f"guidance_scale must be 0 or more, got {self.guidance_scale}")
         if not 0 <= self.low_freq_energy_ratio <= 1:
             raise InputError(f"low_freq_energy_ratio must lie in [0, 1], got {self.low_freq_energy_ratio}")
+        object.__setattr__(self, "speed", read_speed(self.speed))  # in one spelling, as records are compared
 
     @property
     def latent_grid(self) -> tuple[int, int, int]:

@@ -28,6 +28,8 @@ _OF_STACK = ("FirstBlockCacheConfig", "MagCacheConfig", "SeaCacheConfig")  # cut
 # Hooks that keep one state for all calls, so both branches of guidance have to come in one.
 _STATE_OF_ONE_CALL = ("pyramid_attention_broadcast", "faster_cache_denoiser", "faster_cache_block")
 _TEXT = "TextKVCacheConfig"
+# How the hooks are called that give an earlier step's numbers for new ones.
+_SKIPPING = ("fbc_", "mag_cache", "taylorseer_cache", "sea_cache", "faster_cache", "pyramid_attention_broadcast")
 
 # Not by `register`, which imports every transformer that diffusers has.
 _BLOCK = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
@@ -169,6 +171,11 @@ def needs_one_call(transformer: nn.Module) -> bool:
     return getattr(transformer, "shares_samples", False) or any(
         name in hooks for hooks in _hooks(transformer) for name in _STATE_OF_ONE_CALL
     )
+
+
+def skips_work(transformer: nn.Module) -> bool:
+    """Tell whether a hook of diffusers answers some calls, or parts of them, by what earlier ones computed."""
+    return any(name.startswith(_SKIPPING) for hooks in _hooks(transformer) for name in hooks)
 
 
 def check_guided(transformer: nn.Module, is_guided: bool) -> None:

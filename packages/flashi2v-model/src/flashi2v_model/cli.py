@@ -1,4 +1,4 @@
-"""`flashi2v-model inspect | convert | init`."""
+"""`flashi2v-model inspect | convert | init | calibrate`."""
 
 import io
 import os
@@ -213,6 +213,67 @@ def init(directory: Path, *, preset: Literal["tiny", "1.3b", "14b"], seed: int =
     with appearing_whole(directory) as temporary:
         presets.init(preset, temporary)
     print(f"wrote {directory} ({preset}, random weights)")
+
+
+@app.command
+def calibrate(
+    directory: Path,
+    *,
+    pictures: Path,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    device: str = "auto",
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    batch: int = 1,
+) -> None:
+    """Measure how the model's velocities hang together, for `--speed balanced`, `fast` or a number.
+
+    A video is sampled for every picture, whole. What was found is written beside the transformer, as calibration.json;
+    it holds for these weights alone.
+
+    Example: flashi2v-model calibrate my-model --pictures first-frames
+
+    Parameters
+    ----------
+    directory
+        a pipeline in diffusers' layout
+    pictures
+        a folder of first frames, 2 or more (16 to 32 do well), each with a text file of its name beside it that says
+        what happens: cat.png and cat.txt
+    num_inference_steps
+        of the runs (default: the model's, at least 50)
+    guidance_scale
+        of the runs, above 1 (default: the model's, or 5)
+    device
+        npu, cuda, cpu, cuda:1, ...
+    dtype
+        of transformer and text encoder (default: bf16, fp32 on the CPU)
+    batch
+        videos at once
+    """
+    if num_inference_steps is not None and num_inference_steps < 3:
+        raise InputError(f"--num-inference-steps must be at least 3, got {num_inference_steps}")
+    if guidance_scale is not None and not 1 < guidance_scale < float("inf"):
+        raise InputError(f"--guidance-scale must be above 1, as both branches are measured; got {guidance_scale}")
+    if batch < 1:
+        raise InputError(f"--batch must be at least 1, got {batch}")
+    from flashi2v_model.speed.directory import calibrate_directory, find_pairs
+    from flashi2v_model.weights.libraries import quieten
+    from flashi2v_npu_ops.device import resolve_device
+
+    pairs = find_pairs(pictures)
+    quieten()
+    chosen = resolve_device(device)
+    found = calibrate_directory(
+        directory,
+        pairs,
+        num_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        device=chosen,
+        dtype=dtype or ("fp32" if chosen.type == "cpu" else "bf16"),
+        batch=batch,
+    )
+    print(f"wrote {directory / 'transformer' / 'calibration.json'}, from {found.made_from}")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ B videos, C latent channels, F latent frames, H W latent grid, L text tokens.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -15,10 +16,12 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flashi2v_model.acceleration import check_guided, needs_one_call
+from flashi2v_model.acceleration import check_guided, needs_one_call, skips_work
 from flashi2v_model.caching import conditions_kept
 from flashi2v_model.errors import InputError
 from flashi2v_model.scheduler import NUM_TIMESTEPS, inference_sigmas
+from flashi2v_model.speed.choice import NOTHING, Calls
+from flashi2v_model.speed.stand_ins import Past
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
 
 Generators = torch.Generator | list[torch.Generator]
@@ -115,6 +118,7 @@ def denoise(
     *,
     cfg_batch: bool = False,
     conditioning: Mapping[str, Tensor] | None = None,
+    calls: Calls | None = None,
     generator: Generators | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
     on_step: OnStep = lambda step, timestep, y: y,
@@ -132,6 +136,7 @@ def denoise(
         low_freq_energy_ratio: in [0, 1], one number or (B,): where the high frequencies of the first frames start.
         cfg_batch: run both branches of guidance as one batch of 2 B, rather than one after the other.
         conditioning: what a variant of the network asks for, (B, ...) each, by name.
+        calls: which steps call the network, and what stands in elsewhere; None calls it in every step.
         generator: for schedulers that draw noise along the way.
         progress: wraps the timesteps.
         on_step: observes, changes or ends the run.
@@ -151,6 +156,7 @@ def denoise(
         low_freq_energy_ratio,
         cfg_batch=cfg_batch,
         conditioning=conditioning,
+        calls=calls,
     )
     return field.follow(scheduler, noise, generator=generator, progress=progress, on_step=on_step)
 
@@ -162,6 +168,7 @@ class VelocityField:
         text: may be changed between two steps, as the next two may.
         negative_text: None: nothing is guided.
         guidance_scale: up to 1 nothing is guided.
+        made: of each step so far, whether the network was called with the text, and with the negative text.
     """
 
     def __init__(
@@ -176,7 +183,10 @@ class VelocityField:
         cfg_batch: bool = False,
         conditioning: Mapping[str, Tensor] | None = None,
         attention_kwargs: Mapping[str, Any] | None = None,
+        calls: Calls | None = None,
     ) -> None:
+        self.made = list[tuple[bool, bool]]()
+        self._calls, self._past = calls, (Past(), Past())
         self.text, self.negative_text, self.guidance_scale = text, negative_text, guidance_scale
         self._transformer = transformer
         self._one_call = cfg_batch or needs_one_call(transformer)
@@ -213,32 +223,87 @@ class VelocityField:
     ) -> Tensor:
         """Return where the field leads from noise; arguments, result and errors as of `denoise`."""
         check_guided(self._transformer, self.is_guided)
+        if self._calls is not None:
+            check_plannable(self._transformer, scheduler)
         self._step, self._sigmas = 0, scheduler.sigmas.tolist()
+        self.made = []
+        self.forget()
+
+        def observed(step: int, timestep: Tensor, y: Tensor) -> Tensor | None:
+            texts = self.text, self.negative_text
+            changed = on_step(step, timestep, y)
+            if changed is not y or texts[0] is not self.text or texts[1] is not self.negative_text:
+                self.forget()
+            return changed
+
         with conditions_kept(self._transformer):
-            y = integrate(scheduler, self, noise, generator=generator, progress=progress, on_step=on_step)
+            y = integrate(scheduler, self, noise, generator=generator, progress=progress, on_step=observed)
         if not y.isfinite().all():
             raise FloatingPointError("sampling ended in NaN or infinity: use dtype bf16 or fp32 instead of fp16")
         return y
 
     def __call__(self, y: Tensor, timestep: Tensor) -> Tensor:
         """Return the velocity, (B, C, F, H, W), of the state y at a timestep, a number."""
+        if self._calls is None:
+            velocity, negative = self.branches(y, timestep)
+            if negative is not None:
+                velocity = guided(velocity, negative, self.guidance_scale)
+            self.made.append((True, negative is not None))
+        else:
+            velocity = self._planned(self._calls, y, timestep)
+        self._step, self._last = self._step + 1, (y, timestep, velocity)
+        return velocity
+
+    def branches(self, y: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the velocity with the text, and with the negative text where that guides, as `__call__` takes them."""
         times = timestep.expand(len(y))
         if self.negative_text is None or not self.is_guided:
-            velocity = self._call("cond", y, times, self.text, self._inputs)
-        elif self._one_call:
+            return self._call("cond", y, times, self.text, self._inputs), None
+        if self._one_call:
             # The same tensors in every step, so that what depends on them alone is known again.
             self._inputs_of_both = self._inputs_of_both or _twice(self._inputs)
             texts = self._both_texts(self.negative_text)
             times = timestep.expand(2 * len(y))
             twice = self._call("cond", y.repeat(2, 1, 1, 1, 1), times, texts, self._inputs_of_both)
             negative, velocity = twice.chunk(2)
-            velocity = guided(velocity, negative, self.guidance_scale)
         else:
             velocity = self._call("cond", y, times, self.text, self._inputs)
             negative = self._call("uncond", y, times, self.negative_text, self._inputs)
-            velocity = guided(velocity, negative, self.guidance_scale)
-        self._step, self._last = self._step + 1, (y, timestep, velocity)
-        return velocity
+        return velocity, negative
+
+    def forget(self) -> None:
+        """Let nothing stand in for the next calls: the state or the text is another than they would have led to."""
+        self._past = (Past(), Past())
+
+    def _planned(self, calls: Calls, y: Tensor, timestep: Tensor) -> Tensor:
+        """Return the velocity with the stand-ins that a plan has for this step."""
+        sigma, (text, guidance) = self._sigmas[self._step], self._past
+        act = calls.text[self._step]
+        other = calls.guidance[self._step] if self.is_guided and calls.guidance else NOTHING
+        if act == NOTHING:  # and so is the guidance
+            self.made.append((False, False))
+            return torch.zeros_like(y)
+        negative: Tensor | None = None
+        if other is None or (other != NOTHING and not guidance):
+            velocity, negative = self.branches(y, timestep)
+            assert negative is not None
+            text.add(sigma, velocity)
+            guidance.add(sigma, velocity - negative)
+            self.made.append((True, True))
+        else:
+            called = act is None or not text
+            if act is None or not text:
+                velocity = self._call("cond", y, timestep.expand(len(y)), self.text, self._inputs)
+                text.add(sigma, velocity)
+            else:
+                velocity = text.at(sigma, act)
+            if other != NOTHING:
+                negative = velocity - guidance.at(sigma, other)
+            self.made.append((called, False))
+        if negative is None:
+            return velocity
+        combine = guided_zero if calls.cfg_zero else guided
+        return combine(velocity, negative, self.guidance_scale)
 
     def _call(self, branch: str, y: Tensor, times: Tensor, text: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         # By name, and the negative text first, as hooks of diffusers expect.
@@ -280,6 +345,43 @@ def _twice(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def guided(velocity: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:
     """Return the velocity, away from that of the negative prompt."""
     return negative + guidance_scale * (velocity - negative)
+
+
+def guided_zero(velocity: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:
+    """Return the same of the negative velocity scaled, per video, to be as near to the other as it can (CFG-Zero*)."""
+    from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale  # with all other guiders
+
+    scale = cfg_zero_star_scale(velocity.flatten(1), negative.flatten(1)).view(-1, 1, 1, 1, 1)
+    return guided(velocity, scale * negative, guidance_scale)
+
+
+def check_plannable(transformer: FlashI2VTransformer3DModel, scheduler: SchedulerMixin) -> None:
+    """Refuse what a plan's stand-ins do not fit.
+
+    Raises:
+        InputError: a cache of diffusers leaves out work of its own, or as of `check_falling`.
+    """
+    if skips_work(transformer):
+        raise InputError(
+            "speed: a cache of diffusers is enabled too, and neither knows of the other: call disable_cache(), or "
+            "leave speed at exact"
+        )
+    check_falling(scheduler)
+
+
+def check_falling(scheduler: SchedulerMixin) -> None:
+    """Refuse a scheduler, its timesteps set, whose steps do not follow one path from noise to a video.
+
+    Raises:
+        InputError: it draws noise on the way, or comes back to a noise level.
+    """
+    name, config, sigmas = type(scheduler).__name__, scheduler.config, scheduler.sigmas.tolist()
+    draws = config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type")) or "LCM" in name
+    if draws or any(first <= second for first, second in itertools.pairwise(sigmas)):
+        raise InputError(
+            f"speed: {name} draws noise on the way, or looks twice at a noise level, and no velocity can stand in for "
+            "another then: choose the scheduler euler, unipc or dpm++, or leave speed at exact"
+        )
 
 
 def exact_timesteps(scheduler: SchedulerMixin) -> Tensor:

@@ -106,6 +106,7 @@ def sample(
         SamplingError: a video could not be sampled; of a batch at the end.
     """
     quieten()
+    model.calls(settings)  # refuses a speed that this model is not calibrated for
     if dry_run:
         model.check()
         if plan:
@@ -158,7 +159,13 @@ def print_plan(model: Model, settings: SamplingSettings, devices: Devices | None
     device_type, free = target_device(model.device_name)
     # Where the model's own scheduler is not known, it is as all releases have it.
     plan = make_plan(
-        parts_of(model, device_type), settings, model.execution, device_type, free, scheduler=model.scheduler or "euler"
+        parts_of(model, device_type),
+        settings,
+        model.execution,
+        device_type,
+        free,
+        scheduler=model.scheduler or "euler",
+        calls=model.calls(settings),
     )
     print(plan)
     if devices is not None:
@@ -242,6 +249,7 @@ def _sampler(
 def _measured(pipeline: FlashI2VPipeline, sample: Sample) -> dict[str, Any]:
     """Return what a record says beside what the video was made from."""
     return {
+        **({} if sample.calls is None else {"sampling_plan": sample.calls}),
         "first_frame_psnr": round(sample.first_frame_psnr, 2),
         "vae_psnr": round(sample.vae_psnr, 2),
         "dtype": dtype_name(pipeline.transformer),

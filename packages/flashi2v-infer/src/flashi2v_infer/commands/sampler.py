@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,12 +41,14 @@ class Sample:
         first_frame_psnr: between the first frame and the image it was to start with, in dB.
         vae_psnr: between the image and its reconstruction by the VAE alone, in dB: what can be expected at best.
         decoding: in words, in which way the VAE decoded it.
+        calls: of the network that were made and skipped; None where all were made.
     """
 
     frames: NDArray[np.uint8]
     first_frame_psnr: float
     vae_psnr: float
     decoding: str | None
+    calls: dict[str, Any] | None = None
 
     @property
     def starts_elsewhere(self) -> bool:
@@ -97,6 +100,7 @@ class Sampler:
         Raises:
             FloatingPointError: sampling ended in NaN or infinity.
         """
+        numbers = asdict(request.settings)
         negative_text = self._texts[request.negative_prompt] if request.settings.uses_negative_prompt else None
         output = self.pipeline(
             image=image,
@@ -105,11 +109,12 @@ class Sampler:
             callback_on_step_end=self._on_step_end,
             generator=generator(request.seed, "noise", 0, request.index),
             output_type="np",
-            **asdict(request.settings),
+            plan=numbers.pop("speed"),
+            **numbers,
         )
         assert isinstance(output, FlashI2VPipelineOutput)
         frames = _as_pixels(np.asarray(output.frames)[0])
-        sample = Sample(frames, psnr(frames[0], image), self._best_psnr(image), output.decoding)
+        sample = Sample(frames, psnr(frames[0], image), self._best_psnr(image), output.decoding, output.calls)
         logger.info(
             "video %d: first frame %.1f dB PSNR against the image (the VAE alone %.1f dB)",
             request.index,

@@ -12,7 +12,10 @@ _PACKAGES = ("flashi2v-infer", "flashi2v-model", "flashi2v-npu-ops", "torch", "d
 
 # Names, by which the same things may go elsewhere: their contents count.
 _NAMES = ("image", "model", "lora")
-_KNOWN_BEFORE = ("settings.conditioning.", "model_settings.network.", "model_settings.lora", "model_settings.quantize")
+_KNOWN_BEFORE = (
+    *("settings.conditioning.", "settings.speed"),
+    *("model_settings.network.", "model_settings.lora", "model_settings.quantize"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -51,6 +54,8 @@ def origin(request: Request, image_contents: str, source: Source | None = None) 
         source: the model; None where it is known only once it is loaded.
     """
     facts = _as_json({**asdict(request), "image_contents": image_contents})
+    if facts["settings"]["speed"] == "exact":  # as all videos were before there was a choice
+        del facts["settings"]["speed"]
     return facts if source is None else facts | source.facts()
 
 

@@ -9,6 +9,7 @@ have no numbers, and `flashi2v_model.cost` counts.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -28,6 +29,8 @@ from flashi2v_model.cost import held_while_running, num_bytes, tracing
 from flashi2v_model.encoders import TextEncoder, decode_video, encode_text, encode_video
 from flashi2v_model.sampling import VelocityField, exact_timesteps, set_timesteps
 from flashi2v_model.scheduler import make_scheduler
+from flashi2v_model.speed.choice import Calls
+from flashi2v_model.speed.plan import HIGHEST_ORDER
 from flashi2v_npu_ops.device import free_memory, missing
 
 
@@ -64,6 +67,7 @@ class Plan:
         parameters: of each part.
         decoding: in which way the VAE decodes.
         notes: what was assumed.
+        num_calls: of the network, one branch each, where some are left out.
     """
 
     stages: tuple[Stage, ...]
@@ -75,6 +79,7 @@ class Plan:
     parameters: dict[str, int]
     decoding: str
     notes: tuple[str, ...] = field(default=())
+    num_calls: int | None = None
 
     @property
     def peak(self) -> int:
@@ -95,7 +100,8 @@ class Plan:
         lines += [
             "",
             f"peak memory {gib(self.peak)}, operations per step {tera(self.step_flops)}",
-            f"{self.num_steps} steps, {self.calls_per_step} calls of the network in each, {calls} in all; "
+            f"{self.num_steps} steps, {self.calls_per_step} calls of the network in each, {calls} in all"
+            f"{'' if self.num_calls is None else f', of which {self.num_calls} are made'}; "
             f"{self.num_tokens} tokens a video, {self.num_videos} at a time",
             f"parameters: {sizes}",
             f"decoding in {self.decoding}",
@@ -133,6 +139,7 @@ def make_plan(
     free: int | None,
     num_videos: int = 1,
     scheduler: SchedulerName = "euler",
+    calls: Calls | None = None,
 ) -> Plan:
     """Predict what a run takes.
 
@@ -147,6 +154,7 @@ def make_plan(
         free: bytes that are free there now; None, where this is not known, lets the VAE decode whole.
         num_videos: B, sampled at once.
         scheduler: the sampler; heun evaluates the network twice for each of `num_inference_steps` but the last.
+        calls: that are made, where some are left out.
     """
     run = _Run(parts, settings, execution, num_videos)
     model = _Residence(parts, execution, streams(device_type))
@@ -158,8 +166,12 @@ def make_plan(
     image = model.stage("image encoding", [run.encode_image], run.texts)
     # What the first step keeps for the others is alive in them.
     steps = [partial(run.step, timestep) for timestep in timesteps[:2]]
+    whole = branches * len(timesteps)
+    num_calls = whole if calls is None else calls.num_calls
+    # A velocity of each part is kept for every order of what stands in.
+    kept = [run.latents.clone() for _ in range((HIGHEST_ORDER + 1) * branches if num_calls < whole else 0)]
     with conditions_kept(parts.transformer):
-        denoising = model.stage("denoising", steps, run.held, repeats=len(timesteps))
+        denoising = model.stage("denoising", steps, [*run.held, *kept], repeats=Fraction(num_calls, branches))
     room = None if free is None else free - model.weights("decoding")
     decoding = choose_decoding(parts.vae, tuple(run.latents.shape), execution, room)
     with decoding_as(parts.vae, decoding):
@@ -169,6 +181,7 @@ def make_plan(
         step_flops=denoising.last_flops,
         num_steps=len(timesteps),
         calls_per_step=1 if execution.cfg_batch or execution.guidance_parallel_size > 1 else branches,
+        num_calls=None if num_calls == whole else num_calls,
         num_tokens=math.prod(parts.transformer.token_grid(run.latents.shape)),
         num_videos=num_videos,
         parameters={name: sum(p.numel() for p in module.parameters()) for name, module in parts.modules.items()},
@@ -286,7 +299,9 @@ class _Residence:
         }
         return num_bytes(*staying[self._offload][name])
 
-    def stage(self, name: str, runs: Sequence[Callable[[], Tensor]], held: list[Tensor], repeats: int = 1) -> Stage:
+    def stage(
+        self, name: str, runs: Sequence[Callable[[], Tensor]], held: list[Tensor], repeats: int | Fraction = 1
+    ) -> Stage:
         """Trace a stage with these weights, and inputs that were made before.
 
         Args:
@@ -305,4 +320,4 @@ class _Residence:
                     run()
                     flops.append(trace.flops)
         last = flops[-1] - flops[-2]
-        return Stage(name, trace.peak, weights, trace.flops + (repeats - len(runs)) * last, last)
+        return Stage(name, trace.peak, weights, int(trace.flops + (repeats - len(runs)) * last), last)

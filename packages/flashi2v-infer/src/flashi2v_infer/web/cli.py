@@ -14,11 +14,12 @@ from flashi2v_data.console import importing, run
 from flashi2v_data.errors import InputError
 from flashi2v_data.textfile import read_text
 from flashi2v_infer import __version__, demo
-from flashi2v_infer.defaults import read_defaults
+from flashi2v_infer.defaults import directory_of, read_defaults
 from flashi2v_infer.execution import Execution
 from flashi2v_infer.web.schema import Limits, Served
 from flashi2v_model.adapter_choice import read_choices
 from flashi2v_model.config import SchedulerName
+from flashi2v_model.speed.calibration import FILE as CALIBRATION
 from flashi2v_npu_ops.installation import loading_told
 
 app = App(name="flashi2v-web", version=__version__, help_format="plaintext")
@@ -190,7 +191,8 @@ def _served(options: ModelOptions, limits: Limits) -> Served:
     path = Path(options.model)
     is_directory = options.model != demo.NAME and path.is_dir()
     source, name = (str(path.absolute()), path.absolute().name) if is_directory else (options.model, options.model)
-    return Served(name, source, read_defaults(source, fetch=True), limits, adapters)
+    calibration = directory_of(source) / "transformer" / CALIBRATION
+    return Served(name, source, read_defaults(source, fetch=True), limits, adapters, calibration.is_file())
 
 
 def _usual_data() -> Path:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tempfile
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from flashi2v_infer.web.planner import Planner
 from flashi2v_infer.web.schema import Order
 from flashi2v_infer.web.service import Service
 from flashi2v_infer.web.views import crop, history_view, job_view, pair_view
+from flashi2v_model.speed.plan import PRESETS, read_speed
 
 _HERE = Path(__file__).parent
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
@@ -40,7 +42,7 @@ _CACHE_SECONDS = 86400
 # Of the fields, in their order.
 _NAMES = (
     *("image", "prompt", "negative_prompt", "size", "num_frames", "num_inference_steps", "guidance_scale"),
-    *("low_freq_energy_ratio", "flow_shift", "fps", "seed", "lora"),
+    *("low_freq_energy_ratio", "flow_shift", "fps", "seed", "lora", "speed"),
 )
 # Buttons in the HTML of `views` say what they do.
 _ACT = """element.addEventListener("click", (event) => {
@@ -182,13 +184,18 @@ class _Page:
                 list(self._served.adapters), multiselect=True, allow_custom_value=True, label="Adapters",
                 info="name, or name:0.8 for a weight", visible=bool(self._served.adapters),
             )  # fmt: skip
+            speed = gr.Dropdown(
+                list(PRESETS), value="exact", allow_custom_value=True, label="Speed", elem_id="speed",
+                info="balanced and fast leave calls of the network out; a number: so many times fewer",
+                visible=self._served.is_calibrated,
+            )  # fmt: skip
         extras["restore"] = gr.File(
             label="Drop a video or picture that was made here: its settings come back",
             file_types=list(_MADE_HERE),
             height=140,
             elem_id="restore",
         )
-        return [image, prompt, negative, size, frames, steps, guidance, detail, shift, fps, seed, lora], extras
+        return [image, prompt, negative, size, frames, steps, guidance, detail, shift, fps, seed, lora, speed], extras
 
     # What happens. Each knows whose browser it is by the request, which Gradio hands on.
 
@@ -290,10 +297,21 @@ class _Page:
             source, _, scale = text.rpartition(":")
             lora.append(f"{known[source]}:{scale}" if source in known else text)
         names = ("num_frames", "num_inference_steps", "guidance_scale", "low_freq_energy_ratio")
+        speed = str(settings.get("speed", "exact"))
         size = f"{settings['width']}x{settings['height']}"
         numbers = [settings[name] for name in names]
         words = (record["prompt"], record.get("negative_prompt", ""))
-        return [image, *words, size, *numbers, f"{shift:g}" if shift else "", record["fps"], str(record["seed"]), lora]
+        return [
+            image,
+            *words,
+            size,
+            *numbers,
+            f"{shift:g}" if shift else "",
+            record["fps"],
+            str(record["seed"]),
+            lora,
+            speed,
+        ]
 
     def _last_frame(self, job: Job) -> str:
         last = job.request["settings"]["num_frames"] - 1
@@ -326,10 +344,11 @@ class _Page:
         except InputError as error:
             return f'<p class="f2v fault">{str(error).replace(image, Path(image).name)}</p>'
 
-    def plan(self, size: str, frames: float, steps: float, guidance: float) -> str:
+    def plan(self, size: str, frames: float, steps: float, guidance: float, speed: str) -> str:
         """Say what a video of these settings will take."""
         try:
             settings = self._settings(size, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance)
+            settings = replace(settings, speed=read_speed(speed))
             self._served.limits.check(settings)
             return self._planner.tell(settings)
         except InputError as error:

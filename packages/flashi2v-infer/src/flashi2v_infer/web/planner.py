@@ -27,7 +27,8 @@ class Planner:
         device_type, free = target_device(self._model.device_name)
         if self._parts is None:
             self._parts = parts_of(self._model, device_type)
-        return make_plan(self._parts, settings, self._model.execution, device_type, free, scheduler=self._scheduler)
+        calls, execution = self._model.calls(settings), self._model.execution
+        return make_plan(self._parts, settings, execution, device_type, free, scheduler=self._scheduler, calls=calls)
 
     def tell(self, settings: SamplingSettings) -> str:
         """Return memory, operations and seconds in one line.

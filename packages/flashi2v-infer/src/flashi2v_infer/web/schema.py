@@ -81,6 +81,7 @@ class Order(BaseModel):
     low_freq_energy_ratio: float | None = None
     seed: int | None = Field(None, ge=0, lt=2**53, description="Drawn, and told, where it is left out.")
     negative_prompt: str = Field("", max_length=10_000)
+    speed: str | float | None = Field(None, description="exact, balanced, fast, or so many times fewer calls.")
     lora: list[str] = Field([], max_length=8, description="Adapters that the server has: NAME or NAME:SCALE.")
 
     @field_validator("lora", mode="before")
@@ -106,6 +107,7 @@ class Served:
         defaults: that it was trained for.
         limits: of what may be asked.
         adapters: files by name.
+        is_calibrated: calls of the network may be left out.
     """
 
     model: str
@@ -113,6 +115,7 @@ class Served:
     defaults: Defaults
     limits: Limits
     adapters: Mapping[str, str]
+    is_calibrated: bool = False
 
     def request(self, order: Order, image: str) -> dict[str, Any]:
         """Return what a job is to sample, as JSON holds it.
@@ -134,10 +137,12 @@ class Served:
                 raise InputError("give one of seconds and num_frames")
             later = round((order.seconds * fps - 1) / TEMPORAL_MULTIPLE)
             num_frames = max(0, later) * TEMPORAL_MULTIPLE + 1
-        names = ("num_inference_steps", "guidance_scale", "low_freq_energy_ratio")
+        names = ("num_inference_steps", "guidance_scale", "low_freq_energy_ratio", "speed")
         chosen = {name: getattr(order, name) for name in names}
         settings = settings_of(self.defaults, num_frames=num_frames, **size, **chosen)
         self.limits.check(settings)
+        if settings.speed != "exact" and not self.is_calibrated:
+            raise InputError("speed: this model is not calibrated: leave it at exact")
         self.choices(order.lora)
         seed = secrets.randbelow(2**31) if order.seed is None else order.seed
         scale = scale_of(self.source, settings)
@@ -197,6 +202,7 @@ class Video(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     low_freq_energy_ratio: float
+    speed: str | float
     flow_shift: float | None
     seed: int
     negative_prompt: str
@@ -236,6 +242,7 @@ def describe(job: Job, model: str, ahead: int | None = None, keep_days: float | 
         queue_position=ahead,
         pinned=job.pinned,
         notes=job.notes,
+        speed=settings.get("speed", "exact"),  # of a queue from before there was a choice
         **{name: settings[name] for name in names},
         **own,
     )

@@ -96,6 +96,7 @@ def _facts(job: Job) -> str:
         f"{settings['num_inference_steps']} steps",
         f"guidance {settings['guidance_scale']:g}",
         f"detail {settings['low_freq_energy_ratio']:g}",
+        *([f"speed {settings['speed']}"] if settings.get("speed", "exact") != "exact" else []),
         f"seed {request['seed']}",
         *(escape(name) for name in request["lora"]),
     ]

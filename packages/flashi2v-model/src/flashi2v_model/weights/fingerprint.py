@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from flashi2v_model.speed.calibration import FILE as CALIBRATION
 from flashi2v_model.weights.reading import LARGEST_HEADER
 
 _FIRST_BYTES, _BLOCK = 4096, 2**24
@@ -15,7 +16,8 @@ def fingerprint(path: str | Path, *, whole: bool = False) -> str:
     """Return a hash by which the files of a model are known again wherever they lie; of a hub id, the id.
 
     Nobody should wait while 28 GB are read for it, and yet training a few layers makes another model: every tensor
-    counts, by its first bytes or its checksum. Hidden files, such as a download's own notes, do not.
+    counts, by its first bytes or its checksum. Hidden files, such as a download's own notes, do not, nor does a
+    calibration, which is made from the weights.
 
     Args:
         path: a file of weights, a directory, or a hub id.
@@ -28,7 +30,7 @@ def fingerprint(path: str | Path, *, whole: bool = False) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         name = file.relative_to(root).as_posix() if file != root else ""
-        if not any(part.startswith(".") for part in name.split("/")):
+        if file.name != CALIBRATION and not any(part.startswith(".") for part in name.split("/")):
             digest.update(f"{name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
             for piece in _blocks(file) if whole else _pieces(file):
                 digest.update(piece)
