@@ -138,3 +138,19 @@ def test_processes_that_do_not_fit_are_refused(monkeypatch, num_processes, argum
 def test_one_process_shares_its_videos_with_none():
     with join_processes("cpu", Execution()) as alone:
         assert (alone.is_first, alone.writes, alone.share([1, 2, 3])) == (True, True, [1, 2, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_processes_that_share_a_video_leave_out_the_same_calls(tmp_path, monkeypatch, num_processes):
+    monkeypatch.chdir(tmp_path)
+    options = ("--model", "demo", "--device", "cpu", "--guidance-scale", 4, "--num-inference-steps", 8)
+    options += ("--speed", 2.5)
+    assert forked.run("flashi2v-infer", *options, "-o", "single.mp4").returncode == 0
+    shared = ("--context-parallel-size", num_processes, "-o", "shared.mp4")
+    (output, errors), *_ = started(num_processes, *options, *shared)
+    assert output == "wrote shared.mp4\n", errors
+    single, together = (json.loads(Path(f"{name}.json").read_text()) for name in ("single", "shared"))
+    assert together["sampling_plan"] == single["sampling_plan"]
+    frames = [read_frames(f"{name}.mp4", range(17)).astype(int) for name in ("single", "shared")]
+    assert abs(frames[0] - frames[1]).mean() < 1

@@ -370,7 +370,7 @@ class ModelDirectory(Model):
             return None
         config = read_json(path / "scheduler" / "scheduler_config.json")
         own: Any = getattr(diffusers, str(config.get("_class_name")), None)
-        if not (isinstance(own, type) and issubclass(own, SchedulerMixin)):
+        if SchedulerMixin not in getattr(own, "__mro__", ()):
             raise InputError(f"--model: {path / 'scheduler'} names no scheduler of diffusers")
         return rescheduled(own.from_config(config), self.scheduler, self.flow_shift)
 

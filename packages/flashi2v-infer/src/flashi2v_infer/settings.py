@@ -59,7 +59,11 @@ class SamplingSettings:
             raise InputError(f"guidance_scale must be 0 or more, got {self.guidance_scale}")
         if not 0 <= self.low_freq_energy_ratio <= 1:
             raise InputError(f"low_freq_energy_ratio must lie in [0, 1], got {self.low_freq_energy_ratio}")
-        object.__setattr__(self, "speed", read_speed(self.speed))  # in one spelling, as records are compared
+        try:
+            speed = read_speed(self.speed)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        object.__setattr__(self, "speed", speed)  # in one spelling, as records are compared
 
     @property
     def latent_grid(self) -> tuple[int, int, int]:

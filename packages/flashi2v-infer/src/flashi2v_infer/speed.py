@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers import SchedulerMixin
 
+from flashi2v_data.errors import InputError
 from flashi2v_infer.settings import SamplingSettings
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.sampling import check_falling
@@ -29,7 +30,10 @@ def calibration_in(directories: Sequence[Path]) -> Calibration:
     """
     places = [place.parent if place.is_file() else place for place in directories]
     place = next((place for place in places if (place / FILE).is_file()), None)
-    return read_calibration(places, None if place is None else fingerprint(place))
+    try:
+        return read_calibration(places, None if place is None else fingerprint(place))
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 class SpeedMixin:
@@ -73,6 +77,9 @@ def planned_calls(
     Raises:
         InputError: nothing can stand in for another velocity with this scheduler.
     """
-    check_falling(scheduler)
+    try:
+        check_falling(scheduler)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     scale = settings.guidance_scale if settings.uses_negative_prompt else None
     return choose_calls(plan, calibration, scheduler.sigmas.tolist(), scale)

@@ -32,7 +32,7 @@ from flashi2v_infer.web.planner import Planner
 from flashi2v_infer.web.schema import Order
 from flashi2v_infer.web.service import Service
 from flashi2v_infer.web.views import crop, history_view, job_view, pair_view
-from flashi2v_model.speed.plan import PRESETS, read_speed
+from flashi2v_model.speed.plan import PRESETS
 
 _HERE = Path(__file__).parent
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
@@ -348,7 +348,7 @@ class _Page:
         """Say what a video of these settings will take."""
         try:
             settings = self._settings(size, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance)
-            settings = replace(settings, speed=read_speed(speed))
+            settings = replace(settings, speed=speed)
             self._served.limits.check(settings)
             return self._planner.tell(settings)
         except InputError as error:
