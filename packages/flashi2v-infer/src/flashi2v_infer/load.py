@@ -130,20 +130,17 @@ class Model(ABC):
 
     @abstractmethod
     def weights_directory(self) -> Path | None:
-        """Return where the transformer's weights lie, or a file of them; None where they are not on this disk yet."""
+        """Return where the transformer's weights lie; None where they are not on this disk yet."""
 
     @abstractmethod
     def sampler(self) -> SchedulerMixin | None:
         """Return the scheduler of a run; None where its configuration is not on this disk yet."""
 
     def calls(self, settings: SamplingSettings) -> Calls | None:
-        """Return which calls of the network a run makes, before anything large is read.
-
-        Returns:
-            None where it makes all of them, or where the model is not on this disk yet.
+        """Return which calls of the network a run makes; None: all of them, or the model is not on this disk yet.
 
         Raises:
-            InputError: some are to be left out, and the model is not calibrated; the message says how to do that.
+            InputError: some are to be left out, and the model is not calibrated.
         """
         plan, directory = plan_of(settings.speed), self.weights_directory()
         if plan.is_exact or directory is None:
@@ -278,10 +275,8 @@ class ConfiguredModel(Model):
         ):
             if ours != theirs:
                 raise InputError(what.format(ours, theirs))
-        use_mask = config.text_encoder.use_attention_mask
-        pipeline = FlashI2VPipeline(
-            tokenizer, text_encoder, vae, transformer, self.sampler(), use_attention_mask=use_mask
-        )
+        scheduler, use_mask = self.sampler(), config.text_encoder.use_attention_mask
+        pipeline = FlashI2VPipeline(tokenizer, text_encoder, vae, transformer, scheduler, use_attention_mask=use_mask)
         place(pipeline, settled.execution, device, _sharing(settled.execution, transformer, processes))
         return pipeline
 

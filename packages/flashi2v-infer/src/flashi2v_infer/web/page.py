@@ -185,9 +185,8 @@ class _Page:
                 info="name, or name:0.8 for a weight", visible=bool(self._served.adapters),
             )  # fmt: skip
             speed = gr.Dropdown(
-                list(PRESETS), value="exact", allow_custom_value=True, label="Speed", elem_id="speed",
-                info="balanced and fast leave calls of the network out; a number: so many times fewer",
-                visible=self._served.is_calibrated,
+                [*PRESETS], value="exact", allow_custom_value=True, label="Speed", visible=self._served.is_calibrated,
+                info="balanced and fast leave calls of the network out; a number: so many times fewer", elem_id="speed",
             )  # fmt: skip
         extras["restore"] = gr.File(
             label="Drop a video or picture that was made here: its settings come back",
