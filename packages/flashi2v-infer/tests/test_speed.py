@@ -192,14 +192,14 @@ def test_an_exact_record_is_what_it_was_before_there_was_a_choice():
 @pytest.mark.parametrize("speed", ["fast", 2.0])
 def test_the_command_line_records_calls_and_tells_them_ahead(tmp_path, monkeypatch, speed):
     monkeypatch.chdir(tmp_path)
-    options = ("--num-inference-steps", 6, "--guidance-scale", 4, "--speed", speed, "--device", "cpu")
+    options = ("--num-inference-steps", 10, "--guidance-scale", 4, "--speed", speed, "--device", "cpu")
     done = forked.run("flashi2v-infer", "--model", "demo", "--plan", *options)
     assert done.returncode == 0, done.stderr
     record = json.loads(Path("demo.json").read_text())
     assert record["settings"]["speed"] == speed
     plan = record["sampling_plan"]
-    assert plan["num_calls"] < plan["num_calls_exact"] == 12
-    assert f"12 in all, of which {plan['num_calls']} are made" in done.stdout
+    assert plan["num_calls"] < plan["num_calls_exact"] == 20
+    assert f"20 in all, of which {plan['num_calls']} are made" in done.stdout
 
 
 def test_the_command_line_refuses_in_one_line(directory, model_directory, tmp_path, monkeypatch):

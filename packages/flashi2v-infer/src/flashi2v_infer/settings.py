@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from flashi2v_data.errors import InputError
 from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from flashi2v_model.speed.plan import Speed, read_speed
+from flashi2v_model.speed.plan import read_speed
 
 # The transformer's patch is 2 x 2.
 SPATIAL_MULTIPLE, TEMPORAL_MULTIPLE = 2 * SPATIAL_STRIDE, TEMPORAL_STRIDE
@@ -41,7 +41,7 @@ class SamplingSettings:
     low_freq_energy_ratio: float = 0.1
     max_sequence_length: int | None = None
     conditioning: Mapping[str, float | Sequence[float]] = field(default_factory=dict, hash=False)
-    speed: Speed = "exact"
+    speed: str | float = "exact"
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.num_frames % TEMPORAL_MULTIPLE != 1:
