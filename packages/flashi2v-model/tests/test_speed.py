@@ -561,3 +561,23 @@ def test_weights_that_answer_with_zeros_are_refused():
     torch.nn.init.zeros_(model.proj_out.bias)
     with pytest.raises(InputError, match="answers with zeros"):
         calibrate(model, euler_scheduler(SHIFT), [start(videos=2)], 3, 5.0, weights="w", made_from="m")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_thousand_seeds_make_the_same_calls(network):
+    steps = 6
+    calls = choose_calls(SamplingPlan(times=3), bent(steps), sigmas(steps), 5.0)
+    condition, text, negative = (tensor(name, (1, *shape)) for name, shape in (
+        ("condition", (16, 1, 2, 2)), ("text", (4, 24)), ("negative", (4, 24)),
+    ))  # fmt: skip
+    made, ends = set(), set()
+    for seed in range(1000):
+        scheduler = euler_scheduler(SHIFT)
+        set_timesteps(scheduler, steps, torch.device("cpu"))
+        field = VelocityField(network, condition, text, negative, 5.0, calls=calls)
+        end = field.follow(scheduler, torch.randn(1, 16, 1, 2, 2, generator=torch.Generator().manual_seed(seed)))
+        made.add(tuple(field.made))
+        ends.add(float(end.sum()))
+    assert len(made) == 1
+    assert len(ends) == 1000

@@ -11,5 +11,6 @@ from .pipeline import FlashI2VPipeline as FlashI2VPipeline
 from .pipeline import denoise as denoise
 from .placement import place as place
 from .settings import SamplingSettings as SamplingSettings
+from .speed import SamplingPlan as SamplingPlan
 
 __version__: str

@@ -13,7 +13,7 @@ from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.sampling import check_falling
 from flashi2v_model.speed.calibration import FILE, Calibration, read_calibration
 from flashi2v_model.speed.choice import Calls, choose_calls
-from flashi2v_model.speed.plan import SamplingPlan
+from flashi2v_model.speed.plan import SamplingPlan as SamplingPlan
 from flashi2v_model.weights.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
