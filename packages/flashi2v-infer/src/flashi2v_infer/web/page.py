@@ -114,7 +114,7 @@ class _Page:
             refresh = gr.Button(visible="hidden", elem_id="refresh")
 
             image, prompt, _, *sized = fields[:7]
-            size, seed = sized[0], fields[10]
+            size, seed, planned = sized[0], fields[10], [*sized, fields[12]]
             views = [result, history]
             gr.on([extras["make"].click, prompt.submit], self.make, [*fields, search], [shown, *views], **private)
             extras["stop"].click(self.stop, [shown, search], views, **private)
@@ -124,8 +124,8 @@ class _Page:
             for part in (result, both, history):
                 part.click(self.act, [shown, pair, search, *fields], [shown, pair, both, *views, *fields], **private)
             gr.on([image.change, size.change], self.crop, [image, size], extras["crop"], **latest)
-            changes = [blocks.load, refresh.click, *(field.change for field in sized)]
-            gr.on(changes, self.plan, sized, extras["plan"], **latest)
+            changes = [blocks.load, refresh.click, *(field.change for field in planned)]
+            gr.on(changes, self.plan, planned, extras["plan"], **latest)
             extras["restore"].upload(self.restore, extras["restore"], [extras["restore"], *fields], **private)
             extras["dice"].click(lambda: str(random.randrange(2**31)), None, seed, **private)
             if self._is_demo:
