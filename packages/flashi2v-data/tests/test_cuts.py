@@ -1,6 +1,7 @@
 """The signals cuts and transnet: where one scene ends and another begins."""
 
 import random
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -9,13 +10,17 @@ from PIL import Image
 
 from flashi2v_data.shapes.films import draw_film, join_films
 from flashi2v_data.signals import find_signals
-from flashi2v_data.signals.cuts import Cuts, Transnet, find_cuts
+from flashi2v_data.signals.cuts import Cuts, Detector, Transnet, find_transitions
 
 pytest.importorskip("scenedetect")
 
 
 def tiny(frames: np.ndarray) -> list[np.ndarray]:
     return [np.asarray(Image.fromarray(frame).resize((48, 27), Image.Resampling.BOX)) for frame in frames]
+
+
+def find_cuts(frames: Iterable[np.ndarray], detector: Detector = "cuts") -> list[int]:
+    return [begin for _, begin in find_transitions(frames, detector)]
 
 
 @pytest.mark.parametrize("captions", ["looks", "motion"])
@@ -56,8 +61,8 @@ class TestTransnet:
         share = np.clip((np.arange(60) - 18) / 24, 0, 1)[:, None, None, None]
         frames = tiny(np.rint(before * (1 - share) + after * share).astype(np.uint8))
         assert find_cuts(frames) == []
-        (cut,) = find_cuts(frames, "transnet")
-        assert 18 < cut <= 42
+        ((end, begin),) = find_transitions(frames, "transnet")
+        assert 18 <= end < begin <= 42
 
     def test_a_cut_is_found_once_and_in_windows_as_the_library_finds_it(self):
         from flashi2v_data.signals.cuts import _transnet

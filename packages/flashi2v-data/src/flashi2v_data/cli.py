@@ -23,6 +23,7 @@ from flashi2v_data.engines.protocol import Engine
 from flashi2v_data.errors import InputError
 from flashi2v_data.records import printable
 from flashi2v_data.settings import load_config
+from flashi2v_data.workers import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ def score_command(
     output
         The meta JSON to write, which ends in .json.
     signals
-        Names of signals, with commas between them.
+        With commas between them: motion, cuts, transnet, text, still, duplicates; the README says what they measure.
     signal
         module:Class of one of your own; may be given several times.
     root
@@ -238,14 +239,73 @@ def score_command(
         That a clip may take, which is left out if it takes more twice.
     """
     from flashi2v_data.curation.score import score
-    from flashi2v_data.workers import Limits
 
-    bound = int(memory_gib * 2**30)
-    limits = Limits(timeout, bound // 2, most_bytes=bound)
+    limits = _limits(timeout, memory_gib)
     names = [name.strip() for name in signals.split(",") if name.strip()]
     share = options.share
     with closing(options.open()) as engine:
         report = score(meta, output, names, signal or [], engine, root=root, limits=limits, shard=share)
+    if report is None:
+        print(escaped(f"shard {options.shard} is done; behind the last: flashi2v-data merge {output}"))
+    else:
+        print(escaped(f"{report.describe()}\nwritten to {output}"))
+
+
+def _limits(timeout: float, memory_gib: float) -> Limits:
+    bound = int(memory_gib * 2**30)
+    return Limits(timeout, bound // 2, most_bytes=bound)
+
+
+@app.command(name="split")
+def split_command(
+    meta: Path,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    min_seconds: float = 2.0,
+    max_seconds: float = 10.0,
+    margin: Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=0))] = 1,
+    cuts: Literal["cuts", "transnet"] = "cuts",
+    root: str | None = None,
+    timeout: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = 3600.0,
+    memory_gib: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = 4.0,
+    options: EngineOptions = ENGINE_OPTIONS,
+) -> None:
+    """Split long videos at their cuts into clips of the lengths that are wanted; no video is written.
+
+    Writes a meta JSON with an entry for every clip, whose `cut` names its frames, and an annotation file beside it
+    (.txt, for ann_txt_path). A run that was ended, however, goes on when the command is given again.
+
+    Example: flashi2v-data split films.json -o clips.json --min-seconds 3 --max-seconds 8 --jobs 8
+
+    Parameters
+    ----------
+    meta
+        A meta JSON or a table; or an annotation file, .txt, that names several. Of an entry with a `cut`, only that is
+        split.
+    output
+        The meta JSON to write, which ends in .json.
+    min_seconds
+        What is shorter is left out.
+    max_seconds
+        A scene that is longer becomes equal parts.
+    margin
+        Frames that are left out on both sides of a cut.
+    cuts
+        What finds them: PySceneDetect ("cuts"), or TransNet V2 too, which also sees slow transitions ("transnet").
+    root
+        That the paths of the meta JSON are relative to; by default the directory that it lies in.
+    timeout
+        Seconds for one video, which is left out if it takes longer.
+    memory_gib
+        That a video may take, which is left out if it takes more twice.
+    """
+    from flashi2v_data.curation.split import Lengths, split
+
+    lengths, share = Lengths(min_seconds, max_seconds, margin), options.share
+    limits = _limits(timeout, memory_gib)
+    with closing(options.open()) as engine:
+        report = split(meta, output, engine, detector=cuts, lengths=lengths, root=root, limits=limits, shard=share)
     if report is None:
         print(escaped(f"shard {options.shard} is done; behind the last: flashi2v-data merge {output}"))
     else:
@@ -267,7 +327,7 @@ def merge_command(
     Parameters
     ----------
     output
-        What the command was to write: --output of score, save_path of filter.
+        What the command was to write: --output of score or split, save_path of filter.
     signal
         Those of your own that the command was given.
     plots

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashi2v_data.curation import score, spread
+from flashi2v_data.curation import score, split, spread
+from flashi2v_data.curation.passes import ledger_of
 from flashi2v_data.engines import Shards
 from flashi2v_data.errors import InputError
 
@@ -29,5 +30,9 @@ def merge(output: Path, own: Sequence[str] = (), *, plots: bool = False) -> str:
         return f"written to {path}: {report.kept:,} of {report.total:,} clips, as report.txt tells"
     if plots:
         raise InputError("--plots is of filter: leave it out")
-    scored = score.unite(Shards(score.ledger_of(output)), output, own)
-    return f"{scored.describe()}\nwritten to {output}"
+    shards = Shards(ledger_of(output))
+    if shards.purpose["command"] == "split":
+        if own:
+            raise InputError("--signal is of score: leave it out")
+        return f"{split.unite(shards, output).describe()}\nwritten to {output}"
+    return f"{score.unite(shards, output, own).describe()}\nwritten to {output}"

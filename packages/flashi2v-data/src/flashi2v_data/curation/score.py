@@ -1,31 +1,35 @@
 """The command `flashi2v-data score`: a meta JSON in, the same with columns that signals fill out.
 
-meta.read_pieces, MetaParser    entries, of which some make a numbered piece
-Scoring                         calls every signal with a clip, opened once, in a process that may die over it
-engines.run_pieces              the pieces that the ledger does not hold yet, on this machine or a cluster
-unite                           entries and the ledger's columns, in order; what concerns the whole set is decided
+Scoring                     calls every signal with a clip, opened once, in a process that may die over it
+passes.run_over_entries     does so with all entries that the ledger does not hold yet, on this machine or a cluster
+unite                       entries and the ledger's columns, in order; what concerns the whole set is decided
 """
 
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-import msgspec
-from tqdm import tqdm
+from typing import Any
 
 import flashi2v_data
-from flashi2v_data.atomic import atomic_file, check_directory
+from flashi2v_data.atomic import atomic_file
 from flashi2v_data.curation.folder import write_meta
-from flashi2v_data.curation.meta import SIGNALS_SUFFIX, MetaParser, read_entries, read_pieces, state_of
+from flashi2v_data.curation.meta import SIGNALS_SUFFIX, state_of
+from flashi2v_data.curation.passes import (
+    annotations_of,
+    check_output,
+    checked_entry,
+    entries_with_results,
+    ledger_of,
+    run_over_entries,
+    unchanged_annotations,
+)
 from flashi2v_data.curation.stream import plain
-from flashi2v_data.engines import EachEntry, Engine, Ledger, Shard, Shards, run_pieces
-from flashi2v_data.errors import DecodeError, InputError
-from flashi2v_data.records import Annotation, Index, read_annotations, with_whole_numbers
+from flashi2v_data.engines import EachEntry, Engine, Shard, Shards
+from flashi2v_data.errors import InputError
+from flashi2v_data.records import Annotation
 from flashi2v_data.signals import Clip, SetSignal, Signal, find_signals
 from flashi2v_data.signals.protocol import Column, provenance
 from flashi2v_data.workers import Limits
@@ -52,15 +56,6 @@ class ScoreReport:
         return "\n".join(f"{name:16}{count:>12,}" for name, count in rows)
 
 
-class _Seen(msgspec.Struct):
-    """What is looked at of an entry to find its clip."""
-
-    path: Annotated[str, msgspec.Meta(min_length=1)]
-    num_frames: Annotated[int, msgspec.Meta(ge=1)] | msgspec.UnsetType = msgspec.UNSET
-    cut: Annotated[list[Index], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
-    crop: Annotated[list[Index], msgspec.Meta(min_length=4, max_length=4)] | msgspec.UnsetType = msgspec.UNSET
-
-
 class Scoring:
     """Calls signals with one clip after the other; sent to the processes that score."""
 
@@ -75,12 +70,7 @@ class Scoring:
             DecodeError: the clip cannot be read.
             Exception: of a signal.
         """
-        entry = with_whole_numbers(entry)
-        try:
-            msgspec.convert(entry, _Seen)
-        except (msgspec.ValidationError, UnicodeEncodeError) as error:
-            raise DecodeError(str(entry)[:100], f"is no entry of a clip: {error}", is_of_record=True) from None
-        with Clip(entry, self._wanted) as clip:
+        with Clip(checked_entry(entry), self._wanted) as clip:
             return {signal.name: self._values(signal, clip) for signal in self._signals}
 
     def _values(self, signal: Signal, clip: Clip) -> Any:
@@ -137,43 +127,12 @@ def score(
         StorageError, EngineError: the disk or the engine fails.
     """
     check_output(output)
-    annotations = _annotations(meta, root)
+    annotations = annotations_of(meta, root)
     found = find_signals(signals, own)
     stage = EachEntry(Scoring(found), limits)
-    with Ledger(ledger_of(output), _purpose(annotations, found, signals, own), shard or Shard(0, 1)) as ledger:
-        num_bytes = sum(os.path.getsize(annotation.meta) for annotation in annotations)
-        with tqdm(total=num_bytes, desc="score", disable=None, bar_format=_BAR) as bar:
-            pieces = _pieces(annotations, bar)
-            run_pieces(engine, stage, pieces, ledger, fault_of=_fault_of, on_done=_Progress(bar))
+    purpose = _purpose(annotations, found, signals, own)
+    run_over_entries(engine, stage, annotations, PIECE_ENTRIES, ledger_of(output), purpose, shard)
     return None if shard is not None and shard.count > 1 else unite(Shards(ledger_of(output)), output, own)
-
-
-def check_output(output: Path) -> None:
-    """Refuse an output that could not be written, before any work is done for it.
-
-    Raises:
-        InputError: naming it.
-    """
-    if output.suffix != ".json":
-        raise InputError(f"--output {output}: a meta JSON ends in .json")
-    if output.exists():
-        raise InputError(f"--output {output} exists: remove it, or choose another name")
-    check_directory(output.parent, "--output")
-
-
-def ledger_of(output: Path) -> Path:
-    """Return where the ledger of an output lies."""
-    return output.with_name(f"{output.name}.ledger")
-
-
-def _annotations(meta: Path, root: str | None) -> list[Annotation]:
-    if meta.suffix == ".txt":
-        if root is not None:
-            raise InputError(f"--root: {meta} names the roots of its meta JSON itself: leave it out")
-        return read_annotations(meta)
-    if not meta.is_file():
-        raise InputError(f"{meta}: no such meta JSON")
-    return [Annotation(str(meta.parent) if root is None else root, str(meta))]
 
 
 def _purpose(
@@ -190,47 +149,6 @@ def _purpose(
     }
 
 
-def _pieces(annotations: Sequence[Annotation], bar: tqdm) -> Iterator[list[Any]]:
-    """Cut all entries into pieces, and show how far the files have been read."""
-    bytes_before = 0
-    for annotation in annotations:
-        parser, waiting = MetaParser(annotation), []
-        for text in read_pieces(annotation):
-            waiting += parser.parse(text)
-            while len(waiting) >= PIECE_ENTRIES:
-                yield waiting[:PIECE_ENTRIES]
-                del waiting[:PIECE_ENTRIES]
-            bar.update(bytes_before + text.end - bar.n)
-        if waiting:
-            yield waiting
-        bytes_before += os.path.getsize(annotation.meta)
-
-
-class _Progress:
-    """Shows how quickly clips are scored, and what failed."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self._bar = bar
-        self._num_clips, self._failed = 0, Counter[str]()
-
-    def __call__(self, number: int, result: list[Any]) -> None:
-        self._num_clips += len(result)
-        self._failed.update(fault[0] for _, fault in result if fault is not None)
-        if not self._bar.disable:
-            seconds = self._bar.format_dict["elapsed"] or 1
-            faults = "".join(f", {count:,} {kind}" for kind, count in sorted(self._failed.items()))
-            text = f"{self._num_clips:,} clips, {self._num_clips / seconds:,.1f} clips/s{faults}"
-            self._bar.set_postfix_str(text)
-
-
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
-
-
-def _fault_of(result: list[Any]) -> str | None:
-    faults = [fault for _, fault in result]
-    return None if None in faults or not faults else str(faults[-1][1])
-
-
 def unite(shards: Shards, output: Path, own: Sequence[str]) -> ScoreReport:
     """Write the output from a ledger, and remove the ledger.
 
@@ -244,9 +162,7 @@ def unite(shards: Shards, output: Path, own: Sequence[str]) -> ScoreReport:
     """
     check_output(output)
     purpose = shards.purpose
-    annotations = [Annotation(*file[:2]) for file in purpose["meta JSON"]]
-    if state_of(annotations) != purpose["meta JSON"]:
-        raise InputError(f"{shards.directory}: its meta JSON has changed since: remove the ledger, and score again")
+    annotations = unchanged_annotations(shards)
     missing = [name for name in purpose["--signal"] if name not in own]
     if missing:
         raise InputError(f"{shards.directory} was made with --signal {missing[0]}: give it here, too")
@@ -264,21 +180,13 @@ def _united(
 ) -> Iterator[dict[str, Any]]:
     """Yield the entries that could be scored with their columns, and list the others in a file."""
     finals = {s.name: iter(s.finish(_said(shards, s.name))) for s in signals if isinstance(s, SetSignal)}
-    entries = itertools.chain.from_iterable(map(read_entries, annotations))
-    with atomic_file(failed) as temporary, temporary.open("w") as file:
-        for entry, (said, fault) in zip(entries, itertools.chain.from_iterable(shards), strict=True):
-            if fault is not None:
-                report.failed[fault[0]] += 1
-                file.write(json.dumps({"kind": fault[0], "reason": fault[1], "entry": entry}) + "\n")
-                continue
-            for signal in signals:
-                final = finals.get(signal.name)
-                columns = said[signal.name] if final is None else _checked(signal, plain(next(final, None)))
-                entry.update((name, value) for name, value in columns.items() if value is not None)
-            report.scored += 1
-            yield entry
-    if not report.failed:
-        failed.unlink()
+    for entry, said in entries_with_results(annotations, shards, report.failed, failed):
+        for signal in signals:
+            final = finals.get(signal.name)
+            columns = said[signal.name] if final is None else _checked(signal, plain(next(final, None)))
+            entry.update((name, value) for name, value in columns.items() if value is not None)
+        report.scored += 1
+        yield entry
 
 
 def _said(shards: Shards, name: str) -> Iterator[Any]:

@@ -126,6 +126,10 @@ class Clip:
             self._decoded.update(self._decode(group))
         return self._decoded[wanted]
 
+    def pictures(self, wanted: Frames = ALL) -> Iterator[NDArray[np.uint8]]:
+        """Yield the chosen frames, (H, W, 3) each, as `frames` has them; few are held at a time."""
+        return (_resized(picture, wanted.size) for picture in self._pictures(self.indices(wanted)))
+
     def _decode(self, group: Sequence[Frames]) -> dict[Frames, NDArray[np.uint8]]:
         places = {wanted: self.indices(wanted) for wanted in group}
         union = np.unique(np.concatenate([*places.values()]))

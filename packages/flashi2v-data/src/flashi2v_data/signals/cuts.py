@@ -27,22 +27,23 @@ _LEAST_FRAMES = 5  # between two cuts
 _LIKELY = 0.5  # TransNet V2's own threshold
 # TransNet V2 looks at 100 frames at a time, and what it says of those in the middle counts.
 _WINDOW, _MARGIN = 100, 25
+_STEP = _WINDOW - 2 * _MARGIN
 
 
-def find_cuts(frames: Iterable[NDArray[np.uint8]], detector: Detector = "cuts") -> list[int]:
-    """Return the first frames of new scenes, ascending.
+def find_transitions(frames: Iterable[NDArray[np.uint8]], detector: Detector = "cuts") -> list[tuple[int, int]]:
+    """Return where one scene ends and the next begins: end and first frame, equal at a hard cut; ascending.
 
     Args:
         frames: (27, 48, 3) each, RGB, of any number: few are held at a time.
         detector: PySceneDetect alone, or with TransNet V2.
     """
     if detector == "cuts":
-        return [*_changes(frames)]
-    transitions = _Transitions()
-    changes = [*_changes(transitions.watch(frames))]
-    # Where both see a cut they may differ by a frame.
-    found = [cut for cut in transitions.ends if all(abs(cut - other) > 1 for other in changes)]
-    return sorted([*changes, *found])
+        return [(cut, cut) for cut in _changes(frames)]
+    network = _Transitions()
+    changes = [*_changes(network.watch(frames))]
+    # Within a transition the picture changes, too, and where both see a cut they may differ by a frame.
+    others = (cut for cut in changes if all(not end - 1 <= cut <= begin + 1 for end, begin in network.found))
+    return sorted([*network.found, *((cut, cut) for cut in others)])
 
 
 def _changes(frames: Iterable[NDArray[np.uint8]]) -> Iterator[int]:
@@ -61,13 +62,13 @@ class _Transitions:
     """What TransNet V2 sees in frames as they pass.
 
     Attributes:
-        ends: the frames behind each transition, once all frames have passed.
+        found: the end of a scene and the first frame of the next, for each transition, once all frames have passed.
     """
 
     def __init__(self) -> None:
-        self.ends: list[int] = []
+        self.found: list[tuple[int, int]] = []
         self._number = 0
-        self._was_likely = False
+        self._since: int | None = None  # the first frame of the transition that goes on
 
     def watch(self, frames: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
         """Pass frames on, and look at them in windows that overlap; the first and the last frame go on at the ends."""
@@ -77,16 +78,13 @@ class _Transitions:
             waiting += [frame] * (1 if num_seen else _MARGIN + 1)
             num_seen += 1
             if len(waiting) == _WINDOW:
-                self._look(waiting, _WINDOW - 2 * _MARGIN)
-                waiting = waiting[_WINDOW - 2 * _MARGIN :]
+                self._look(waiting, _STEP)
+                waiting = waiting[_STEP:]
             yield frame
-        num_left = num_seen - self._number
-        while num_left > 0:
-            window = [*waiting, *[waiting[-1]] * (_WINDOW - len(waiting))][:_WINDOW]
-            num_new = min(num_left, _WINDOW - 2 * _MARGIN)
-            self._look(window, num_new)
-            num_left -= num_new
-            waiting = waiting[_WINDOW - 2 * _MARGIN :] or waiting[-1:]
+        while self._number < num_seen:
+            window = waiting + waiting[-1:] * (_WINDOW - len(waiting))
+            self._look(window, min(num_seen - self._number, _STEP))
+            waiting = waiting[_STEP:] or waiting[-1:]
 
     def _look(self, window: Sequence[NDArray[np.uint8]], num_new: int) -> None:
         import torch
@@ -94,10 +92,12 @@ class _Transitions:
         with torch.inference_mode():
             predicted, _ = _transnet().predict_raw(torch.from_numpy(np.stack(window))[None])
         for likely in (predicted[0, _MARGIN : _MARGIN + num_new, 0] > _LIKELY).tolist():
-            # A transition is a run of frames; the new scene begins behind it.
-            if self._was_likely and not likely:
-                self.ends.append(self._number)
-            self._was_likely = likely
+            # A run of likely frames is a transition; its first still belongs to the scene before, as at a hard cut.
+            if likely and self._since is None:
+                self._since = self._number
+            elif not likely and self._since is not None:
+                self.found.append((self._since + 1, self._number))
+                self._since = None
             self._number += 1
 
 
@@ -147,7 +147,7 @@ class Cuts:
 
     def __call__(self, clip: Clip) -> Mapping[str, Any]:
         """Return the first frames of new scenes, counted from the clip's first."""
-        return {"scene_cuts": find_cuts(clip.frames(TINY), self.name)}
+        return {"scene_cuts": [begin for _, begin in find_transitions(clip.frames(TINY), self.name)]}
 
 
 class Transnet(Cuts):
