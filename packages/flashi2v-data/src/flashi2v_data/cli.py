@@ -153,6 +153,43 @@ def filter_command(
     _warn_of_none(report)
 
 
+@app.command(name="page")
+def page_command(
+    *,
+    filter_config: Annotated[Path, Parameter(name="--filter_config")],
+    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("report.html"),
+    examples: Positive = 12,
+    limit: Positive | None = None,
+    jobs: Jobs | None = None,
+    timeout: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = PROBE_TIMEOUT_SECONDS,
+) -> None:
+    """Show what a filter drops and keeps, with pictures, as one HTML file to open in a browser or to send.
+
+    Example: flashi2v-data page --filter_config filter_config.yaml -o report.html
+
+    Parameters
+    ----------
+    filter_config
+        YAML with ann_txt_path and the limits.
+    output
+        The file to write, or to replace; it ends in .html.
+    examples
+        Clips that are shown of each reason, the first of the set.
+    limit
+        Judge this many entries only.
+    jobs
+        Processes that open videos; by default one per processor.
+    timeout
+        Seconds to wait for a video.
+    """
+    from flashi2v_data.curation.page import write_page
+
+    config = load_config(filter_config, FilterConfig)
+    jobs = jobs or num_processors()
+    found = write_page(config, output, num_examples=examples, most_entries=limit, jobs=jobs, timeout=timeout)
+    print(escaped(f"{sum(found.counts.values()):,} clips judged, written to {output}"))
+
+
 def _refuse(reason: str, options: Mapping[str, bool]) -> None:
     """Refuse the options that are given, as they would be ignored."""
     given = [option for option, is_given in options.items() if is_given]

