@@ -192,6 +192,6 @@ def _failed(config: FilterConfig) -> Iterator[str]:
 _STYLE = (
     "body{font:15px/1.4 system-ui,sans-serif;margin:2em;color:#222;background:#fff}"
     "td{padding:.1em .8em .1em 0;vertical-align:top}.number{text-align:right}.bar{background:#48a;height:1em}"
-    ".clips{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;max-width:640px}img{max-width:100%;display:block}"
+    ".clips{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;max-width:480px}img{max-width:100%;display:block}"
     "figcaption{font-size:13px;overflow-wrap:anywhere}small{color:#666}"
 )
