@@ -50,6 +50,7 @@ COMMANDS = {
         ("--model", "model", "--plan", "--dry-run", *SIZES),
         ("--model", "model", "--image", "image.png", "--prompt", "a star", "-o", "new.mp4", *SIZES),
     ),
+    "flashi2v-model calibrate": Command(("model", "--pictures", ABSENT)),
     "flashi2v-model convert": Command(
         (ABSENT, "new", "--to", "wan"), writes=("model", "new", "--to", "diffusers", "--encoders", "model")
     ),
