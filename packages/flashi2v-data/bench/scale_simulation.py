@@ -26,6 +26,7 @@ class Stage:
 
     Attributes:
         name: the command.
+        piece: clips that are dealt, and lost, at once.
         core_seconds: of one core; or of one device, where `on_devices`.
         read_bytes: from the shared disk.
         written_bytes: to the shared disk, into the ledger.
@@ -35,6 +36,7 @@ class Stage:
     """
 
     name: str
+    piece: int
     core_seconds: float
     read_bytes: float
     written_bytes: float
@@ -86,7 +88,7 @@ class Outcome:
     driver_share: float
 
 
-def simulate(stage: Stage, cluster: Cluster, clips: int, piece: int, rng: np.random.Generator) -> Outcome:
+def simulate(stage: Stage, cluster: Cluster, clips: int, rng: np.random.Generator) -> Outcome:
     """Deal all pieces of a stage; time is simulated, nothing is run."""
     slots = cluster.devices if stage.on_devices else cluster.cores
     speeds = np.exp(rng.normal(0, cluster.straggling, cluster.machines))
@@ -94,8 +96,8 @@ def simulate(stage: Stage, cluster: Cluster, clips: int, piece: int, rng: np.ran
     bandwidth = min(cluster.link, cluster.disk / cluster.machines) / slots
     transfer = (stage.read_bytes + stage.written_bytes) / bandwidth
     per_clip = max(stage.core_seconds, transfer)
-    pieces = math.ceil(clips / piece)
-    durations = piece * per_clip * np.exp(rng.normal(-(cluster.spread**2) / 2, cluster.spread, pieces))
+    pieces = math.ceil(clips / stage.piece)
+    durations = stage.piece * per_clip * np.exp(rng.normal(-(cluster.spread**2) / 2, cluster.spread, pieces))
 
     waiting: deque[int] = deque(range(pieces))
     returned: list[tuple[float, int]] = []  # pieces that were lost, and when that was known
@@ -155,19 +157,21 @@ def _bound(stage: Stage, transfer: float, by_driver: bool) -> str:
     return "devices" if stage.on_devices else "cores"
 
 
-# Of a clip of 8 s, 1280x720 at 24 frames a second and 4 Mbit/s: seconds of one core as RESULTS.md has them.
+# Of a clip of 8 s, 1280x720 at 24 frames a second and 4 Mbit/s. Seconds of a core were measured (RESULTS.md: opening;
+# motion, cuts, text, still and duplicates). Those of a device are counted: 102 TFLOP of the VAE for 49x480x832 and 6 of
+# the text encoder, at 30 % of a 910B's 313 TFLOP/s. Bytes are those of the file and of latents and text states in bf16.
 STAGES = (
-    Stage("filter", 0.004, 0.2 * MB, 600, 7e-6),
-    Stage("score", 3.0, 4 * MB, 400, 2e-5, finish_bytes=100),
-    Stage("encode", 0.5, 4 * MB, 1.5 * MB, 2e-5, on_devices=True),
+    Stage("filter", 1500, 0.039, 0.2 * MB, 600, 7e-6),
+    Stage("score", 16, 3.6, 4 * MB, 400, 2e-5, finish_bytes=100),
+    Stage("encode", 64, 1.15, 4 * MB, 3.5 * MB, 2e-5, on_devices=True),
 )
 
 
-def table(clips: int, piece: int, cluster: Cluster, seed: int) -> str:
+def table(clips: int, cluster: Cluster, seed: int) -> str:
     """Return what becomes of every stage, as Markdown."""
     rows: dict[str, list[str]] = {}
     for stage in STAGES:
-        found = simulate(stage, cluster, clips, piece, np.random.default_rng(seed))
+        found = simulate(stage, cluster, clips, np.random.default_rng(seed))
         read, written = clips * stage.read_bytes, clips * stage.written_bytes
         cells = {
             "hours": f"{found.hours:.1f}",
@@ -175,7 +179,7 @@ def table(clips: int, piece: int, cluster: Cluster, seed: int) -> str:
             "hours if nothing failed and all were alike": f"{found.ideal_hours:.1f}",
             "bound by": found.bound,
             "machines that failed": str(found.failures),
-            "pieces done again": f"{found.lost} of {math.ceil(clips / piece):,}",
+            "pieces done again": f"{found.lost} of {math.ceil(clips / stage.piece):,}",
             "driver busy": f"{found.driver_share:.1%}",
             "hours of uniting, one process": f"{found.merge_hours:.2f}",
             "its memory, GB": f"{clips * stage.finish_bytes / GB:.1f}",
@@ -192,7 +196,6 @@ def table(clips: int, piece: int, cluster: Cluster, seed: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=20_000_000, help="default: %(default)s")
-    parser.add_argument("--piece", type=int, default=256, help="clips of a piece (default: %(default)s)")
     parser.add_argument("--machines", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--cores", type=int, default=64, help="of each machine (default: %(default)s)")
     parser.add_argument("--devices", type=int, default=8, help="accelerators of each machine (default: %(default)s)")
@@ -223,7 +226,7 @@ def main() -> None:
         repair=options.repair * 60,
         driver=options.driver / 1e3,
     )
-    print(table(options.clips, options.piece, cluster, options.seed))
+    print(table(options.clips, cluster, options.seed))
 
 
 if __name__ == "__main__":

@@ -305,14 +305,7 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMix
         noise = self._noise(num_videos, settings, generator, latents)
         self._interrupt, self._guidance_scale = False, settings.guidance_scale
         self._attention_kwargs = attention_kwargs
-        text, negative_text = self.encode_prompt(
-            prompt,
-            negatives if isinstance(negatives, list) else None,
-            self.do_classifier_free_guidance,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=None if isinstance(negatives, list) else negatives,
-            max_sequence_length=max_sequence_length,
-        )
+        texts = self._texts(prompt, prompt_embeds, negatives, num_videos_per_prompt, max_sequence_length)
         self.scheduler = fitted(self.scheduler)
         set_timesteps(self.scheduler, settings.num_inference_steps, device)
         self._num_timesteps = len(self.scheduler.timesteps)
@@ -320,8 +313,7 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMix
         field = VelocityField(
             self.transformer,
             self._condition(pictures, settings, num_videos),
-            text.repeat_interleave(num_videos_per_prompt, 0) if num_videos_per_prompt > 1 else text,
-            None if negative_text is None else negative_text.repeat_interleave(num_videos_per_prompt, 0),
+            *texts,
             settings.guidance_scale,
             settings.low_freq_energy_ratio,
             cfg_batch=self.execution.cfg_batch if cfg_batch is None else cfg_batch,
@@ -343,6 +335,29 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMix
         output.calls = None if calls is None else as_record(calls, field.made)
         self.maybe_free_model_hooks()  # with offloading by diffusers, the last part leaves the device too
         return output if return_dict else (output.frames,)
+
+    def _texts(
+        self,
+        prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        negatives: list[str] | Tensor,
+        num_videos_per_prompt: int,
+        max_sequence_length: int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the network sees of the prompts, and of the negative ones where they guide: (B, L, text_dim)."""
+        text, negative_text = self.encode_prompt(
+            prompt,
+            negatives if isinstance(negatives, list) else None,
+            self.do_classifier_free_guidance,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=None if isinstance(negatives, list) else negatives,
+            max_sequence_length=max_sequence_length,
+        )
+        if num_videos_per_prompt > 1:
+            text = text.repeat_interleave(num_videos_per_prompt, 0)
+            if negative_text is not None:
+                negative_text = negative_text.repeat_interleave(num_videos_per_prompt, 0)
+        return text, negative_text
 
     def _settings(self, **given: Any) -> SamplingSettings:
         """Return the numbers of a run, with the model's defaults; say once that another size is asked for."""
