@@ -4,9 +4,9 @@ Seconds count from the first result to the last, so that neither start counts. E
 local, ray, ray, local.
 """
 
+import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 JOBS, PIECE = 2, 16
 # Entries, and milliseconds of work on each: what opening a small clip takes, and next to nothing.
@@ -42,21 +44,13 @@ def pieces(num: int) -> Iterator[list[dict[str, Any]]]:
         ]
 
 
-def resident(process: str = "self") -> float:
-    """Return megabytes in memory, what is shared with others included."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
-
-
 def actors() -> list[float]:
-    """Return megabytes of each actor of this machine."""
+    """Return megabytes of each actor of the cluster that this process has started."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::Actor"):
-                found.append(resident(path.parent.name))
-        except OSError:
-            continue
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "".join(child.cmdline()[:1]).startswith("ray::Actor"):
+                found.append(child.memory_info().rss / 1e6)
     return found
 
 
@@ -73,7 +67,7 @@ def measure(engine_name: Literal["local", "ray"], name: str) -> dict[str, Any]:
     def on_done(number: int, result: Any) -> None:
         times.append(time.perf_counter())
         if len(times) % quarter == 0:
-            driver.append(round(resident()))
+            driver.append(round(psutil.Process().memory_info().rss / 1e6))
             others.append(max(map(round, actors()), default=0))
 
     stage = EachEntry(Work(milliseconds), Limits(300, 1 << 30, most_bytes=2 << 30))
@@ -99,9 +93,11 @@ def main() -> None:
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
             found = json.loads(output.splitlines()[-1])
             best[engine] = min(best.get(engine, float("inf")), found["seconds"])
-            print(f"{name:<13} {engine:<6} {num:,} entries, {JOBS} processes: {found['seconds']:7.2f} s,", end=" ")
+            rate = num / found["seconds"]
             print(
-                f"{num / found['seconds']:8,.0f} a second, MB of driver {found['driver']}, of an actor {found['actor']}"
+                f"{name:<13} {engine:<6} {num:,} entries, {JOBS} processes: {found['seconds']:7.2f} s, "
+                f"{rate:8,.0f} a second, MB of driver {found['driver']}, of an actor {found['actor']}",
+                flush=True,
             )
         print(f"{name:<13} ray against local: {best['ray'] / best['local']:.2f}x the seconds")
 
