@@ -144,7 +144,7 @@ def run_on(
     if is_one and model.execution.processes_per_video == 1 and not model.execution.compile:
         ranked, machine = rank(model, settings, devices, number)
         if plan:
-            print(table(ranked, machine))
+            print(table(ranked, machine), flush=True)  # before the processes say theirs
         logger.info("%d devices share the video: %s", number, ranked[0].layout)
         arguments += ranked[0].layout.options
     start(arguments, number)
