@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from flashi2v_data.shapes.films import draw_film
-from flashi2v_data.signals import SetSignal
+from flashi2v_data.signals import SetSignal, neighbours
 from flashi2v_data.signals.duplicates import Duplicates, fingerprint, repeated
 from flashi2v_data.signals.neighbours import pairs_within
 
@@ -74,7 +74,9 @@ def test_of_many_equal_clips_one_is_kept():
 
 
 @pytest.mark.parametrize("max_distance", [0, 1, 9, 22])
-def test_neighbours_are_those_that_comparing_each_with_each_finds(max_distance):
+@pytest.mark.parametrize("many", [100, 1000], ids=["as of many", "as of few"])
+def test_neighbours_are_those_that_comparing_each_with_each_finds(max_distance, many, monkeypatch):
+    monkeypatch.setattr(neighbours, "_MANY_HASHES", many)
     random = np.random.default_rng(max_distance)
     hashes = random.integers(0, 256, (400, 32), np.uint8)
     for number in range(200, 400):  # as far from another as may be, and a bit farther
@@ -89,8 +91,6 @@ def test_neighbours_are_those_that_comparing_each_with_each_finds(max_distance):
 
 
 def test_neighbours_are_found_without_comparing_each_with_each(monkeypatch):
-    from flashi2v_data.signals import neighbours
-
     compared = []
     equal = neighbours._equal
     monkeypatch.setattr(
