@@ -39,6 +39,15 @@ COMMANDS = {
     "flashi2v-data export": Command((ABSENT, "-o", "new.parquet"), writes=("store", "-o", "new.parquet")),
     "flashi2v-data inspect": Command((ABSENT,), ("store",)),
     "flashi2v-data meta": Command((ABSENT,), writes=("captioned", "-o", "new.json")),
+    "flashi2v-data merge": Command((ABSENT,)),
+    "flashi2v-data page": Command(
+        ("--filter_config", ABSENT), writes=("--filter_config", "filter.yaml", "-o", "new.html")
+    ),
+    "flashi2v-data score": Command(
+        (ABSENT, "-o", "new.json", "--signals", "still"),
+        writes=("shapes/videos.json", "-o", "new.json", "--signals", "still"),
+    ),
+    "flashi2v-data split": Command((ABSENT, "-o", "new.json"), writes=("shapes/videos.json", "-o", "new.json")),
     "flashi2v-data shapes": Command(
         ("new", "--size", ABSENT), writes=("new", "--num", "2", "--size", "32x32", "--frames", "5")
     ),
