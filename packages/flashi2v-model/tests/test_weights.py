@@ -10,6 +10,7 @@ import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
@@ -496,6 +497,31 @@ def test_a_table_of_contents_that_asks_for_more_than_its_size_is_refused_in_litt
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20 << 20
+
+
+class EarlyPickler(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.2 does."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_a_table_of_contents_that_an_early_python_wrote_is_read(tmp_path):
+    save_checkpoint({"model": {"weight": torch.arange(3.0)}}, checkpoint_id=tmp_path)
+    file = io.BytesIO()
+    EarlyPickler(file).dump(pickle.loads((tmp_path / ".metadata").read_bytes()))
+    (tmp_path / ".metadata").write_bytes(file.getvalue())
+    assert b"getattr" in file.getvalue()
+    assert read_state_dict(tmp_path)["weight"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["Metadata", "_MEM_FORMAT_ENCODING"])
+def test_of_a_table_of_contents_no_other_attribute_is_looked_up(tmp_path, name):
+    kind = f"ctorch.distributed.checkpoint.metadata\n{name}\n".encode()
+    word = pickle.dumps("__class__", 2)[2:-3]  # without the header, and what ends it
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04cbuiltins\ngetattr\n" + kind + word + b"\x86R.")
+    with pytest.raises(InputError, match="no place in it"):
+        read_state_dict(tmp_path)
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle", "script"])

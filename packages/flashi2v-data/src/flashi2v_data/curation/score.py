@@ -191,4 +191,4 @@ def _united(
 
 def _said(shards: Shards, name: str) -> Iterator[Any]:
     """Yield what a signal said of the clips that could be scored."""
-    return (said[name] for said, fault in itertools.chain.from_iterable(shards) if fault is None)
+    return (said[name] for said, fault, _ in itertools.chain.from_iterable(shards) if fault is None)

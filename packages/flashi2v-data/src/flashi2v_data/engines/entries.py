@@ -1,5 +1,6 @@
 """A stage that calls a function with every entry of a piece, where a hang or a crash costs that entry alone."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -27,7 +28,8 @@ class Fault(NamedTuple):
 class EachEntry(Generic[E]):
     """Calls a function with each entry of a piece, in processes that are replaced where they hang, crash or bloat.
 
-    The result of a piece is a list of `[value, None]` or `[None, Fault]`, an item for each entry.
+    The result of a piece is a list of `[value, None, [computing, in all]]` or `[None, Fault, [0, 0]]`, an item for each
+    entry: what the function returned, and the seconds that it took of a processor and of the clock.
 
     Args:
         function: picklable; it returns plain values. An `InputError` that it raises ends the run.
@@ -44,7 +46,19 @@ class EachEntry(Generic[E]):
 
     def start(self, jobs: int) -> "_Entries":
         """Start the processes."""
-        return _Entries(WorkerPool(self.function, jobs, self.limits, depth=2))
+        return _Entries(WorkerPool(_Timed(self.function), jobs, self.limits, depth=2))
+
+
+class _Timed:
+    """A function that also returns the seconds that it took, of its process and of the clock."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+
+    def __call__(self, entry: Any) -> tuple[Any, list[float]]:
+        begun, computed = time.monotonic(), time.process_time()
+        value = self._function(entry)
+        return value, [time.process_time() - computed, time.monotonic() - begun]
 
 
 class _Entries:
@@ -62,12 +76,13 @@ class _Entries:
 
     def _outcome(self, task: Task[Any, Any]) -> list[Any]:
         try:
-            return [self._pool.result(task), None]
+            value, seconds = self._pool.result(task)
+            return [value, None, seconds]
         except Exception as error:
             # What the pool itself raises, or what other entries fare no better with: wrong input, a failing machine.
             if task.error is None or (told_as(error) is not None and not isinstance(error, (DecodeError, WorkerLost))):
                 raise
-            return [None, _fault(error)]
+            return [None, _fault(error), [0.0, 0.0]]
 
 
 def _fault(error: Exception) -> Fault:

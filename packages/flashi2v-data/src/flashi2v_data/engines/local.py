@@ -15,15 +15,15 @@ class LocalEngine:
     """One worker, in this process, with `jobs` processes of its own."""
 
     def __init__(self, jobs: int) -> None:
-        self._jobs = jobs
+        self.num_processes = jobs
 
     def run(self, stage: Stage[P, R], pieces: Iterable[tuple[int, P]]) -> Iterator[tuple[int, R]]:
         """Yield number and result of every piece, in their order."""
         pending: deque[tuple[int, Any]] = deque()
-        with closing(stage.start(self._jobs)) as worker:
+        with closing(stage.start(self.num_processes)) as worker:
             for number, piece in pieces:
                 pending.append((number, worker.submit(piece)))
-                if len(pending) > _AHEAD + self._jobs:
+                if len(pending) > _AHEAD + self.num_processes:
                     done, submitted = pending.popleft()
                     yield done, worker.result(submitted)
             while pending:

@@ -52,7 +52,14 @@ class Stage(Protocol[P_contra, R_co]):
 
 
 class Engine(Protocol):
-    """Spreads pieces over workers."""
+    """Spreads pieces over workers.
+
+    Attributes:
+        num_processes: that work; of a cluster it is known when a run has begun.
+    """
+
+    @property
+    def num_processes(self) -> int: ...
 
     def run(self, stage: Stage[P, R], pieces: Iterable[tuple[int, P]]) -> Iterator[tuple[int, R]]:
         """Yield number and result of every piece, as they are done; pieces are taken in only as fast as they are done.

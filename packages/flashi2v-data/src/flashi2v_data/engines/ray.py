@@ -130,6 +130,7 @@ class RayEngine:
     def __init__(self, address: str | None = None, jobs: int | None = None) -> None:
         self._ray = import_ray()
         self._jobs = jobs
+        self.num_processes = jobs or 0
         self._owns = not self._ray.is_initialized()
         if self._owns:
             self._connect(address or os.environ.get("RAY_ADDRESS"))
@@ -163,7 +164,8 @@ class RayEngine:
         """Yield number and result of every piece, as they are done."""
         run = _Run(self._ray, stage, iter(pieces))
         try:
-            yield from run.results(self._jobs or self._room(stage.resources))
+            self.num_processes = self._jobs or self._room(stage.resources)
+            yield from run.results(self.num_processes)
         finally:
             run.end()
 

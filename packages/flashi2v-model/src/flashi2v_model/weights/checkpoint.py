@@ -5,6 +5,7 @@ import logging
 import pickle
 import warnings
 from collections.abc import Mapping
+from enum import EnumMeta
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -296,6 +297,16 @@ class _MetadataUnpickler(pickle._Unpickler):  # the one in Python
     def find_class(self, module: str, name: str) -> Any:
         is_record = module in self._HOMES and name in self._RECORDS
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if is_record or is_dtype or (module, name) in self._OTHERS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+def _member(kind: object, name: str) -> Any:
+    """Return a member of an enumeration: early Python 3.11 (Debian's 3.11.2) pickles it as its class's attribute."""
+    member = kind.__members__.get(name) if isinstance(kind, EnumMeta) else None
+    if member is None:
+        raise pickle.UnpicklingError("builtins.getattr has no place in it but for members of enumerations")
+    return member
