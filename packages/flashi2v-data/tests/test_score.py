@@ -12,12 +12,11 @@ from pathlib import Path
 
 import lmdb
 import pytest
-from tqdm import tqdm
 
 from flashi2v_data.cli import app
-from flashi2v_data.curation import passes
 from flashi2v_data.curation.meta import read_entries
 from flashi2v_data.curation.score import PIECE_ENTRIES
+from flashi2v_data.engines import Throughput, throughput
 from flashi2v_data.errors import InputError
 from flashi2v_data.locking import holder
 from flashi2v_data.records import Annotation
@@ -66,14 +65,17 @@ def test_a_run_says_where_its_time_went_and_what_bounded_it(meta, caplog, monkey
     run(meta, "-o", "scored.json", *SIGNALS, "--jobs", "2")
     assert re.search(rf"score: {NUM_CLIPS} clips in .* by 2 processes: \d+% of their time computing", caplog.text)
 
-    clock = iter([100.0, 110.0])
-    monkeypatch.setattr(passes.time, "monotonic", lambda: next(clock))
-    progress = passes.Progress(tqdm(disable=True))
-    progress(0, [[{}, None, [3.0, 4.0]], [None, ["hung", "it hung"], [0.0, 0.0]], [{}, None, [9.0, 12.0]]])
-    assert progress.describe(2) == (
+
+def test_throughput_names_the_bound_and_the_ceiling(monkeypatch):
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: 110.0)
+    measured = Throughput(_begun=100.0)
+    measured.add(3, working=12.0, waiting=4.0)
+    assert measured.describe(2) == (
         "3 clips in 10.0 s, 0.3 a second by 2 processes: 60% of their time computing, 20% waiting for files or a "
         "processor, 20% without work; bound by processors: 80% of the 0.4 a second that this allows"
     )
+    measured.add(0, working=0.0, waiting=12.0)
+    assert "bound by files or a processor: 100% of the 0.3 a second" in measured.describe(2)
 
 
 def test_entries_get_columns_and_what_cannot_be_scored_is_named(meta, capsys):

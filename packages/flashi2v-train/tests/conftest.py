@@ -97,3 +97,18 @@ def free_ports() -> Callable[[int], list[int]]:
 @pytest.fixture
 def workspace(tmp_path, inputs) -> Workspace:
     return Workspace(tmp_path, inputs)
+
+
+@pytest.fixture
+def mixed(workspace):
+    """Changes for a run on a store of whole clips, left halves, first frames and one clip that is too short."""
+    from flashi2v_data.store.reader import open_store, write_store
+
+    store = open_store(workspace.data["dataset_param"]["metafile_or_dir_path"])
+    clips = [store[index] for index in range(len(store))]
+    halves = [clip | {"crop": [0, 16, 0, 32]} for clip in clips[1:]]
+    shorter = [clips[0] | {"num_frames": 2}]
+    records = [*clips, *halves, *(clip | {"num_frames": 1} for clip in clips), *shorter]
+    path = write_store(workspace.directory / "mixed.lmdb", records, store.config)
+    buckets = [[5, 32, 32], [5, 32, 16], [1, 32, 32]]
+    return {"data.dataset_param.metafile_or_dir_path": str(path), "data.dataset_param.buckets": buckets}

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from flashi2v_data.errors import InputError
-from flashi2v_data.store.reader import open_store, write_store
 from flashi2v_train import launcher
 from flashi2v_train.batch import Series, join
 from flashi2v_train.config import read_run_config
@@ -19,19 +18,7 @@ from flashi2v_train.provenance import provenance
 from flashi2v_train.recipe import draw_series
 from flashi2v_train.world import join_world
 
-BUCKETS = [[5, 32, 32], [5, 32, 16], [1, 32, 32]]
-
-
-@pytest.fixture
-def mixed(workspace):
-    """Changes for a run on a store of whole clips, left halves, first frames and one clip that is too short."""
-    store = open_store(workspace.data["dataset_param"]["metafile_or_dir_path"])
-    clips = [store[index] for index in range(len(store))]
-    halves = [clip | {"crop": [0, 16, 0, 32]} for clip in clips[1:]]
-    shorter = [clips[0] | {"num_frames": 2}]
-    records = [*clips, *halves, *(clip | {"num_frames": 1} for clip in clips), *shorter]
-    path = write_store(workspace.directory / "mixed.lmdb", records, store.config)
-    return {"data.dataset_param.metafile_or_dir_path": str(path), "data.dataset_param.buckets": BUCKETS}
+BUCKETS = [[5, 32, 32], [5, 32, 16], [1, 32, 32]]  # of the fixture `mixed`
 
 
 def read(workspace, changes, **options):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -73,6 +74,19 @@ def test_a_cluster_encodes_what_one_process_encodes_and_goes_on(cluster, workspa
         again = {key for key, _ in transaction.cursor()} - {b"header"}
     assert again >= {*lost}
     assert len(again) <= len(lost) + 1, "only what stands in for the broken video may be encoded twice"
+
+
+def test_clips_of_several_shapes_are_encoded_over_a_cluster_as_by_one_process(
+    cluster, workspace, mixed, monkeypatch, caplog
+):
+    monkeypatch.setattr(encode_spread, "PIECE_RECORDS", 3)
+    caplog.set_level("INFO", "flashi2v_train")
+    alone = run(monkeypatch, workspace, "alone", changes=mixed)
+    spread = run(monkeypatch, workspace, "spread", "--engine", "ray", "--jobs", "2", changes=mixed)
+    assert features(spread) == features(alone)
+    assert (spread / "report.json").read_text() == (alone / "report.json").read_text()
+    for number, found in zip((1, 2), re.findall(r"encode: (.*)", caplog.text), strict=True):
+        assert re.fullmatch(rf"\d+ clips in .* by {number} encoders: .* waiting for decoders.* allows", found)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ from flashi2v_train.encoding import (
     Cycle,
     caption_losses,
     is_stored,
+    log_throughput,
+    new_throughput,
     write_captions,
     write_clips,
     write_report,
@@ -106,13 +108,14 @@ class _Encoding:
         known = set(self._loader.skipped)
         with device_faults_told(IF_FULL):
             self._order.indices = piece.clips
-            write_clips(self._writer, self._encoders, self._loader, len(piece.clips), quiet=True)
+            seconds = write_clips(self._writer, self._encoders, self._loader, len(piece.clips), quiet=True)
             missing = [caption for caption in piece.captions if text_key(caption) not in self._writer]
             write_captions(self._writer, self._encoders, self._dataset.tokenizer, missing, quiet=True)
         return {
             "clips": len(piece.indices),
             "unreadable": sorted(self._loader.skipped - known),
             "captions": losses,
+            "seconds": [len(piece.clips), *seconds],
         }
 
     def close(self) -> None:
@@ -151,7 +154,15 @@ def encode_spread(config: RunConfig, output: Path, engine: Engine) -> None:
             Ledger(ledger_path, purpose) as ledger,
             tqdm(desc="clips", total=len(dataset.indices), disable=None, unit="clip") as bar,
         ):
-            run_pieces(engine, EncodeStage(config, output, origin), _pieces(dataset, stored, bar), ledger)
+            throughput = new_throughput()
+            run_pieces(
+                engine,
+                EncodeStage(config, output, origin),
+                _pieces(dataset, stored, bar),
+                ledger,
+                on_done=lambda number, result: throughput.add(*result["seconds"]),
+            )
+        log_throughput(throughput, engine.num_processes)
         shards = Shards(ledger_path)
         _write_report(output, shards, param.tokenizer_max_length)
         shards.remove()

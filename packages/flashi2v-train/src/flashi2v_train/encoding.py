@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from flashi2v_data.atomic import atomic_file
 from flashi2v_data.captions.cleaning import CaptionCount, TextLoss
 from flashi2v_data.captions.tokenizer import Tokenizer, find_loss
+from flashi2v_data.engines import Throughput
 from flashi2v_data.errors import DecodeError
 from flashi2v_data.loading.dataset import FlashI2VDataset
 from flashi2v_data.loading.loader import StatefulLoader
@@ -90,19 +92,29 @@ def _encode_share(config: RunConfig, output: Path, rank: int, size: int) -> None
         dataset, Cycle(len(store), config.options.seed, clips), 1, config.data.dataloader_param, device
     )
     with contextlib.closing(loader), FeatureWriter(output / f"process_{rank:04d}.lmdb", origin) as writer:
-        write_clips(writer, encoders, loader, len(clips), quiet=rank > 0)
+        throughput = new_throughput()
+        seconds = write_clips(writer, encoders, loader, len(clips), quiet=rank > 0)
         write_captions(writer, encoders, dataset.tokenizer, missing, quiet=rank > 0)
-    done = [(len(mine), loader.skipped, captions, count)]
+    done = [(len(mine), loader.skipped, captions, count, (len(clips), *seconds))]
     if size > 1:
         everyones: list[Any] = [None] * size
         dist.all_gather_object(everyones, done[0])
         done = everyones
     if rank == 0:
-        numbers, unreadable, texts, counts = zip(*done, strict=True)
+        numbers, unreadable, texts, counts, times = zip(*done, strict=True)
+        for each in times:
+            throughput.add(*each)
+        log_throughput(throughput, size)
         count = counts[0]
         for other in counts[1:]:
             count.merge(other)
         write_report(output, sum(numbers), set().union(*unreadable), len(set().union(*texts)), count)
+
+
+def log_throughput(throughput: Throughput, num_encoders: int) -> None:
+    """Say how quickly clips were encoded, if any were."""
+    if throughput.num_clips:
+        logger.info("encode: %s", throughput.describe(num_encoders))
 
 
 def write_report(output: Path, clips: int, unreadable: Iterable[str], captions: int, total: CaptionCount) -> None:
@@ -129,17 +141,33 @@ def write_report(output: Path, clips: int, unreadable: Iterable[str], captions: 
         path.write_text(report.model_dump_json(indent=1) + "\n")
 
 
-def write_clips(writer: FeatureWriter, encoders: Encoders, loader: StatefulLoader, number: int, *, quiet: bool) -> None:
-    """Encode the next clips of a loader without end."""
+def write_clips(
+    writer: FeatureWriter, encoders: Encoders, loader: StatefulLoader, number: int, *, quiet: bool
+) -> tuple[float, float]:
+    """Encode the next clips of a loader without end; return the seconds of encoding, and of waiting for decoders."""
     waiting: dict[bytes, dict[str, Tensor]] = {}
+    begun, waited = time.monotonic(), 0.0
     # Without any to encode there is nothing to begin to read.
-    batches = itertools.islice(loader, number) if number else ()
-    for batch in tqdm(batches, "clips", number, disable=quiet or None, unit="clip"):
-        waiting[batch["clip"][0]] = encoders.clip(batch, 0)
-        if len(waiting) >= _BATCH:
-            writer.put(waiting)
-            waiting.clear()
+    batches = iter(itertools.islice(loader, number) if number else ())
+    with tqdm(desc="clips", total=number, disable=quiet or None, unit="clip") as progress:
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            waited += time.monotonic() - asked
+            if batch is None:
+                break
+            waiting[batch["clip"][0]] = encoders.clip(batch, 0)
+            if len(waiting) >= _BATCH:
+                writer.put(waiting)
+                waiting.clear()
+            progress.update()
     writer.put(waiting)
+    return time.monotonic() - begun - waited, waited
+
+
+def new_throughput() -> Throughput:
+    """Return what counts clips and the seconds that `write_clips` returns."""
+    return Throughput("encoders", "encoding", "devices", "decoders")
 
 
 def write_captions(

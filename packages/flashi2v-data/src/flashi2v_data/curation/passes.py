@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from flashi2v_data.atomic import atomic_file, check_directory
 from flashi2v_data.curation.meta import MetaParser, read_entries, read_pieces, state_of
-from flashi2v_data.engines import EachEntry, Engine, Ledger, Shard, Shards, run_pieces
+from flashi2v_data.engines import EachEntry, Engine, Ledger, Shard, Shards, Throughput, run_pieces
 from flashi2v_data.errors import DecodeError, InputError
 from flashi2v_data.records import Annotation, Index, read_annotations, with_whole_numbers
 
@@ -113,10 +112,10 @@ def run_over_entries(
         tqdm(total=num_bytes, desc=purpose["command"], disable=None, bar_format=_BAR) as bar,
     ):
         pieces = _pieces(annotations, piece_entries, bar)
-        progress = Progress(bar)
+        progress = _Progress(bar)
         run_pieces(engine, stage, pieces, results, fault_of=_fault_of, on_done=progress)
-    if progress.num_clips:
-        logger.info("%s: %s", purpose["command"], progress.describe(engine.num_processes))
+    if progress.throughput.num_clips:
+        logger.info("%s: %s", purpose["command"], progress.throughput.describe(engine.num_processes))
 
 
 def _pieces(annotations: Sequence[Annotation], num_entries: int, bar: tqdm) -> Iterator[list[Any]]:
@@ -135,43 +134,22 @@ def _pieces(annotations: Sequence[Annotation], num_entries: int, bar: tqdm) -> I
         bytes_before += os.path.getsize(annotation.meta)
 
 
-class Progress:
-    """Shows how quickly clips are looked at, and what failed; tells at the end what bounded it."""
+class _Progress:
+    """Shows how quickly clips are looked at, and what failed; the time that went into those is not known."""
 
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
-        self.num_clips, self._failed = 0, Counter[str]()
-        self._computing = self._waiting = 0.0  # seconds of all processes
-        self._begun = time.monotonic()
+        self._failed = Counter[str]()
+        self.throughput = Throughput()
 
     def __call__(self, number: int, result: list[Any]) -> None:
-        self.num_clips += len(result)
         self._failed.update(fault[0] for _, fault, _ in result if fault is not None)
-        for _, _, (computing, in_all) in result:
-            self._computing += computing
-            self._waiting += max(0.0, in_all - computing)
+        computing, in_all = map(sum, zip(*(seconds for _, _, seconds in result)))
+        self.throughput.add(len(result), computing, max(0.0, in_all - computing))
         if not self._bar.disable:
-            seconds = self._bar.format_dict["elapsed"] or 1
             faults = "".join(f", {count:,} {kind}" for kind, count in sorted(self._failed.items()))
-            text = f"{self.num_clips:,} clips, {self.num_clips / seconds:,.1f} clips/s{faults}"
-            self._bar.set_postfix_str(text)
-
-    def describe(self, num_processes: int) -> str:
-        """Say how many clips a second there were, where the processes' time went, and what the ceiling is.
-
-        Clips that failed are counted, and the time that went into them is not.
-        """
-        seconds = time.monotonic() - self._begun
-        rate, whole = self.num_clips / seconds, num_processes * seconds
-        computing, waiting = self._computing / whole, self._waiting / whole
-        busy = min(1.0, computing + waiting)
-        bound = "processors" if computing >= waiting else "what they wait for"
-        return (
-            f"{self.num_clips:,} clips in {seconds:,.1f} s, {rate:,.1f} a second by {num_processes} processes: "
-            f"{computing:.0%} of their time computing, {waiting:.0%} waiting for files or a processor, "
-            f"{1 - busy:.0%} without work; "
-            f"bound by {bound}: {busy:.0%} of the {rate / busy if busy else rate:,.1f} a second that this allows"
-        )
+            rate = f"{self.throughput.rate:,.1f} clips/s"
+            self._bar.set_postfix_str(f"{self.throughput.num_clips:,} clips, {rate}{faults}")
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
