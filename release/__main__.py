@@ -253,7 +253,8 @@ def checkout(ref: str, scratch: Path) -> Path:
     if not place.exists():
         archive = subprocess.run(["git", "archive", ref], capture_output=True, check=True).stdout
         with tarfile.open(fileobj=BytesIO(archive)) as files:
-            files.extractall(place, filter="data")
+            files.extraction_filter = getattr(tarfile, "data_filter", None)  # Debian's Python 3.11 has none
+            files.extractall(place)
     return place
 
 

@@ -144,7 +144,7 @@ class Meta(Target):
         from flashi2v_data.curation.config import FilterConfig
         from flashi2v_data.curation.judge import Judge, read_entry, record_of
         from flashi2v_data.curation.meta import read_entries, read_pieces
-        from flashi2v_data.curation.stream import _JudgePiece
+        from flashi2v_data.curation.stream import JudgePiece
         from flashi2v_data.records import Annotation, Entry
         from flashi2v_data.store.codec import ValueCodec
 
@@ -153,7 +153,7 @@ class Meta(Target):
             clip = read_entry(entry)
             if isinstance(clip, Entry) and judge(clip) == "kept":
                 codec.pack(record_of(clip, entry))
-        judge_piece = _JudgePiece(judge, codec.pack)  # what workers do, which read most pieces otherwise
+        judge_piece = JudgePiece(judge, codec.pack)  # what workers do, which read most pieces otherwise
         return [judge_piece(piece) for piece in read_pieces(annotation)]
 
 

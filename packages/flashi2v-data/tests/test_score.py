@@ -178,6 +178,7 @@ def start(*arguments: str) -> subprocess.Popen:
         [sys.executable, "-m", "flashi2v_data.cli", "score", *map(str, arguments)],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what starts the tests may ignore
     )
 
 

@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from flashi2v_data.atomic import check_directory
 from flashi2v_data.captions.cleaning import CaptionCount
+from flashi2v_data.curation import meta
 from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.curation.judge import Judge
-from flashi2v_data.curation.meta import PIECE_BYTES, BrokenMetaError, read_entries, read_provenance, state_of
+from flashi2v_data.curation.meta import BrokenMetaError, read_entries, read_provenance, state_of
 from flashi2v_data.curation.probing import Prober
 from flashi2v_data.curation.report import FilterReport, check_plots, write_report
 from flashi2v_data.curation.stream import FileFilter, Outcome
@@ -154,7 +155,7 @@ def purpose_of(config: FilterConfig, annotations: list[Annotation]) -> dict[str,
     """Return what a part must have been begun with to be continued: settings, pieces, the files as they are now."""
     return {
         **config.model_dump(exclude={"probe_cache_path"}),
-        "size of pieces": PIECE_BYTES,
+        "size of pieces": meta.PIECE_BYTES,
         "meta JSON": state_of(annotations),
     }
 
