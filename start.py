@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent
 SCRIPTS = ROOT / ".venv" / ("Scripts" if sys.platform == "win32" else "bin")
 PACKAGES = ("npu-ops", "data", "model", "train", "infer")
 COSTS = {
-    "dev": "about 2 minutes, most of them downloading (0.7 GB; 2 GB on the disk)",
+    "dev": "about 2 minutes, most of them downloading (0.9 GB; 2.4 GB on the disk)",
     "demo": "about 2 minutes, most of them downloading (0.5 GB; 1.3 GB on the disk), and samples a video in seconds",
-    "tests": "about 15 minutes on two cores, 2 of them downloading (0.7 GB; 2 GB on the disk)",
+    "tests": "about 15 minutes on two cores, 2 of them downloading (0.9 GB; 2.4 GB on the disk)",
 }
 TORCH = """\
 torch comes in the build that fits the machine: the small one where there is no GPU. With one 3 GB to download and 6 GB
