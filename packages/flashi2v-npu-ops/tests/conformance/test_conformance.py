@@ -239,7 +239,7 @@ def test_doctor_on_a_machine_with_npu_and_cann_and_with_one_that_does_not_fit(st
     assert "1 x Ascend910B2" in fitting
     assert "npu is npu:0 (collectives: cpu:gloo,npu:hccl)" in fitting
     lines = [line for line in fitting.splitlines() if " of ascend" in line]
-    assert len(lines) == 8
+    assert len(lines) == 10
     assert all(line.split()[1] == "ascend" for line in lines)
     assert older.startswith("0")
     assert finished.returncode == 1
