@@ -31,6 +31,8 @@ FILTER = {
     "max_h_div_w_ratio": 1.2,
     "min_h_div_w_ratio": 0.4,
 }
+# Of clips as they are, of halves of them, and of pictures.
+BUCKETS = [[NUM_FRAMES, SIZE, SIZE], [NUM_FRAMES, SIZE, SIZE // 2], [1, SIZE, SIZE]]
 
 
 def copy_into(directory: Path) -> Path:

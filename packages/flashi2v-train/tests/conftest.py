@@ -110,5 +110,4 @@ def mixed(workspace):
     shorter = [clips[0] | {"num_frames": 2}]
     records = [*clips, *halves, *(clip | {"num_frames": 1} for clip in clips), *shorter]
     path = write_store(workspace.directory / "mixed.lmdb", records, store.config)
-    buckets = [[5, 32, 32], [5, 32, 16], [1, 32, 32]]
-    return {"data.dataset_param.metafile_or_dir_path": str(path), "data.dataset_param.buckets": buckets}
+    return {"data.dataset_param.metafile_or_dir_path": str(path), "data.dataset_param.buckets": world.BUCKETS}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from world import BUCKETS
 
 from flashi2v_data.errors import InputError
 from flashi2v_train import launcher
@@ -17,8 +18,6 @@ from flashi2v_train.parallelise import build_stages
 from flashi2v_train.provenance import provenance
 from flashi2v_train.recipe import draw_series
 from flashi2v_train.world import join_world
-
-BUCKETS = [[5, 32, 32], [5, 32, 16], [1, 32, 32]]  # of the fixture `mixed`
 
 
 def read(workspace, changes, **options):
