@@ -232,6 +232,9 @@ def test_degrees_that_are_left_open_are_chosen(arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ((8, 12, 0), "the degree of Ulysses must be at least 1, got 0"),
+        ((8, 12, -2), "the degree of Ulysses must be at least 1, got -2"),
+        ((8, 12, None, 0), "the degree of a ring must be at least 1, got 0"),
         ((8, 12, 3), "ring of 2 x Ulysses of 3 is not the context parallel size of 8"),
         ((8, 4, 8), r"leaves processes without one of the 4 heads: use at most 4, .*\(Ulysses 4 x ring 2\)"),
     ],

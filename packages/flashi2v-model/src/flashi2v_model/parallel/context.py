@@ -126,24 +126,29 @@ class _Context:
 
     def _to_heads(self, x: Tensor, heads: list[int]) -> Tensor:
         """(B, n, K, d) to (B, M, k, d)."""
-        group, tokens = self._groups.ulysses, self._of_groups()[self._groups.ring.rank()]
-        own = heads[group.rank()]
-        batch, num, _, dim = x.shape
-        sends, receives = [k * batch * num * dim for k in heads], [own * batch * n * dim for n in tokens]
-        received = all_to_all_single_autograd(x.movedim(2, 0).flatten(), receives, sends, group)
-        parts = [part.view(own, batch, n, dim).movedim(0, 2) for part, n in zip(received.split(receives), tokens)]
-        return torch.cat(parts, 1)
+        return _exchange(x, 2, heads, self._of_groups()[self._groups.ring.rank()], self._groups.ulysses)
 
     def _to_tokens(self, x: Tensor, heads: list[int]) -> Tensor:
         """(B, M, k, d) to (B, n, K, d)."""
-        group, tokens = self._groups.ulysses, self._of_groups()[self._groups.ring.rank()]
-        own = tokens[group.rank()]
-        batch, _, num, dim = x.shape
-        sends, receives = [n * batch * num * dim for n in tokens], [own * batch * k * dim for k in heads]
-        received = all_to_all_single_autograd(x.movedim(1, 0).flatten(), receives, sends, group)
-        parts = [part.view(own, batch, k, dim).movedim(0, 1) for part, k in zip(received.split(receives), heads)]
-        return torch.cat(parts, 2)
+        return _exchange(x, 1, self._of_groups()[self._groups.ring.rank()], heads, self._groups.ulysses)
 
     def gather_tokens(self, head: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """(B, n, C) to (B, N, C), behind the last projection, where a token is narrowest."""
         return gather(out, self._num_tokens, self._groups.all, dim=1)
+
+
+def _exchange(x: Tensor, dim: int, shares: list[int], parts: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Give each process its share of the tokens (dimension 1) or heads (2), with those of the other that all had.
+
+    Args:
+        x: (B, tokens, heads, d), whole along `dim`.
+        dim: along which it is shared out.
+        shares: of every process along `dim`.
+        parts: of the other dimension, which every process had before; afterwards all of them are here.
+        group: the processes.
+    """
+    own, batch, size = shares[group.rank()], len(x), x.shape[-1]
+    row = x.numel() // x.shape[dim]
+    sends, receives = [share * row for share in shares], [own * batch * part * size for part in parts]
+    received = all_to_all_single_autograd(x.movedim(dim, 0).flatten(), receives, sends, group).split(receives)
+    return torch.cat([x.view(own, batch, part, size).movedim(0, dim) for x, part in zip(received, parts)], 3 - dim)

@@ -46,8 +46,12 @@ def choose_degrees(size: int, num_heads: int, ulysses: int | None = None, ring: 
         ring: likewise.
 
     Raises:
-        InputError: the degrees do not make up the size, or there are more processes than heads to exchange.
+        InputError: a degree is below 1, the degrees do not make up the size, or there are more processes than heads to
+            exchange.
     """
+    for name, degree in (("a ring", ring), ("Ulysses", ulysses)):
+        if degree is not None and degree < 1:
+            raise InputError(f"the degree of {name} must be at least 1, got {degree}")
     if ulysses is None:
         ulysses = gcd(size, num_heads) if ring is None else size // ring
     ring = size // ulysses if ring is None else ring

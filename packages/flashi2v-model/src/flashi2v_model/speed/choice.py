@@ -194,7 +194,6 @@ class _Run:
 
     def _apply(self, part: int, step: int) -> None:
         loss = self._losses[part, step]
-        self._parts[part][step] = loss.acts[step]
         for i, act in loss.acts.items():
             self._parts[part][i] = act
         self._wrong[part] |= loss.wrong

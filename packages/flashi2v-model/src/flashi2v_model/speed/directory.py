@@ -1,6 +1,5 @@
 """Calibrate the model in a directory on pictures with captions, and store what was found beside its transformer."""
 
-import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +15,13 @@ from transformers import AutoTokenizer
 
 from flashi2v_model.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, Defaults, DType
 from flashi2v_model.encoders import DTYPES, encode_text, encode_video, load_pretrained, text_encoder_class
-from flashi2v_model.errors import InputError, StorageError
+from flashi2v_model.errors import InputError
 from flashi2v_model.speed.calibration import FILE, Calibration, as_text
 from flashi2v_model.speed.measuring import Start, calibrate
 from flashi2v_model.transformer import FlashI2VTransformer3DModel
 from flashi2v_model.weights.fingerprint import fingerprint
 from flashi2v_model.weights.reading import read_json
+from flashi2v_model.weights.writing import appearing_whole
 from flashi2v_npu_ops import route_conv3d
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -101,7 +101,8 @@ def calibrate_directory(
             len(pairs), *size, version("torch"), version("diffusers")
         ),
     )
-    _write(found, directory / "transformer" / FILE)
+    with appearing_whole(directory / "transformer" / FILE) as file:
+        file.write_text(as_text(found))
     return found
 
 
@@ -180,13 +181,3 @@ def _read(file: Path) -> Image.Image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"--pictures: {file.name} cannot be read: {error}") from None
-
-
-def _write(found: Calibration, file: Path) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(as_text(found))
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write ({error.strerror}): {file}") from error

@@ -81,7 +81,7 @@ def appearing_whole(path: Path) -> Iterator[Path]:
             for file in (temporary, *temporary.rglob("*.safetensors")):
                 if file.is_file():
                     file.chmod(usual.stat().st_mode)
-            temporary.rename(path)
+            temporary.replace(path)
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise StorageError(f"cannot write ({reason}): {path}") from error
