@@ -102,7 +102,7 @@ class FlashI2VPipeline(DiffusionPipeline, LoraMixin, SingleFileMixin, PreviewMix
                 "give a FlashI2VTransformer3DModel"
             )
         if vae is not None:
-            route_conv3d(vae)
+            route_conv3d(vae, skips_zeros=True)
         self.defaults = checked(defaults, "model_index.json")
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler

@@ -32,7 +32,7 @@ def load_vae(config: AEConfig, device: torch.device) -> AutoencoderKLWan:
     """
     vae = load_pretrained(AutoencoderKLWan, config.from_pretrained, "ae.from_pretrained", DTYPES[config.dtype], device)
     configure_tiling(vae, config)
-    route_conv3d(vae)
+    route_conv3d(vae, skips_zeros=True)
     return vae.requires_grad_(False).eval()
 
 

@@ -142,7 +142,7 @@ def _starts(
     """Encode pictures and prompts; what encodes them is let go of at the end."""
     frames, height, width = size
     vae = _part(AutoencoderKLWan, directory, "vae", "fp32", device)
-    route_conv3d(vae)
+    route_conv3d(vae, skips_zeros=True)
     encoder = _part(text_encoder_class(directory / "text_encoder"), directory, "text_encoder", dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
     processor = VideoProcessor(vae_scale_factor=SPATIAL_STRIDE)

@@ -54,10 +54,15 @@ def conv3d(
     return out
 
 
-def route_conv3d(module: nn.Module) -> None:
+def route_conv3d(module: nn.Module, *, skips_zeros: bool = False) -> None:
     """Let `conv3d` serve every `nn.Conv3d` in a module, subclasses too: another library's VAE, say.
 
     Weights, names, hooks, and what a subclass does around the convolution stay as they are.
+
+    Args:
+        module: with the convolutions.
+        skips_zeros: a kernel whose first frames are all zero does not meet the frames that they would weigh. They are
+            looked for again whenever weights are loaded; in training, leave that be.
 
     Raises:
         ValueError: a convolution pads with something other than zeros, or by a word.
@@ -67,11 +72,34 @@ def route_conv3d(module: nn.Module) -> None:
             if part.padding_mode != "zeros" or isinstance(part.padding, str):
                 raise ValueError(f"{name} pads by {part.padding_mode!r}, {part.padding!r}: conv3d pads with zeros")
             settings = (part.stride, part.padding, part.dilation, part.groups)
-            part._conv_forward = partial(_convolve, settings)  # type: ignore[method-assign]
+            pads_itself = not part.padding[0] and part.dilation[0] == 1  # as causal ones do
+            zeros = _Zeros() if skips_zeros and pads_itself else None
+            part._conv_forward = partial(_convolve, settings, zeros)  # type: ignore[method-assign]
 
 
-def _convolve(settings: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return conv3d(x, weight, bias, *settings)
+class _Zeros:
+    """How many of a kernel's first frames are zero, found anew where its weights have changed."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[int, int] | None = None
+        self._first = 0
+
+    def count(self, weight: Tensor) -> int:
+        if weight.is_inference():  # its changes are not counted
+            return 0
+        seen = (id(weight), weight._version)
+        if seen != self._seen:
+            try:
+                used = weight.detach().ne(0).any(dim=4).any(dim=3).any(dim=1).any(dim=0).tolist()
+            except RuntimeError:  # it has a shape and no numbers, where memory or kernels are counted
+                used = []
+            self._seen, self._first = seen, used.index(True) if True in used else 0
+        return self._first
+
+
+def _convolve(settings: Any, zeros: _Zeros | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    first = 0 if zeros is None else zeros.count(weight)
+    return conv3d(x[:, :, first:], weight[:, :, first:], bias, *settings)
 
 
 @reference.serves("conv3d")
