@@ -43,6 +43,7 @@ def test_frame_interval_slows_the_file_down_to_the_rate_that_the_model_saw(job):
         ({"predictor": {"low_freq_energy_ratio": [0.05, 0.95]}}, "is a range to draw from in training"),
         ({"diffusion": {"use_dynamic_shifting": True}}, "diffusion.use_dynamic_shifting belongs to training"),
         ({"diffusion": {"use_logitnorm_time_sampling": True}}, "use_logitnorm_time_sampling belongs to training"),
+        ({"diffusion": {"training_shift": 4}}, "training_shift belongs to training"),
         ({"diffusion": {"guidance_scale": 1.0}, "negative_prompt": "dark"}, "negative_prompt has no effect"),
         ({"data_transform": {"video": []}}, "list CenterCropResizeVideo, ToTensorVideo and norm_fun once each"),
     ],

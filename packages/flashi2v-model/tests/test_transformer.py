@@ -220,3 +220,30 @@ def test_what_is_kept_over_the_steps_changes_no_number(way):
     assert len(calls) == 2 + 1 + 1
     model(latents, batch, text, condition)
     assert len(calls) == 4 + 3, "nothing is kept behind the run"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sigma", [1.0, 0.6, 0.2])
+@pytest.mark.parametrize("conv3x3x3_proj", [True, False])
+def test_from_still_start_values_a_video_stays_as_its_first_frame(conv3x3x3_proj, sigma):
+    torch.manual_seed(0)
+    model = FlashI2VTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=24, text_dim=16, freq_dim=32, ffn_dim=64, num_layers=2, text_len=4,
+        conv3x3x3_proj=conv3x3x3_proj,
+    )  # fmt: skip
+    condition, text, noise = torch.randn(2, 16, 1, 8, 12), torch.randn(2, 4, 16), torch.randn(2, 16, 3, 8, 12)
+    noisy, timestep = sigma * noise + (1 - sigma) * condition, torch.full((2,), 1000 * sigma)
+    errors = []
+    for start in (model.reset_parameters, model.start_still):
+        start()
+        velocity = model(noisy, timestep, text, condition).sample
+        errors.append((velocity - (noise - condition)).square().mean().item())
+    assert errors[0] > 1.9  # it predicts nothing
+    assert errors[1] < 0.15
+    torch.testing.assert_close(model.learnable_proj(condition, 3), condition.expand(-1, -1, 3, -1, -1))
+
+
+def test_still_start_values_need_tokens_that_hold_a_patch():
+    narrow = FlashI2VTransformer3DModel(num_attention_heads=2, attention_head_dim=16, num_layers=1, ffn_dim=8)
+    with pytest.raises(ValueError, match="64 numbers of a patch do not pass through tokens of 32 channels"):
+        narrow.start_still()

@@ -104,6 +104,7 @@ def test_options_that_were_not_given_are_not_answered(workspace):
 
 
 REFUSED = {
+    "a still start of narrow tokens": (["--start", "still"], "predictor.hidden_size must be at least 64"),
     "degree without hybrid": (["--ulysses-degree-in-cp", "2"], "without --context-parallel-algo hybrid_cp_algo"),
     "an algorithm that is not there": (["--context-parallel-algo", "adaptive_cp_algo"], "--context-parallel-algo"),
     "no overlap": (["--no-overlap-grad-reduce"], "always so"),

@@ -99,7 +99,7 @@ class InferenceConfig(Settings):
             raise ValueError("ae.do_sample: sampling takes the mode of the first frame's posterior: set it to false")
         if self.predictor.from_pretrained is None:
             raise ValueError("predictor.from_pretrained: missing key: name the weights to sample with")
-        for key in ("use_dynamic_shifting", "use_logitnorm_time_sampling"):
+        for key in ("use_dynamic_shifting", "use_logitnorm_time_sampling", "training_shift"):
             if getattr(self.diffusion, key):
                 raise ValueError(f"diffusion.{key} belongs to training: leave it out; sampling follows diffusion.shift")
         self._check_tokens()

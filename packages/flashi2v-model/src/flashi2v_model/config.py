@@ -89,6 +89,9 @@ class DiffusionConfig(Settings):
     guidance_scale: float = Field(5.0, ge=0)
     use_dynamic_shifting: bool = False
     use_logitnorm_time_sampling: bool = False
+    training_shift: float | None = Field(
+        None, gt=0, description="of training's sigmas, whatever use_dynamic_shifting says: more than 1 for more noise"
+    )
 
 
 class PredictorConfig(Settings):

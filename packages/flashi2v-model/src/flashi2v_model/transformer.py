@@ -4,6 +4,7 @@ B batch, C latent channels, F frames, H W latent grid, N tokens, L text tokens, 
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -27,6 +28,10 @@ EMBED_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "condition
 
 
 # The last two bases are there already; diffusers looks for its own in this module.
+# Of a token's part that comes from the video, per number of it, where blocks have yet to add theirs.
+_START_LENGTH = 3.0
+
+
 class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelMixin, ConfigMixin):
     """Velocity network of FlashI2V.
 
@@ -140,6 +145,35 @@ class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelM
         for last in (self.proj_out, self.fourier_embedding[1], self.learnable_proj.proj[2]):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
+
+    @torch.no_grad()
+    def start_still(self) -> None:
+        """Set start values under which a video stays as its first frame is; what is left to learn is how it moves.
+
+        With z = c in all frames the shift s = c makes x_t = sigma (eps - c), and the velocity is eps - c. So the shift
+        starts as the condition itself, and what enters leaves again, with the length of 2 n standard normal numbers, as
+        the head's norm has taken sigma away. Learning that from zero takes a small model long.
+
+        Raises:
+            ValueError: tokens have fewer channels than what enters them has numbers.
+        """
+        width, entries = self.patch_embedding.out_channels, self.patch_embedding.weight[0].numel()
+        if width < entries:
+            raise ValueError(f"{entries} numbers of a patch do not pass through tokens of {width} channels")
+        first, _, last = self.learnable_proj.proj.children()
+        channels = self.config.in_channels
+        middle = tuple(length // 2 for length in first.kernel_size)
+        last.weight.zero_()
+        for i in range(channels):
+            for j, sign in ((i, 1), (channels + i, -1)):  # silu(c) - silu(-c) = c
+                first.weight[j].zero_()
+                first.bias[j].zero_()
+                first.weight[(j, i, *middle)] = last.weight[(i, j, *middle)] = sign
+        basis = torch.linalg.qr(torch.randn(width, entries))[0]  # (D, n), its columns orthonormal
+        self.patch_embedding.weight.copy_(_START_LENGTH * basis.reshape(self.patch_embedding.weight.shape))
+        self.patch_embedding.bias.zero_()
+        back = basis.T.reshape(channels, *self.config.patch_size, width).permute(1, 2, 3, 0, 4).reshape(entries, width)
+        self.proj_out.weight.copy_(back * math.sqrt(2 * entries / width))
 
     def forward(
         self,

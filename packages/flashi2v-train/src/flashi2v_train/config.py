@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -252,6 +253,8 @@ def read_run_config(options: TrainOptions, *, recipe: "RecipeClass | None" = Non
         raise InputError("--feature-cache-gib has no effect where all features are loaded: leave it out")
     if options.trains_adapters and model.predictor.from_pretrained is None:
         raise InputError(f"{options.mm_model}: LoRA changes a trained model: set predictor.from_pretrained")
+    if options.start == "still":
+        _check_still_start(model.predictor, options.mm_model)
     dataset.transform_pipeline.check_range()
     check_directory(options.save, "--save")
     read_eval_data(options, data)
@@ -272,6 +275,14 @@ def read_run_config(options: TrainOptions, *, recipe: "RecipeClass | None" = Non
     elif model.recipe:
         raise InputError(f"{options.mm_model}: recipe has settings, but no --recipe names what they are for")
     return config
+
+
+def _check_still_start(predictor: PredictorConfig, path: Path) -> None:
+    entries = predictor.in_dim * math.prod(predictor.patch_size)
+    if predictor.from_pretrained is not None:
+        raise InputError(f"--start still has no effect on weights: leave it out, or {path}'s predictor.from_pretrained")
+    if predictor.hidden_size < entries:
+        raise InputError(f"--start still: {path}'s predictor.hidden_size must be at least {entries}, a patch's numbers")
 
 
 def _find_recipe(options: TrainOptions, given: "RecipeClass | None") -> "RecipeClass | None":

@@ -39,6 +39,11 @@ class RecipeOptions(BaseModel):
         description="module:Class of a flashi2v_train.Recipe, or of a network alone, in the working directory or "
         "installed; default: FlashI2V's own",
     )
+    start: Literal["random", "still"] = Field(
+        "random",
+        description="start values, where predictor.from_pretrained names no weights; with still ones a video stays as "
+        "its first frame is, and only motion is left to learn",
+    )
 
 
 class PlanOptions(BaseModel):

@@ -119,6 +119,8 @@ def build_stages(config: RunConfig, world: World, *, weights: bool, adapters: Ad
     predictor, options, dims = config.model.predictor, config.options, world.dims
     torch.manual_seed(options.seed)  # all processes start from the same weights
     whole = config.recipe.build(predictor)
+    if options.start == "still":
+        whole.start_still()
     use_fused_rms_norm(whole, predictor.use_fused_rmsnorm)
     if weights or adapters is not None:
         started = _start(whole, predictor.from_pretrained)
