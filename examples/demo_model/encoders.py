@@ -1,6 +1,6 @@
 """Train the VAE, tokenizer and text encoder of the demo model.
 
-    python examples/demo_model/encoders.py --output run/encoders
+    python examples/demo_model/encoders.py --output demo/encoders
 
 They are the real classes in Wan2.1's directory layout (`vae/`, `tokenizer/`, `text_encoder/`). Stopped anywhere, it
 goes on where it was and ends with the same weights.
@@ -11,7 +11,7 @@ B batch, T frames, H W pixels, L tokens, D width.
 import argparse
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,24 +33,30 @@ from flashi2v_data.shapes.sentences import DIRECTIONS
 from flashi2v_data.shapes.stories import PACES, Stage, sample_story
 
 SEED = 2026
-SIZE, FRAMES = 96, 17
+SIZE, FRAMES = 64, 17
+SIDES = (64, 96)  # of the frames of which the VAE learns squares of SIZE pixels
 KL_WEIGHT = 1e-3  # enough that a little noise on a latent changes nothing in the picture
-SAVE_STEPS = 250
+SAVE_STEPS = 100
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps at a learning rate that falls to zero, on clips of (batch, frames)."""
+    """Steps at a learning rate that falls to zero, on clips of (batch, frames), of all or of the decoder alone."""
 
     steps: int
     learning_rate: float
     batch: int
     frames: int
+    encoder_too: bool = True
 
 
-# Single frames teach space, cheaply. What they teach holds for every frame of a clip, as `start_vae` sees to it that no
-# frame looks at those before it at first; whole clips then teach motion.
-PHASES = (Phase(5000, 1.5e-3, 8, 1), Phase(3000, 1e-3, 2, FRAMES))
+# Single frames teach space, cheaply, and what they teach holds for every frame of a clip. One frame and the four that
+# become one latent teach motion. Whole clips teach the decoder to look back, and leave latents as they are.
+PHASES = (
+    Phase(3200, 1.5e-3, 8, 1),
+    Phase(3500, 1.5e-3, 4, 5),
+    Phase(700, 5e-4, 2, FRAMES, encoder_too=False),
+)
 
 
 class Films(Dataset[tuple[Tensor, Tensor]]):
@@ -65,12 +71,16 @@ class Films(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         index = self._phase * 10_000_000 + number
-        story = sample_story(SEED, index, SIZE, SIZE, looks="seen")
-        stage = Stage(story, SIZE, SIZE)
-        # Single frames are of any moment.
-        moments = np.linspace(0, 1, self._frames) if self._frames > 1 else [index % FRAMES / (FRAMES - 1)]
-        film = np.stack([stage.frame(moment) for moment in moments])  # (T, H, W, 3)
-        backdrop = stage.without(set(range(len(story.things))), 0)
+        random = np.random.default_rng(index)
+        side = int(random.choice(SIDES))
+        top, left = random.integers(0, side - SIZE, 2, endpoint=True)
+        window = (..., slice(top, top + SIZE), slice(left, left + SIZE), slice(None))
+        story = sample_story(SEED, index, side, side, looks="seen")
+        stage = Stage(story, side, side)
+        first = random.integers(0, FRAMES - self._frames, endpoint=True)
+        moments = (first + np.arange(self._frames)) / (FRAMES - 1)
+        film = np.stack([stage.frame(moment)[window] for moment in moments])  # (T, H, W, 3)
+        backdrop = stage.without(set(range(len(story.things))), 0)[window]
         things = np.abs(film - backdrop).max(-1) > 8
         return (
             torch.from_numpy(film).permute(3, 0, 1, 2).float() / 127.5 - 1,
@@ -87,7 +97,7 @@ def load_films(number: int, phase: Phase, first_step: int, workers: int) -> Iter
 
 @torch.no_grad()
 def start_vae() -> AutoencoderKLWan:
-    """Random weights, with which every frame is treated as a picture of its own.
+    """Random weights, with which nothing but the convolutions that shrink or stretch time sees more than one frame.
 
     Patches of 2x2 pixels enter as one, so that the costly fine levels of Wan2.1's VAE are not there; the strides are
     its own, (4, 8, 8).
@@ -102,9 +112,10 @@ def start_vae() -> AutoencoderKLWan:
         weight = module.weight  # (C_out, C_in, [T,] H, W)
         nn.init.zeros_(weight)
         nn.init.zeros_(module.bias)
-        if name.endswith("time_conv"):  # copies the last frame to where it shrinks or stretches time
+        if name.endswith("time_conv"):  # stretches time by copying; shrinks it by taking half of each frame's channels
+            shrinks = weight.shape[0] == weight.shape[1]
             for i in range(weight.shape[0]):
-                weight[i, i % weight.shape[1], -1] = 1.0
+                weight[i, i % weight.shape[1], -2 if shrinks and i % 2 else -1] = 1.0
         else:
             last = weight[:, :, -1] if isinstance(module, nn.Conv3d) else weight
             nn.init.kaiming_normal_(last, nonlinearity="linear")
@@ -117,12 +128,14 @@ def quick_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
 
 
 def quick_convolution(convolution: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """WanCausalConv3d's result; a single frame meets the last tap of time only, as all before it is zero."""
-    if x.shape[2] == 1 and cache_x is None:
-        width, height = convolution._padding[0], convolution._padding[2]
-        last = convolution.weight[:, :, -1]  # (C_out, C_in, H, W)
-        return F.conv2d(x[:, :, 0], last, convolution.bias, convolution.stride[1:], (height, width))[:, :, None]
-    return plain_convolution(convolution, x, cache_x)
+    """WanCausalConv3d's result where only the last tap of time is not zero, as all are but those that change time."""
+    if convolution.kernel_size[1:] == (1, 1) and convolution.kernel_size[0] > 1:
+        return plain_convolution(convolution, x, cache_x)
+    width, height = convolution._padding[0], convolution._padding[2]
+    last = convolution.weight[:, :, -1]  # (C_out, C_in, H, W)
+    frames = x.movedim(2, 1).flatten(0, 1)
+    frames = F.conv2d(frames, last, convolution.bias, convolution.stride[1:], (height, width))
+    return frames.unflatten(0, (x.shape[0], -1)).movedim(1, 2)
 
 
 plain_convolution = WanCausalConv3d.forward
@@ -155,7 +168,10 @@ def train_phase(vae: AutoencoderKLWan, number: int, phase: Phase, output: Path, 
     """Train the VAE in place; every 50 steps go into the log, and the state to disk every `SAVE_STEPS`."""
     device = machine.device
     vae.train().to(device)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=phase.learning_rate, betas=(0.9, 0.99))
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(phase.encoder_too)
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=phase.learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
     )
@@ -216,8 +232,7 @@ def train_vae(output: Path, machine: Machine, shorter: int) -> AutoencoderKLWan:
     if not log.exists():
         log.write_text("phase,step,psnr_db,kl\n")
     for number, phase in enumerate(PHASES):
-        short = Phase(max(1, phase.steps // shorter), phase.learning_rate, phase.batch, phase.frames)
-        train_phase(vae, number, short, output, machine)
+        train_phase(vae, number, replace(phase, steps=max(1, phase.steps // shorter)), output, machine)
     set_unit_variance(vae, machine)
     return vae.to("cpu")
 

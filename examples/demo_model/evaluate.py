@@ -1,6 +1,6 @@
 """How good is a model that takes the look from a picture and the motion from words?
 
-    python examples/demo_model/evaluate.py --model run/model --output evaluation
+    python examples/demo_model/evaluate.py --model demo/model --output evaluation
 
 Samples from first frames and captions of stories that no training saw, in four groups: looks and words as in training;
 looks that it left out; words and orders of words that it left out; and pictures far from it, landscapes behind things.
@@ -39,7 +39,7 @@ from flashi2v_infer.commands.sampler import psnr
 from flashi2v_model.encoders import decode_video, encode_video
 
 SEED = 2  # of the stories; training's are 0 and 2026
-SIZE, FRAMES, FPS = 96, 17, 16
+SIZE, FRAMES, FPS = 64, 17, 16
 GROUPS = ("as in training", "unseen looks", "unseen words", "far pictures")
 SENTENCES = (
     *("it drifts to the upper left", "moves up", "it flies to the upper right"),
@@ -110,6 +110,10 @@ class Sampler:
             )
             yield from (videos * 255).round().astype(np.uint8)
 
+    def from_stories(self, stories: Sequence[tuple[str, Story]], seed: int) -> Iterator[NDArray[np.uint8]]:
+        """Yield a video of every story, from its first frame and its caption."""
+        return self([film(story)[0] for _, story in stories], [story.caption for _, story in stories], seed)
+
 
 @torch.no_grad()
 def reconstruct(pipeline: FlashI2VPipeline, video: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -118,6 +122,12 @@ def reconstruct(pipeline: FlashI2VPipeline, video: NDArray[np.uint8]) -> NDArray
     latents = encode_video(pipeline.vae, pixels.to(pipeline.vae.device))
     decoded = decode_video(pipeline.vae, latents)[0].permute(1, 2, 3, 0).cpu()
     return ((decoded + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
+def watched(pair: tuple[str, Story], frames: NDArray[np.uint8]) -> Watched:
+    """Say what happens in a video of a story, which is given with its group."""
+    group, story = pair
+    return Watched(story, group, watch(frames, story), psnr(frames[0], film(story)[0]))
 
 
 @dataclass(frozen=True)
@@ -259,8 +269,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a new directory")
     parser.add_argument("--scenes", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="videos of each scene (default: %(default)s)")
-    parser.add_argument("--num-inference-steps", type=int, default=6)
-    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--num-inference-steps", type=int, help="default: the model's")
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     try:
@@ -270,26 +280,21 @@ def main() -> None:
 
     pipeline = FlashI2VPipeline.from_pretrained(options.model).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
+    options.num_inference_steps = options.num_inference_steps or pipeline.defaults.num_inference_steps
+    options.guidance_scale = options.guidance_scale or pipeline.defaults.guidance_scale
     sampler = Sampler(pipeline, options.num_inference_steps, options.guidance_scale)
     stories = make_stories(options.scenes)
-    truths = [film(story) for _, story in stories]
-
-    def watched(i: int, frames: NDArray[np.uint8]) -> Watched:
-        group, story = stories[i]
-        return Watched(story, group, watch(frames, story), psnr(frames[0], truths[i][0]))
-
-    alone = [watched(i, reconstruct(pipeline, truth)) for i, truth in enumerate(tqdm(truths, "VAE alone"))]
+    alone = [watched(pair, reconstruct(pipeline, film(pair[1]))) for pair in tqdm(stories, "VAE alone")]
     found, videos, rows = [], [], []
     for seed in range(options.seeds):
-        prompts = [story.caption for _, story in stories]
-        for i, frames in enumerate(sampler([truth[0] for truth in truths], prompts, seed)):
-            found.append(watched(i, frames))
+        for i, (pair, frames) in enumerate(zip(stories, sampler.from_stories(stories, seed))):
+            found.append(watched(pair, frames))
             videos.append(frames)
             values = {**dataclasses.asdict(found[-1].verdict), "psnr": found[-1].psnr}
-            rows.append({"scene": i, "seed": seed, "group": stories[i][0], "prompt": prompts[i], **values})
+            rows.append({"scene": i, "seed": seed, "group": pair[0], "prompt": pair[1].caption, **values})
     columns: dict[str, Sequence[Watched]] = {"all": found}
     columns |= {group: [video for video in found if video.group == group] for group in GROUPS}
-    columns |= {"VAE alone": alone, "truth": [watched(i, truth) for i, truth in enumerate(truths)]}
+    columns |= {"VAE alone": alone, "truth": [watched(pair, film(pair[1])) for pair in stories]}
     columns = {name: listed for name, listed in columns.items() if listed}
     settings: dict[str, Any] = {
         name: getattr(options, name) for name in ("model", "scenes", "seeds", "num_inference_steps", "guidance_scale")

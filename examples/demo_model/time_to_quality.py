@@ -1,0 +1,156 @@
+"""How many minutes of training it takes until things move as they are told, and which levers change that.
+
+    python examples/demo_model/run.py                                                # once, for videos and features
+    python examples/demo_model/time_to_quality.py                                    # every lever, one seed
+    python examples/demo_model/time_to_quality.py --levers base "random start" --seeds 3
+
+Every run trains for the same time, at a rate that stays. Its averaged weights are looked at again and again: the share
+of held-out stories whose thing goes where the caption says, and how well the first frame is kept. demo/quality/ gets
+all numbers, and a table of the first minutes at which 50, 80 and 90 % were right.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+from run import DATA, MODEL, RUN, THREADS, training
+
+from flashi2v_infer import FlashI2VPipeline
+
+QUALITY = RUN / "quality"
+GOALS = (0.5, 0.8, 0.9)
+BATCH = 16
+# What each changes of `run.training`; "model" are pieces of text in the model file, and what replaces them.
+LEVERS: dict[str, dict] = {
+    "base": {},
+    "random start": {"--start": "random", "--proj-lr-scale": 5},
+    "batch 8": {"--global-batch-size": 8, "--micro-batch-size": 4},
+    "batch 32": {"--global-batch-size": 32, "--micro-batch-size": 16},
+    "half the rate": {"--lr": 6e-4},
+    "twice the rate": {"--lr": 2.4e-3},
+    "sigmas not shifted": {"model": {'"use_dynamic_shifting": true': '"use_dynamic_shifting": false'}},
+    "uniform sigmas": {"model": {'"use_logitnorm_time_sampling": true': '"use_logitnorm_time_sampling": false'}},
+    "half as wide": {"model": {'"hidden_size": 192': '"hidden_size": 96', '"ffn_dim": 768': '"ffn_dim": 384'}},
+    "half as deep": {"model": {'"num_layers": 8': '"num_layers": 4'}},
+    "shift not trained": {"--freeze": "learnable_proj.*"},
+    "in fp32": {"--bf16": False},
+}
+
+
+def command(lever: str, seed: int, save: Path) -> list[str]:
+    """Return the command that trains with a lever."""
+    changes = dict(LEVERS[lever])
+    model = save.with_suffix(".json")
+    text = MODEL.read_text()
+    for old, new in changes.pop("model", {}).items():
+        assert text.count(old) == 1, f"{MODEL} no longer says {old}"
+        text = text.replace(old, new)
+    model.write_text(text)
+    options = training(steps=10**6, decay=None, ema=0.99) | {
+        "--mm-model": model,
+        "--mm-data": DATA,
+        "--save": save,
+        "--seed": seed,
+        "--bf16": True,
+        "--lr-decay-style": "constant",
+        "--save-interval": 100,
+        "--no-save-optim": True,
+        **changes,
+    }
+    words = ["flashi2v-train"]
+    for name, value in options.items():
+        if value is not False and value is not None:
+            words += [name] if value is True else [name, str(value)]
+    return words
+
+
+def train(lever: str, seed: int, minutes: float) -> Path:
+    """Train with a lever for some minutes; return the run's directory."""
+    save = QUALITY / f"{lever.replace(' ', '_')}_{seed}"
+    if (save / "done").exists():
+        return save
+    shutil.rmtree(save, ignore_errors=True)
+    QUALITY.mkdir(parents=True, exist_ok=True)
+    words = command(lever, seed, save)
+    with save.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name(words[0]), *words[1:]], env=THREADS, stdout=log, stderr=log
+        )
+    metrics = save / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or seconds(save).sum() < 60 * minutes):
+        time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    if process.wait() and not metrics.exists():
+        sys.exit(save.with_suffix(".log").read_text())
+    (save / "done").touch()
+    return save
+
+
+def seconds(save: Path) -> np.ndarray:
+    """Return the seconds of every step, but for the first, which waits for the data's first batch."""
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    return np.array([0.0] + [json.loads(line)["seconds"] for line in lines[1:] if line.endswith("}")])
+
+
+def look(save: Path, scenes: int) -> list[dict[str, float]]:
+    """Return what the averaged weights of each checkpoint do."""
+    spent = seconds(save).cumsum() / 60
+    stories = [pair for pair in evaluate.make_stories(10 * scenes) if pair[1].motion and pair[1].motion.direction]
+    found = []
+    for checkpoint in sorted(save.glob("iter_*")):
+        model = checkpoint.with_name(f"model_{checkpoint.name}")
+        if not model.exists():
+            words = ("convert", checkpoint, model, "--to", "diffusers", "--encoders", RUN / "encoders")
+            subprocess.run([Path(sys.executable).with_name("flashi2v-model"), *words], check=True, capture_output=True)
+        pipeline = FlashI2VPipeline.from_pretrained(model)
+        pipeline.set_progress_bar_config(disable=True)
+        videos = evaluate.Sampler(pipeline, 6, 3.0).from_stories(stories[:scenes], 0)
+        watched = list(map(evaluate.watched, stories[:scenes], videos))
+        found.append(
+            {
+                "minutes": float(spent[int(checkpoint.name[5:]) - 1]),
+                "direction": float(np.mean([video.verdict.direction == video.story.direction for video in watched])),
+                "first_frame_db": float(np.median([video.psnr for video in watched])),
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--levers", nargs="+", choices=LEVERS, default=[*LEVERS], help="default: all")
+    parser.add_argument("--seeds", type=int, default=1, help="runs with each lever (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8, help="of training in each run (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=40, help="to look at each time (default: %(default)s)")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}; {options.minutes:g} minutes of each run, {options.scenes} scenes\n")
+    told, every = {}, {}
+    for lever in options.levers:
+        for seed in range(options.seeds):
+            save = train(lever, seed, options.minutes)
+            every[f"{lever}, seed {seed}"] = found = look(save, options.scenes)
+            firsts = [next((at["minutes"] for at in found if at["direction"] >= goal), None) for goal in GOALS]
+            best = max(found, key=lambda at: at["direction"])
+            told[f"{lever}, seed {seed}"] = [
+                *("never" if first is None else f"{first:.1f}" for first in firsts),
+                f"{best['direction']:.0%}",
+                f"{found[-1]['first_frame_db']:.1f}",
+            ]
+            print(f"{lever}, seed {seed}: {', '.join(told[f'{lever}, seed {seed}'])}", flush=True)
+            (QUALITY / "quality.json").write_text(json.dumps(every, indent=1) + "\n")
+    head = ("lever", *(f"minutes to {goal:.0%}" for goal in GOALS), "best", "first frame, dB")
+    text = evaluate.table(told, head)
+    (QUALITY / "quality.md").write_text(f"{text}\n")
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()

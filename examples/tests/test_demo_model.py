@@ -1,0 +1,80 @@
+"""The whole way through the console scripts: videos, filter, features, training, a model, and what its videos show."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import forked
+import pytest
+from PIL import Image
+
+from flashi2v_data import read_frames
+from flashi2v_data.shapes.stories import Stage, sample_story
+
+EXAMPLES = Path(__file__).parent.parent
+SCRIPTS = Path(sys.executable).parent
+
+
+def command(directory: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run the installed script, which starts cold as a user's does."""
+    name, *arguments = map(str, words)
+    done = subprocess.run([SCRIPTS / name, *arguments], cwd=directory, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A directory in which the demo ran, much shorter than `nox -s demo` runs it."""
+    directory = tmp_path_factory.mktemp("checkout")
+    (directory / "examples").symlink_to(EXAMPLES)
+    Image.fromarray(Stage(sample_story(5, 0, 64, 64), 64, 64).frame(0)).save(directory / "picture.png")
+    command(directory, "python", "examples/demo_model/run.py", "--shorter", 200)
+    return directory
+
+
+def test_a_few_steps_already_keep_the_first_frame(demo):
+    found = json.loads((demo / "demo/evaluation/evaluation.json").read_text())
+    assert [(row["scene"], row["seed"]) for row in found["videos"]] == [(i, 0) for i in range(6)]
+    # It starts from videos that stay; without that, frames are noise after six steps.
+    assert all(row["psnr"] > 14 and row["background_jump"] < 20 for row in found["videos"])
+    assert (demo / "demo/evaluation/report.md").read_text().count("| 100.0% |\n") == 9  # of what is real
+    for picture in ("distributions.png", "strips_as_in_training.png", "nine_pictures.gif", "nine_sentences.gif"):
+        assert Image.open(demo / "demo/evaluation" / picture).width > 300
+
+
+def test_a_run_becomes_a_model_that_samples_from_one_image(demo):
+    forked.run(
+        "flashi2v-infer", "--model", "demo/model", "--image", "picture.png",
+        "--prompt", "it moves to the right", "-o", "one.mp4", "--strip", "one.png", "--seed", 1,
+        "--num-frames", 9, "--height", 32, "--width", 48, "--num-inference-steps", 2, "--device", "cpu",
+        cwd=demo, check=True,
+    )  # fmt: skip
+    assert read_frames(demo / "one.mp4", range(9)).shape == (9, 32, 48, 3)
+    assert Image.open(demo / "one.png").width > 500
+
+
+def test_the_references_configuration_samples_the_run(demo):
+    (demo / "demo/image.txt").write_text("picture.png\n" * 2)
+    (demo / "demo/prompt.txt").write_text("it moves to the right\nit stays where it is\n")
+    forked.run("flashi2v-infer", "--mm-model", "examples/demo_model/inference_model.json", cwd=demo, check=True)
+    for number in range(2):
+        assert read_frames(demo / f"demo/samples/video_{number}.mp4", range(17)).shape == (17, 64, 64, 3)
+        assert json.loads((demo / f"demo/samples/video_{number}.json").read_text())["first_frame_psnr"] > 0
+
+
+def test_the_demo_goes_on_only_where_it_was_the_same(demo):
+    script = demo / "examples/demo_model/run.py"
+    done = subprocess.run([sys.executable, script, "--shorter", "100"], cwd=demo, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("demo/ is there from something else: move it away or remove it")
+
+
+def test_minutes_to_quality_are_measured(demo):
+    script = "examples/demo_model/time_to_quality.py"
+    done = command(demo, "python", script, "--levers", "base", "--minutes", 0.02, "--scenes", 2)
+    assert "| base, seed 0 |" in done.stdout
+    (looks,) = json.loads((demo / "demo/quality/quality.json").read_text()).values()
+    assert looks[-1]["minutes"] > 0
+    assert looks[-1]["first_frame_db"] > 14
