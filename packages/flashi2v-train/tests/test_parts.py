@@ -1,5 +1,7 @@
 """Clipping, EMA, learning rate and draws against reference numbers and by their properties."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,8 @@ from flashi2v_train.clip import AdaptiveClip, PlainClip
 from flashi2v_train.config import RunConfig, TrainOptions, read_run_config
 from flashi2v_train.ema import EMA
 from flashi2v_train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
+from flashi2v_train.parallelise import build_stages
+from flashi2v_train.world import join_world
 
 # (norm, norm after clipping, threshold, mean, variance) of the public NPU release, max_norm 1.0, decay 0.99
 CLIP_TRACE = (
@@ -127,6 +131,31 @@ def test_drawn_ratios_stay_in_the_configured_range(workspace):
     ratios = draw(config, [(0, i) for i in range(200)])["low_freq_energy_ratio"]
     assert 0.2 <= ratios.min() < 0.21
     assert 0.29 < ratios.max() <= 0.3
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_training_sees_as_much_noise_as_the_shift_asks_for(workspace, dynamic):
+    def sigmas(**changes: object) -> torch.Tensor:
+        files = workspace.files({f"model.diffusion.{key}": value for key, value in changes.items()})
+        return draw(read_run_config(options().model_copy(update=files)), [(0, i) for i in range(200)])["sigma"]
+
+    plain = sigmas(use_dynamic_shifting=False)
+    shifted = sigmas(use_dynamic_shifting=dynamic, training_shift=4)
+    torch.testing.assert_close(shifted, 4 * plain / (1 + 3 * plain))
+
+
+def test_a_still_start_is_one_of_the_network_and_of_no_weights(workspace):
+    wide = {"model.predictor.hidden_size": 96, "model.predictor.num_heads": 2}
+    config = read_run_config(TrainOptions(**workspace.files(wide), device="cpu", start="still"))
+    with join_world("cpu", config.parallel_dims(1), timedelta(minutes=1)) as world:
+        (stage,) = build_stages(config, world, weights=True, adapters=None)
+    condition = torch.randn(1, 16, 1, 4, 4)
+    with torch.no_grad():
+        shift = stage.transformer.learnable_proj(condition, 2)
+    torch.testing.assert_close(shift, condition.expand(-1, -1, 2, -1, -1))
+    trained = workspace.files(wide | {"model.predictor.from_pretrained": str(workspace.base(wide))})
+    with pytest.raises(InputError, match=r"--start still has no effect on weights: leave it out, or .*from_pretrained"):
+        read_run_config(TrainOptions(**trained, device="cpu", start="still"))
 
 
 def test_a_batch_is_taken_apart_and_put_together_by_all_its_names():
