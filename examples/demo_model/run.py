@@ -1,8 +1,7 @@
 """A model whose picture decides how it looks, and whose words decide how it moves.
 
     python examples/demo_model/run.py            # ten minutes on two CPU cores, behind the encoders in weights/
-    python examples/demo_model/run.py --go-on    # two hours: goes on from all of weights/
-    python examples/demo_model/run.py --full     # hours: everything from nothing, as weights/ were made
+    python examples/demo_model/run.py --full     # hours: everything from nothing, the encoders too
 
 Run from the repository's root. Every step is a command that a user would type; what they leave is in demo/. Stopped
 anywhere, it goes on where it was when it is started again.
@@ -129,14 +128,8 @@ def train(plan: Plan, options: argparse.Namespace) -> None:
         "--micro-batch-size": 16 // options.processes,
         "--bf16" if options.fast else "--no-bf16": True,
     }
-    model = MODEL
-    if options.go_on:
-        del chosen["--start"]
-        name = '"model_id": "flashi2vdit",'
-        model = RUN / "go_on.json"
-        model.write_text(MODEL.read_text().replace(name, f'{name} "from_pretrained": "{WEIGHTS}/transformer",'))
     words = [word for name, value in chosen.items() for word in ([name] if value is True else [name, value])]
-    run("flashi2v-train", "--mm-model", model, "--mm-data", DATA, "--save", RUN / "training", *words)
+    run("flashi2v-train", "--mm-model", MODEL, "--mm-data", DATA, "--save", RUN / "training", *words)
     run_unless(
         RUN / "model",
         *("flashi2v-model", "convert", RUN / "training", RUN / "model", "--to", "diffusers"),
@@ -169,18 +162,14 @@ def claim_directory(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--full", action="store_true", help="train the encoders, too, and the transformer for long")
-    how.add_argument(
-        "--go-on", action="store_true", help="train the transformer for long, from the weights that are here"
-    )
+    parser.add_argument("--full", action="store_true", help="train the encoders, too, and the transformer for long")
     parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or npu (default: %(default)s)")
     parser.add_argument("--fast", action="store_true", help="compute in bf16: quick on GPUs, and on CPUs that have it")
     parser.add_argument("--processes", type=int, default=2, help="of encoding and training (default: %(default)s)")
     parser.add_argument("--shorter", type=int, default=1, help="do 1/N of everything, to try it (default: %(default)s)")
     options = parser.parse_args()
     claim_directory(options)
-    whole = LONG if options.full or options.go_on else QUICK
+    whole = LONG if options.full else QUICK
     plan = replace(
         whole,
         videos=max(32, whole.videos // options.shorter),
@@ -192,7 +181,7 @@ def main() -> None:
     get_encoders(options)
     make_features(plan, options)
     train(plan, options)
-    if whole is LONG:
+    if options.full:
         finish()
     found = RUN / "evaluation"
     run_unless(
