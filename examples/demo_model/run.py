@@ -108,7 +108,7 @@ def training(steps: int, decay: int | None, ema: float) -> dict[str, object]:
         "--lr-decay-style": "WSD",
         "--lr-wsd-decay-style": "linear",
         "--lr-wsd-decay-iters": decay,
-        "--lr-warmup-iters": min(100, steps // 2),
+        "--lr-warmup-iters": min(100, steps // 10),
         "--adam-beta2": 0.99,
         "--ema-decay": ema,
         "--no-use-distributed-optimizer": True,

@@ -71,10 +71,27 @@ def test_the_demo_goes_on_only_where_it_was_the_same(demo):
     assert done.stderr.startswith("demo/ is there from something else: move it away or remove it")
 
 
+def test_every_lever_is_one_of_the_trainer(demo):
+    """Each changes the files and options as they are now; what they say is read, and nothing is trained."""
+    script = """
+import sys
+from pathlib import Path
+from flashi2v_train.launcher import app
+sys.path.insert(0, "examples/demo_model")
+import time_to_quality as bench
+for lever in bench.LEVERS:
+    words = bench.command(lever, bench.SEED, Path("lever"))
+    app([*words[1:], "--dry-run"], result_action="return_value")
+"""
+    done = command(demo, "python", "-c", script)
+    assert done.stdout.count("samples per step: 16") == 11
+    assert done.stdout.count("samples per step: ") == 13
+
+
 def test_minutes_to_quality_are_measured(demo):
     script = "examples/demo_model/time_to_quality.py"
     done = command(demo, "python", script, "--levers", "base", "--minutes", 0.02, "--scenes", 2)
-    assert "| base, seed 0 |" in done.stdout
+    assert "| base, seed 1024 |" in done.stdout
     (looks,) = json.loads((demo / "demo/quality/quality.json").read_text()).values()
     assert looks[-1]["minutes"] > 0
     assert looks[-1]["first_frame_db"] > 14
