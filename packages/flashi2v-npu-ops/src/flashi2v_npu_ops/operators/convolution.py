@@ -61,8 +61,8 @@ def route_conv3d(module: nn.Module, *, skips_zeros: bool = False) -> None:
 
     Args:
         module: with the convolutions.
-        skips_zeros: a kernel whose first frames are all zero does not meet the frames that they would weigh. They are
-            looked for again whenever weights are loaded; in training, leave that be.
+        skips_zeros: on CPUs, a kernel whose first frames are all zero does not meet the frames that they would weigh.
+            They are looked for again whenever weights are loaded; in training, leave that be.
 
     Raises:
         ValueError: a convolution pads with something other than zeros, or by a word.
@@ -85,13 +85,13 @@ class _Zeros:
         self._first = 0
 
     def count(self, weight: Tensor) -> int:
-        if weight.is_inference():  # its changes are not counted
+        if weight.device.type != "cpu" or weight.is_inference():  # of those the changes are not counted
             return 0
         seen = (id(weight), weight._version)
         if seen != self._seen:
             try:
                 used = weight.detach().ne(0).any(dim=4).any(dim=3).any(dim=1).any(dim=0).tolist()
-            except RuntimeError:  # it has a shape and no numbers, where memory or kernels are counted
+            except RuntimeError:  # a fake tensor has a shape and no numbers
                 used = []
             self._seen, self._first = seen, used.index(True) if True in used else 0
         return self._first
