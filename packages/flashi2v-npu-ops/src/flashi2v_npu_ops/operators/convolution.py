@@ -85,7 +85,8 @@ class _Zeros:
         self._first = 0
 
     def count(self, weight: Tensor) -> int:
-        if weight.device.type != "cpu" or weight.is_inference():  # of those the changes are not counted
+        # Other devices would have to be asked, and of inference tensors nothing counts the changes.
+        if weight.device.type != "cpu" or weight.is_inference():
             return 0
         seen = (id(weight), weight._version)
         if seen != self._seen:
