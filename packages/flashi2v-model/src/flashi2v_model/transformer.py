@@ -160,20 +160,21 @@ class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelM
         width, entries = self.patch_embedding.out_channels, self.patch_embedding.weight[0].numel()
         if width < entries:
             raise ValueError(f"{entries} numbers of a patch do not pass through tokens of {width} channels")
-        first, _, last = self.learnable_proj.proj.children()
         channels = self.config.in_channels
-        middle = tuple(length // 2 for length in first.kernel_size)
-        last.weight.zero_()
+        proj = self.learnable_proj.proj
+        into, bias, out_of = (proj.get_parameter(name) for name in ("0.weight", "0.bias", "2.weight"))
+        middle = tuple(length // 2 for length in into.shape[2:])
+        out_of.zero_()
         for i in range(channels):
             for j, sign in ((i, 1), (channels + i, -1)):  # silu(c) - silu(-c) = c
-                first.weight[j].zero_()
-                first.bias[j].zero_()
-                first.weight[(j, i, *middle)] = last.weight[(i, j, *middle)] = sign
+                into[j], bias[j] = 0, 0
+                there, back = (j, i, *middle), (i, j, *middle)
+                into[there] = out_of[back] = sign
         basis = torch.linalg.qr(torch.randn(width, entries))[0]  # (D, n), its columns orthonormal
         self.patch_embedding.weight.copy_(_START_LENGTH * basis.reshape(self.patch_embedding.weight.shape))
-        self.patch_embedding.bias.zero_()
-        back = basis.T.reshape(channels, *self.config.patch_size, width).permute(1, 2, 3, 0, 4).reshape(entries, width)
-        self.proj_out.weight.copy_(back * math.sqrt(2 * entries / width))
+        self.patch_embedding.get_parameter("bias").zero_()
+        ends = basis.T.reshape(channels, *self.config.patch_size, width).permute(1, 2, 3, 0, 4).reshape(entries, width)
+        self.proj_out.weight.copy_(ends * math.sqrt(2 * entries / width))
 
     def forward(
         self,
