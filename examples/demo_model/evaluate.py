@@ -36,6 +36,7 @@ from flashi2v_data.shapes.watching import Verdict, watch
 from flashi2v_data.video.strips import film_strip, stack
 from flashi2v_infer import FlashI2VPipeline, save_video, video_grid
 from flashi2v_infer.commands.sampler import psnr
+from flashi2v_infer.defaults import settings_of
 from flashi2v_model.encoders import decode_video, encode_video
 
 SEED = 2  # of the stories; training's are 0 and 2026
@@ -81,6 +82,11 @@ def film(story: Story) -> NDArray[np.uint8]:
     return Stage(story, SIZE, SIZE).film(FRAMES)
 
 
+def first_frame(story: Story) -> NDArray[np.uint8]:
+    """Return what a video of a story is sampled from: (H, W, 3)."""
+    return Stage(story, SIZE, SIZE).frame(0)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Samples videos from first frames and captions, some at a time."""
@@ -112,7 +118,13 @@ class Sampler:
 
     def from_stories(self, stories: Sequence[tuple[str, Story]], seed: int) -> Iterator[NDArray[np.uint8]]:
         """Yield a video of every story, from its first frame and its caption."""
-        return self([film(story)[0] for _, story in stories], [story.caption for _, story in stories], seed)
+        return self([first_frame(story) for _, story in stories], [story.caption for _, story in stories], seed)
+
+
+def make_sampler(pipeline: FlashI2VPipeline, steps: int | None = None, guidance: float | None = None) -> Sampler:
+    """Return a sampler with these settings, or with the model's where they are not given."""
+    chosen = settings_of(pipeline.defaults, num_inference_steps=steps, guidance_scale=guidance)
+    return Sampler(pipeline, chosen.num_inference_steps, chosen.guidance_scale)
 
 
 @torch.no_grad()
@@ -127,7 +139,7 @@ def reconstruct(pipeline: FlashI2VPipeline, video: NDArray[np.uint8]) -> NDArray
 def watched(pair: tuple[str, Story], frames: NDArray[np.uint8]) -> Watched:
     """Say what happens in a video of a story, which is given with its group."""
     group, story = pair
-    return Watched(story, group, watch(frames, story), psnr(frames[0], film(story)[0]))
+    return Watched(story, group, watch(frames, story), psnr(frames[0], first_frame(story)))
 
 
 @dataclass(frozen=True)
@@ -253,7 +265,7 @@ def draw_grids(sampler: Sampler, directory: Path) -> None:
         if len((story := sample_story(SEED + 1, i, SIZE, SIZE, looks="seen")).things) == 1
         and all(0.35 < place < 0.65 for place in story.starts[0])
     ]
-    pictures = [film(story)[0] for story in alone[:9]]
+    pictures = [first_frame(story) for story in alone[:9]]
     grids = {
         "nine_sentences.gif": ([pictures[0]] * 9, SENTENCES),
         "nine_pictures.gif": (pictures, ["it goes to the right"] * len(pictures)),
@@ -280,9 +292,7 @@ def main() -> None:
 
     pipeline = FlashI2VPipeline.from_pretrained(options.model).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
-    options.num_inference_steps = options.num_inference_steps or pipeline.defaults.num_inference_steps
-    options.guidance_scale = options.guidance_scale or pipeline.defaults.guidance_scale
-    sampler = Sampler(pipeline, options.num_inference_steps, options.guidance_scale)
+    sampler = make_sampler(pipeline, options.num_inference_steps, options.guidance_scale)
     stories = make_stories(options.scenes)
     alone = [watched(pair, reconstruct(pipeline, film(pair[1]))) for pair in tqdm(stories, "VAE alone")]
     found, videos, rows = [], [], []
@@ -296,9 +306,8 @@ def main() -> None:
     columns |= {group: [video for video in found if video.group == group] for group in GROUPS}
     columns |= {"VAE alone": alone, "truth": [watched(pair, film(pair[1])) for pair in stories]}
     columns = {name: listed for name, listed in columns.items() if listed}
-    settings: dict[str, Any] = {
-        name: getattr(options, name) for name in ("model", "scenes", "seeds", "num_inference_steps", "guidance_scale")
-    }
+    settings: dict[str, Any] = {name: getattr(options, name) for name in ("model", "scenes", "seeds")}
+    settings |= {name: getattr(sampler, name) for name in ("num_inference_steps", "guidance_scale")}
     text = report(columns)
     (options.output / "evaluation.json").write_text(json.dumps({"settings": settings, "videos": rows}, indent=1) + "\n")
     told = ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -1,6 +1,6 @@
 """A model whose picture decides how it looks, and whose words decide how it moves.
 
-    python examples/demo_model/run.py            # ten minutes on two CPU cores, behind the encoders in weights/
+    python examples/demo_model/run.py            # minutes on two CPU cores, behind the encoders in weights/
     python examples/demo_model/run.py --full     # hours: everything from nothing, the encoders too
 
 Run from the repository's root. Every step is a command that a user would type; what they leave is in demo/. Stopped
@@ -120,6 +120,12 @@ def training(steps: int, decay: int | None, ema: float) -> dict[str, object]:
     }
 
 
+def words_of(options: dict[str, object]) -> list[object]:
+    """Return options as they are typed: True is a flag, and False and None leave one out."""
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    return [word for name, value in given.items() for word in ([name] if value is True else [name, value])]
+
+
 def train(plan: Plan, options: argparse.Namespace) -> None:
     """Train the transformer, and make a pipeline of it."""
     chosen = training(plan.steps, plan.decay, plan.ema) | {
@@ -128,8 +134,7 @@ def train(plan: Plan, options: argparse.Namespace) -> None:
         "--micro-batch-size": 16 // options.processes,
         "--bf16" if options.fast else "--no-bf16": True,
     }
-    words = [word for name, value in chosen.items() for word in ([name] if value is True else [name, value])]
-    run("flashi2v-train", "--mm-model", MODEL, "--mm-data", DATA, "--save", RUN / "training", *words)
+    run("flashi2v-train", "--mm-model", MODEL, "--mm-data", DATA, "--save", RUN / "training", *words_of(chosen))
     run_unless(
         RUN / "model",
         *("flashi2v-model", "convert", RUN / "training", RUN / "model", "--to", "diffusers"),
@@ -165,9 +170,10 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="train the encoders, too, and the transformer for long")
     parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or npu (default: %(default)s)")
     parser.add_argument("--fast", action="store_true", help="compute in bf16: quick on GPUs, and on CPUs that have it")
-    parser.add_argument("--processes", type=int, default=2, help="of encoding and training (default: %(default)s)")
+    parser.add_argument("--processes", type=int, help="of encoding and training (default: 2 on a CPU, else 1)")
     parser.add_argument("--shorter", type=int, default=1, help="do 1/N of everything, to try it (default: %(default)s)")
     options = parser.parse_args()
+    options.processes = options.processes or (2 if options.device == "cpu" else 1)
     claim_directory(options)
     whole = LONG if options.full else QUICK
     plan = replace(

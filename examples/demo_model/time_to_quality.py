@@ -21,7 +21,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
-from run import DATA, MODEL, RUN, THREADS, run, training
+from run import DATA, MODEL, RUN, THREADS, run, training, words_of
 
 from flashi2v_infer import FlashI2VPipeline
 
@@ -54,17 +54,8 @@ def data_file(seed: int) -> Path:
     features, made = f"{QUALITY}/features_{seed}", QUALITY / f"data_{seed}.json"
     made.write_text(DATA.read_text().replace(f'"{RUN}/features"', f'"{features}"'))
     run(
-        "flashi2v-encode",
-        "--mm-model",
-        MODEL,
-        "--mm-data",
-        made,
-        "--output",
-        features,
-        "--seed",
-        seed,
-        "--device",
-        "cpu",
+        *("flashi2v-encode", "--mm-model", MODEL, "--mm-data", made, "--output", features),
+        *("--seed", seed, "--device", "cpu", "--nproc-per-node", 2),
     )
     return made
 
@@ -91,11 +82,7 @@ def command(lever: str, seed: int, save: Path) -> list[str]:
         "--no-save-optim": True,
         **changes,
     }
-    words = ["flashi2v-train"]
-    for name, value in options.items():
-        if value is not False and value is not None:
-            words += [name] if value is True else [name, str(value)]
-    return words
+    return ["flashi2v-train", *map(str, words_of(options))]
 
 
 def train(lever: str, seed: int, minutes: float) -> Path:
@@ -114,7 +101,7 @@ def train(lever: str, seed: int, minutes: float) -> Path:
     while process.poll() is None and (not metrics.exists() or seconds(save).sum() < 60 * minutes):
         time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    if process.wait() and not metrics.exists():
+    if process.wait():  # a run that is asked to stop saves, and ends well
         sys.exit(save.with_suffix(".log").read_text())
     (save / "done").touch()
     return save
@@ -138,7 +125,7 @@ def look(save: Path, scenes: int) -> list[dict[str, float]]:
             subprocess.run([Path(sys.executable).with_name("flashi2v-model"), *words], check=True, capture_output=True)
         pipeline = FlashI2VPipeline.from_pretrained(model)
         pipeline.set_progress_bar_config(disable=True)
-        videos = evaluate.Sampler(pipeline, 6, 3.0).from_stories(stories[:scenes], 0)
+        videos = evaluate.make_sampler(pipeline).from_stories(stories[:scenes], 0)
         watched = list(map(evaluate.watched, stories[:scenes], videos))
         found.append(
             {

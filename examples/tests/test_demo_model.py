@@ -7,26 +7,18 @@ from pathlib import Path
 
 import forked
 import pytest
+from cold import command
 from PIL import Image
 
 from flashi2v_data import read_frames
 from flashi2v_data.shapes.stories import Stage, sample_story
 
 EXAMPLES = Path(__file__).parent.parent
-SCRIPTS = Path(sys.executable).parent
-
-
-def command(directory: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run the installed script, which starts cold as a user's does."""
-    name, *arguments = map(str, words)
-    done = subprocess.run([SCRIPTS / name, *arguments], cwd=directory, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    """A directory in which the demo ran, much shorter than `nox -s demo` runs it."""
+    """A directory in which the demo ran, much shorter than users run it."""
     directory = tmp_path_factory.mktemp("checkout")
     (directory / "examples").symlink_to(EXAMPLES)
     Image.fromarray(Stage(sample_story(5, 0, 64, 64), 64, 64).frame(0)).save(directory / "picture.png")

@@ -7,21 +7,13 @@ from pathlib import Path
 
 import forked
 import pytest
+from cold import command
 from PIL import Image
 
 from flashi2v_data import read_frames
 from flashi2v_data.video.probe import probe
 
 EXAMPLES = Path(__file__).parent.parent
-SCRIPTS = Path(sys.executable).parent
-
-
-def command(directory: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run the installed script, which starts cold as a user's does."""
-    name, *arguments = map(str, words)
-    done = subprocess.run([SCRIPTS / name, *arguments], cwd=directory, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")

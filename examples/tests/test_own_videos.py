@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import cold
 import numpy as np
 import pytest
 import torch
@@ -27,9 +28,8 @@ STEPS = 100
 
 
 def command(directory: Path, *words: object, code: int = 0) -> str:
-    name, *arguments = map(str, words)
-    done = subprocess.run([SCRIPTS / name, *arguments], cwd=directory, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
+    """Return what an installed script prints; of one that fails, the last line."""
+    done = cold.command(directory, *words, code=code)
     return done.stdout if code == 0 else done.stderr.splitlines()[-1]
 
 

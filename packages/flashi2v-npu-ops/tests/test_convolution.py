@@ -1,5 +1,7 @@
 """Convolutions of another library's module, served by the operator."""
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,7 +51,11 @@ def test_other_weights_are_looked_at_again(depths):
     layer(x)
     layer.load_state_dict(other.state_dict())
     torch.testing.assert_close(layer(x), other(x), atol=1e-6, rtol=0.0)
-    assert depths == [1, 3]
+    layer.load_state_dict(causal(1).state_dict(), assign=True)
+    torch.testing.assert_close(layer(x), causal(1)(x), atol=1e-6, rtol=0.0)
+    again = pickle.loads(pickle.dumps(layer))
+    torch.testing.assert_close(again(x), layer(x), atol=1e-6, rtol=0.0)
+    assert depths == [1, 3, 2, 2, 2]
 
 
 @torch.no_grad()

@@ -90,8 +90,14 @@ class DiffusionConfig(Settings):
     use_dynamic_shifting: bool = False
     use_logitnorm_time_sampling: bool = False
     training_shift: float | None = Field(
-        None, gt=0, description="of training's sigmas, whatever use_dynamic_shifting says: more than 1 for more noise"
+        None, gt=0, description="of training's sigmas, in the place of use_dynamic_shifting: above 1 for more noise"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "DiffusionConfig":
+        if self.training_shift is not None and self.use_dynamic_shifting:
+            raise ValueError("training_shift contradicts use_dynamic_shifting: leave one of them out")
+        return self
 
 
 class PredictorConfig(Settings):

@@ -27,11 +27,11 @@ from flashi2v_npu_ops import layer_norm_modulate, route_conv3d, split_frequencie
 EMBED_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "condition", "low_freq_energy_ratio")
 
 
-# The last two bases are there already; diffusers looks for its own in this module.
-# Of a token's part that comes from the video, per number of it, where blocks have yet to add theirs.
+# How long still start values make the video's part of a token, per number of it, before blocks add theirs.
 _START_LENGTH = 3.0
 
 
+# The last two bases are there already; diffusers looks for its own in this module.
 class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelMixin, ConfigMixin):
     """Velocity network of FlashI2V.
 

@@ -123,7 +123,7 @@ def build_stages(config: RunConfig, world: World, *, weights: bool, adapters: Ad
         whole.start_still()
     use_fused_rms_norm(whole, predictor.use_fused_rmsnorm)
     if weights or adapters is not None:
-        started = _start(whole, predictor.from_pretrained)
+        started = _start(whole, predictor.from_pretrained, options.start)
     if adapters is None:
         freeze(whole, options.freeze)
     else:
@@ -145,10 +145,10 @@ def build_stages(config: RunConfig, world: World, *, weights: bool, adapters: Ad
     return stages
 
 
-def _start(transformer: FlashI2VTransformer3DModel, path: str | None) -> list[str]:
-    """Load the weights to start from; return the parameters that they lack."""
+def _start(transformer: FlashI2VTransformer3DModel, path: str | None, values: str) -> list[str]:
+    """Load the weights to start from, or say which start values there are; return the parameters that they lack."""
     if path is None:
-        logger.info("predictor.from_pretrained is not set: the transformer starts from random weights")
+        logger.info("predictor.from_pretrained is not set: the transformer has %s start values", values)
         return []
     started = load_weights(transformer, path, new_layers_may_start=True)
     own = [name for name in started if not name.startswith(NEW_LAYERS)]

@@ -70,13 +70,13 @@ class Recipe:
         diffusion = config.model.diffusion
         low, high = config.model.predictor.low_freq_energy_ratio
         *_, height, width = config.latent_shape
-        shift = dynamic_shift(height, width) if diffusion.use_dynamic_shifting else None
+        shift = dynamic_shift(height, width) if diffusion.use_dynamic_shifting else diffusion.training_shift
         return {
             "noise": torch.stack([torch.randn(config.latent_shape, generator=g) for g in generators("noise")]),
             "sigma": draw_sigmas(
                 generators("sigma"),
                 logit_normal=diffusion.use_logitnorm_time_sampling,
-                shift=diffusion.training_shift or shift,
+                shift=shift,
             ),
             "low_freq_energy_ratio": torch.cat(
                 [low + (high - low) * torch.rand(1, generator=g) for g in generators("ratio")]

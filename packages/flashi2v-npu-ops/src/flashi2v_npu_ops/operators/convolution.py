@@ -81,20 +81,21 @@ class _Zeros:
     """How many of a kernel's first frames are zero, found anew where its weights have changed."""
 
     def __init__(self) -> None:
-        self._seen: tuple[int, int] | None = None
+        self._weight: Tensor | None = None  # itself: another may come to have its id
+        self._version = 0
         self._first = 0
 
     def count(self, weight: Tensor) -> int:
         # Other devices would have to be asked, and of inference tensors nothing counts the changes.
         if weight.device.type != "cpu" or weight.is_inference():
             return 0
-        seen = (id(weight), weight._version)
-        if seen != self._seen:
+        if weight is not self._weight or weight._version != self._version:
             try:
                 used = weight.detach().ne(0).any(dim=4).any(dim=3).any(dim=1).any(dim=0).tolist()
             except RuntimeError:  # a fake tensor has a shape and no numbers
                 used = []
-            self._seen, self._first = seen, used.index(True) if True in used else 0
+            self._weight, self._version = weight, weight._version
+            self._first = used.index(True) if True in used else 0
         return self._first
 
 
