@@ -71,8 +71,10 @@ def get_encoders(options: argparse.Namespace) -> None:
     """Train VAE, tokenizer and text encoder, or take those that are here."""
     encoders = RUN / "encoders"
     if options.full:
-        fast = ["--bf16"] if options.fast else []
-        run("python", HERE / "encoders.py", "--output", encoders, "--device", options.device, *fast)
+        run(
+            *("python", HERE / "encoders.py", "--output", encoders, "--device", options.device),
+            *("--shorter", options.shorter, *(["--bf16"] if options.fast else [])),
+        )
         return
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(WEIGHTS / part, encoders / part, dirs_exist_ok=True)
