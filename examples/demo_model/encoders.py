@@ -13,12 +13,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -33,65 +35,112 @@ from flashi2v_data.shapes.sentences import DIRECTIONS
 from flashi2v_data.shapes.stories import PACES, Stage, sample_story
 
 SEED = 2026
-SIZE, FRAMES = 64, 17
-SIDES = (64, 96)  # of the frames of which the VAE learns squares of SIZE pixels
+FRAMES = 17
+CELL = 8  # pixels of a latent's side
+MARGIN = 12  # pixels at the edge of a moved latent's picture that are not known
 KL_WEIGHT = 1e-3  # enough that a little noise on a latent changes nothing in the picture
+MOVE_WEIGHT = 0.1  # of the difference between moved latents and those of the moved picture
 SAVE_STEPS = 100
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps at a learning rate that falls to zero, on clips of (batch, frames), of all or of the decoder alone."""
+    """Steps at a learning rate that falls to zero.
+
+    Attributes:
+        steps: of training.
+        learning_rate: of the first of them.
+        batch: clips of a step.
+        frames: of a clip.
+        size: of its frames: square ones, or squares of larger ones in turn.
+        moves: of a square's latents, moved by a part of a cell, becomes the square that lies there.
+        encoder_too: or else the decoder alone learns.
+    """
 
     steps: int
     learning_rate: float
     batch: int
     frames: int
+    size: int = 64
+    moves: bool = False
     encoder_too: bool = True
 
 
 # Single frames teach space, cheaply, and what they teach holds for every frame of a clip. One frame and the four that
-# become one latent teach motion. Whole clips teach the decoder to look back, and leave latents as they are.
+# become one latent teach motion. By then a thing that has moved by half a cell has quite other latents, so that how
+# things move would have to be learnt for every look anew; moved latents put an end to that. Whole clips teach the
+# decoder to look back, and leave latents as they are.
 PHASES = (
     Phase(3200, 1.5e-3, 8, 1),
     Phase(3500, 1.5e-3, 4, 5),
-    Phase(700, 5e-4, 2, FRAMES, encoder_too=False),
+    Phase(1800, 1.5e-3, 8, 1, size=96, moves=True),
+    Phase(800, 1e-3, 4, 5, size=96, moves=True),
+    Phase(400, 5e-4, 2, FRAMES, size=96, encoder_too=False),
 )
 
 
-class Films(Dataset[tuple[Tensor, Tensor]]):
-    """Clips of stories that no other phase uses, by number.
+class Film(NamedTuple):
+    """A clip to learn of; F32, and of a batch with B in front of all shapes.
 
-    Each is (3, T, H, W) in [-1, 1], and where things are: (1, T, H, W), 0 or 1. Things are few of the pixels, and most
-    of what a caption speaks of.
+    Attributes:
+        video: to encode, (3, T, H, W) in [-1, 1].
+        moved: right and down, by how many pixels its latents are then moved: (2,).
+        wanted: to be decoded, like the video.
+        things: where things are in it, (1, T, H, W), 0 or 1. They are few of the pixels, and most of what a caption
+            speaks of.
+        known: how much of it can be known, (1, 1, H, W), 0 or 1.
     """
 
-    def __init__(self, phase: int, frames: int) -> None:
-        self._phase, self._frames = phase, frames
+    video: Tensor
+    moved: Tensor
+    wanted: Tensor
+    things: Tensor
+    known: Tensor
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        index = self._phase * 10_000_000 + number
+
+class Films(Dataset[Film]):
+    """Clips of stories that no other phase uses, by number."""
+
+    def __init__(self, number: int, phase: Phase) -> None:
+        self._number, self._phase = number, phase
+
+    def __getitem__(self, number: int) -> Film:
+        index = self._number * 10_000_000 + number
         random = np.random.default_rng(index)
-        side = int(random.choice(SIDES))
-        top, left = random.integers(0, side - SIZE, 2, endpoint=True)
-        window = (..., slice(top, top + SIZE), slice(left, left + SIZE), slice(None))
+        size, frames = self._phase.size, self._phase.frames
+        side = int(random.choice((size, size * 3 // 2)))
+        far = CELL if self._phase.moves and side > size else 0
+        left, top = random.integers(far, side - size - far, 2, endpoint=True).tolist()
+        moved = random.integers(-far, far, 2, endpoint=True).tolist()
         story = sample_story(SEED, index, side, side, looks="seen")
         stage = Stage(story, side, side)
-        first = random.integers(0, FRAMES - self._frames, endpoint=True)
-        moments = (first + np.arange(self._frames)) / (FRAMES - 1)
-        film = np.stack([stage.frame(moment)[window] for moment in moments])  # (T, H, W, 3)
-        backdrop = stage.without(set(range(len(story.things))), 0)[window]
-        things = np.abs(film - backdrop).max(-1) > 8
-        return (
-            torch.from_numpy(film).permute(3, 0, 1, 2).float() / 127.5 - 1,
+        first = random.integers(0, FRAMES - frames, endpoint=True)
+        film = np.stack([stage.frame(moment) for moment in (first + np.arange(frames)) / (FRAMES - 1)])  # (T, H, W, 3)
+        backdrop = stage.without(set(range(len(story.things))), 0)
+
+        # What is moved to the right shows what was on the left.
+        columns, rows = (slice(at - by, at - by + size) for at, by in zip((left, top), moved))
+        things = np.abs(film - backdrop)[:, rows, columns].max(-1) > 8
+        known = torch.zeros(1, 1, size, size)
+        edge = MARGIN if any(moved) else 0
+        known[..., edge : size - edge, edge : size - edge] = 1
+        return Film(
+            _as_video(film[:, top : top + size, left : left + size]),
+            torch.tensor(moved, dtype=torch.float32),
+            _as_video(film[:, rows, columns]),
             torch.from_numpy(things)[None].float(),
+            known,
         )
 
 
-def load_films(number: int, phase: Phase, first_step: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of a phase from a step on: (B, 3, T, H, W) and (B, 1, T, H, W)."""
+def _as_video(film: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(film).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def load_films(number: int, phase: Phase, first_step: int, workers: int) -> Iterator[Film]:
+    """Yield the batches of a phase from a step on."""
     order = range(first_step * phase.batch, phase.steps * phase.batch)
-    films = Films(number, phase.frames)
+    films = Films(number, phase)
     yield from DataLoader(films, phase.batch, sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
@@ -141,18 +190,50 @@ def quick_convolution(convolution: WanCausalConv3d, x: Tensor, cache_x: Tensor |
 plain_convolution = WanCausalConv3d.forward
 
 
-def reconstruction_error(difference: Tensor, things: Tensor) -> Tensor:
+def move(latents: Tensor, moved: Tensor) -> Tensor:
+    """Move latents (B, C, F, H, W) by pixels, right and down (B, 2), between cells bicubically."""
+    height, width = latents.shape[-2:]
+    size = CELL * torch.tensor([width, height], device=moved.device)
+    back = -2 * moved / size  # (B, 2), where a frame spans -1 to 1
+    way = torch.cat((torch.eye(2, device=back.device).expand(len(back), 2, 2), back[..., None]), -1)  # (B, 2, 3)
+    frames = latents.float().flatten(1, 2)  # (B, C F, H, W)
+    grid = F.affine_grid(way, list(frames.shape), align_corners=False)
+    there = F.grid_sample(frames, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return there.unflatten(1, latents.shape[1:3])
+
+
+def moving_error(vae: AutoencoderKLWan, mean: Tensor, film: Film) -> Tensor:
+    """Return by how much latents that were moved differ from those of the picture that lies there.
+
+    Args:
+        vae: that encoded the film.
+        mean: of the posterior of the whole batch, (B, C, F, H, W).
+        film: what was encoded, and what lies there.
+
+    Returns:
+        a mean of squares, as a share of the latents' variance.
+    """
+    far = film.moved.any(1)
+    if not far.any():
+        return mean.new_zeros(())
+    there = vae.encode(film.wanted[far].contiguous(memory_format=torch.channels_last_3d)).latent_dist.mean.float()
+    known = (F.avg_pool2d(film.known[far, :, 0], CELL) == 1)[:, :, None]  # (B, 1, 1, H, W)
+    squares = (move(mean[far], film.moved[far]) - there).square() / there.detach().var((0, 2, 3, 4), keepdim=True)
+    return (squares * known).mean() / known.float().mean()
+
+
+def reconstruction_error(difference: Tensor, film: Film) -> Tensor:
     """Return L1 and MSE of pixels, and L1 of edges: what makes a star a star.
 
     Args:
         difference: of two videos, (B, 3, T, H, W).
-        things: where things are, (B, 1, T, H, W). They count more, and so do the places that they pass, where they must
-            leave no trail.
+        film: what was wanted. Things count more, and so do the places that they pass, where they must leave no trail.
     """
-    passed = F.max_pool3d(things.amax(2, keepdim=True), (1, 7, 7), stride=1, padding=(0, 3, 3))
-    weight = 1 + 3 * passed + 7 * things
+    passed = F.max_pool3d(film.things.amax(2, keepdim=True), (1, 7, 7), stride=1, padding=(0, 3, 3))
+    weight = (1 + 3 * passed + 7 * film.things) * film.known
     pixels = (weight * (difference.abs() + 2 * difference.square())).sum() / (3 * weight.sum())
-    return pixels + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    known = difference * film.known
+    return pixels + (known.diff(dim=-1).abs().mean() + known.diff(dim=-2).abs().mean()) / film.known.mean()
 
 
 @dataclass(frozen=True)
@@ -184,25 +265,30 @@ def train_phase(vae: AutoencoderKLWan, number: int, phase: Phase, output: Path, 
         first = saved["step"]
     films = load_films(number, phase, first, machine.workers)
     steps = tqdm(range(first, phase.steps), f"VAE, phase {number + 1}", phase.steps, initial=first, disable=None)
-    for step, (video, things) in zip(steps, films):
-        video = video.to(device).contiguous(memory_format=torch.channels_last_3d)
+    for step, batch in zip(steps, films):
+        film = Film(*(part.to(device) for part in batch))
+        video = film.video.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(device, torch.bfloat16, enabled=machine.bf16):
             posterior = vae.encode(video).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator(SEED, "posterior", number, step)).to(device)
-            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        difference = decoded.float() - video
+            latents = posterior.mean + posterior.std * noise
+            decoded = vae.decode(move(latents, film.moved) if phase.moves else latents).sample
+            moving = moving_error(vae, posterior.mean, film) if phase.moves else torch.zeros(())
+        difference = decoded.float() - film.wanted
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        (reconstruction_error(difference, things.to(device)) + KL_WEIGHT * divergence).backward()
+        loss = reconstruction_error(difference, film) + KL_WEIGHT * divergence + MOVE_WEIGHT * moving
+        loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            psnr = -10 * math.log10(difference.square().mean().item() / 4)
+            squares = (difference * film.known).square().mean() / film.known.mean()
+            psnr = -10 * math.log10(squares.item() / 4)
             steps.set_postfix(psnr=f"{psnr:.1f} dB")
             with (output / "vae.csv").open("a") as log:
-                log.write(f"{number + 1},{step},{psnr:.2f},{divergence.item():.3f}\n")
+                log.write(f"{number + 1},{step},{psnr:.2f},{divergence.item():.3f},{moving.item():.3f}\n")
         if (step + 1) % SAVE_STEPS == 0 or step + 1 == phase.steps:
             whole = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             with atomic_file(state) as temporary:
@@ -214,8 +300,8 @@ def set_unit_variance(vae: AutoencoderKLWan, machine: Machine) -> None:
     """Write into the config the mean and standard deviation by which latents are normalised."""
     vae.eval()
     found = []
-    for i, (video, _) in enumerate(load_films(len(PHASES), Phase(16, 0.0, 8, FRAMES), 0, machine.workers)):
-        posterior = vae.encode(video.to(machine.device)).latent_dist
+    for i, film in enumerate(load_films(len(PHASES), Phase(16, 0.0, 8, FRAMES, 96), 0, machine.workers)):
+        posterior = vae.encode(film.video.to(machine.device)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator(SEED, "posterior", len(PHASES), i))
         found.append(posterior.mean.cpu() + posterior.std.cpu() * noise)
     sample = torch.cat(found)  # (B, C, F, h, w)
@@ -230,7 +316,7 @@ def train_vae(output: Path, machine: Machine, shorter: int) -> AutoencoderKLWan:
     vae = start_vae()
     log = output / "vae.csv"
     if not log.exists():
-        log.write_text("phase,step,psnr_db,kl\n")
+        log.write_text("phase,step,psnr_db,kl,moving\n")
     for number, phase in enumerate(PHASES):
         train_phase(vae, number, replace(phase, steps=max(1, phase.steps // shorter)), output, machine)
     set_unit_variance(vae, machine)
@@ -258,7 +344,7 @@ def train_text(steps: int) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
     """
     torch.manual_seed(SEED)
     batch = 128
-    tokenizer = make_tokenizer([sample_story(SEED, i, SIZE, SIZE).caption for i in range(20_000)])
+    tokenizer = make_tokenizer([sample_story(SEED, i, 64, 64).caption for i in range(20_000)])
     config = UMT5Config(
         vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0.0,
@@ -269,8 +355,7 @@ def train_text(steps: int) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
     optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=2e-3)
     for step in (progress := tqdm(range(steps), "text encoder", disable=None)):
         stories = [
-            sample_story(SEED, step * batch + i, SIZE, SIZE, words="unseen" if i % 4 == 0 else "all")
-            for i in range(batch)
+            sample_story(SEED, step * batch + i, 64, 64, words="unseen" if i % 4 == 0 else "all") for i in range(batch)
         ]
         tokens = tokenizer([story.caption for story in stories], padding=True, return_tensors="pt")
         states = encoder(

@@ -40,7 +40,7 @@ from flashi2v_infer.defaults import settings_of
 from flashi2v_model.encoders import decode_video, encode_video
 
 SEED = 2  # of the stories; training's are 0 and 2026
-SIZE, FRAMES, FPS = 64, 17, 16
+FRAMES, FPS = 17, 16
 GROUPS = ("as in training", "unseen looks", "unseen words", "far pictures")
 SENTENCES = (
     *("it drifts to the upper left", "moves up", "it flies to the upper right"),
@@ -60,38 +60,39 @@ class Watched:
     psnr: float
 
 
-def make_stories(num: int) -> list[tuple[str, Story]]:
-    """Return the stories of all groups, half of them as in training."""
+def make_stories(num: int, size: int) -> list[tuple[str, Story]]:
+    """Return the stories of all groups for square frames of this size, half of them as in training."""
     stories = []
     for number in range(num):
         group = GROUPS[0] if number % 2 else GROUPS[1 + number // 2 % 3]
         looks: Looks = "unseen" if group == "unseen looks" else "seen"
         words: Words = "unseen" if group == "unseen words" else "seen"
-        story = sample_story(SEED, number, SIZE, SIZE, looks=looks, words=words)
+        story = sample_story(SEED, number, size, size, looks=looks, words=words)
         if group == "far pictures":
             # The colours of these two are far enough apart for hills and sky.
-            candidates = (sample_story(SEED, number + i * num, SIZE, SIZE, looks="seen") for i in itertools.count())
+            candidates = (sample_story(SEED, number + i * num, size, size, looks="seen") for i in itertools.count())
             story = next(story for story in candidates if story.background.kind in ("graded", "textured"))
             story = dataclasses.replace(story, background=dataclasses.replace(story.background, kind="landscape"))
         stories.append((group, story))
     return stories
 
 
-def film(story: Story) -> NDArray[np.uint8]:
+def film(story: Story, size: int) -> NDArray[np.uint8]:
     """Return how the story really goes on: (T, H, W, 3)."""
-    return Stage(story, SIZE, SIZE).film(FRAMES)
+    return Stage(story, size, size).film(FRAMES)
 
 
-def first_frame(story: Story) -> NDArray[np.uint8]:
+def first_frame(story: Story, size: int) -> NDArray[np.uint8]:
     """Return what a video of a story is sampled from: (H, W, 3)."""
-    return Stage(story, SIZE, SIZE).frame(0)
+    return Stage(story, size, size).frame(0)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples videos from first frames and captions, some at a time."""
+    """Samples videos from first frames and captions, square ones of the model's size, some at a time."""
 
     pipeline: FlashI2VPipeline
+    size: int
     num_inference_steps: int
     guidance_scale: float
     batch: int = 20
@@ -106,8 +107,8 @@ class Sampler:
                 image=[images[i] for i in numbers],
                 prompt=[prompts[i] for i in numbers],
                 num_frames=FRAMES,
-                height=SIZE,
-                width=SIZE,
+                height=self.size,
+                width=self.size,
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
                 generator=[generator(seed, "noise", 0, i) for i in numbers],
@@ -118,13 +119,15 @@ class Sampler:
 
     def from_stories(self, stories: Sequence[tuple[str, Story]], seed: int) -> Iterator[NDArray[np.uint8]]:
         """Yield a video of every story, from its first frame and its caption."""
-        return self([first_frame(story) for _, story in stories], [story.caption for _, story in stories], seed)
+        return self(
+            [first_frame(story, self.size) for _, story in stories], [story.caption for _, story in stories], seed
+        )
 
 
 def make_sampler(pipeline: FlashI2VPipeline, steps: int | None = None, guidance: float | None = None) -> Sampler:
     """Return a sampler with these settings, or with the model's where they are not given."""
     chosen = settings_of(pipeline.defaults, num_inference_steps=steps, guidance_scale=guidance)
-    return Sampler(pipeline, chosen.num_inference_steps, chosen.guidance_scale)
+    return Sampler(pipeline, chosen.height, chosen.num_inference_steps, chosen.guidance_scale)
 
 
 @torch.no_grad()
@@ -139,7 +142,7 @@ def reconstruct(pipeline: FlashI2VPipeline, video: NDArray[np.uint8]) -> NDArray
 def watched(pair: tuple[str, Story], frames: NDArray[np.uint8]) -> Watched:
     """Say what happens in a video of a story, which is given with its group."""
     group, story = pair
-    return Watched(story, group, watch(frames, story), psnr(frames[0], first_frame(story)))
+    return Watched(story, group, watch(frames, story), psnr(frames[0], first_frame(story, frames.shape[1])))
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ def draw_strips(watched: Sequence[Watched], videos: Sequence[NDArray[np.uint8]],
         for rank, indices in chosen.items():
             for i in indices:
                 story = watched[i].story
-                truth = film(story)
+                truth = film(story, videos[i].shape[1])
                 strips.append(film_strip(truth[0], videos[i], truth, caption=f"{rank}: {story.caption}"))
         if strips:
             stack(strips).save(directory / f"strips_{group.replace(' ', '_')}.png")
@@ -262,10 +265,10 @@ def draw_grids(sampler: Sampler, directory: Path) -> None:
     alone = [
         story
         for i in range(400)
-        if len((story := sample_story(SEED + 1, i, SIZE, SIZE, looks="seen")).things) == 1
+        if len((story := sample_story(SEED + 1, i, sampler.size, sampler.size, looks="seen")).things) == 1
         and all(0.35 < place < 0.65 for place in story.starts[0])
     ]
-    pictures = [first_frame(story) for story in alone[:9]]
+    pictures = [first_frame(story, sampler.size) for story in alone[:9]]
     grids = {
         "nine_sentences.gif": ([pictures[0]] * 9, SENTENCES),
         "nine_pictures.gif": (pictures, ["it goes to the right"] * len(pictures)),
@@ -293,8 +296,8 @@ def main() -> None:
     pipeline = FlashI2VPipeline.from_pretrained(options.model).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     sampler = make_sampler(pipeline, options.num_inference_steps, options.guidance_scale)
-    stories = make_stories(options.scenes)
-    alone = [watched(pair, reconstruct(pipeline, film(pair[1]))) for pair in tqdm(stories, "VAE alone")]
+    stories = make_stories(options.scenes, sampler.size)
+    alone = [watched(pair, reconstruct(pipeline, film(pair[1], sampler.size))) for pair in tqdm(stories, "VAE alone")]
     found, videos, rows = [], [], []
     for seed in range(options.seeds):
         for i, (pair, frames) in enumerate(zip(stories, sampler.from_stories(stories, seed))):
@@ -304,7 +307,7 @@ def main() -> None:
             rows.append({"scene": i, "seed": seed, "group": pair[0], "prompt": pair[1].caption, **values})
     columns: dict[str, Sequence[Watched]] = {"all": found}
     columns |= {group: [video for video in found if video.group == group] for group in GROUPS}
-    columns |= {"VAE alone": alone, "truth": [watched(pair, film(pair[1])) for pair in stories]}
+    columns |= {"VAE alone": alone, "truth": [watched(pair, film(pair[1], sampler.size)) for pair in stories]}
     columns = {name: listed for name, listed in columns.items() if listed}
     settings: dict[str, Any] = {name: getattr(options, name) for name in ("model", "scenes", "seeds")}
     settings |= {name: getattr(sampler, name) for name in ("num_inference_steps", "guidance_scale")}

@@ -19,36 +19,51 @@ from pathlib import Path
 
 from PIL import Image
 
+from flashi2v_data.settings import read_values
 from flashi2v_data.shapes.stories import Stage, sample_story
 
 HERE = Path("examples/demo_model")
 WEIGHTS = HERE / "weights"
 RUN = Path("demo")
-MODEL, DATA = HERE / "pretrain_model.json", HERE / "data.json"
+MODEL, DATA, FILTER = HERE / "pretrain_model.json", HERE / "data.json", HERE / "filter_config.yaml"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How much of everything.
+class Sitting:
+    """A training of the transformer.
 
     Attributes:
+        run: directory of its videos, features, checkpoints, and of the model that it makes.
+        size: of the frames, which are square, in pixels.
         videos: to train on.
         steps: of training.
         decay: of them, with a rate that falls to zero.
         ema: share of the averaged weights that stays at each step.
-        scenes: to evaluate on.
-        seeds: of each scene.
+        before: the sitting whose averaged weights this one goes on from.
     """
 
+    run: Path
+    size: int
     videos: int
     steps: int
     decay: int
     ema: float
-    scenes: int
-    seeds: int
+    before: "Sitting | None" = None
+
+    def shortened(self, shorter: int) -> "Sitting":
+        """Return 1/N of it, and of all before."""
+        return replace(
+            self,
+            videos=max(32, self.videos // shorter),
+            steps=max(2, self.steps // shorter),
+            decay=max(1, self.decay // shorter),
+            before=self.before and self.before.shortened(shorter),
+        )
 
 
-QUICK, LONG = Plan(2400, 1200, 800, 0.99, 60, 1), Plan(12_000, 9600, 6800, 0.998, 200, 3)
+QUICK = Sitting(RUN, 64, 2400, 1200, 800, 0.99)
+# How things move is learnt on small frames, in half of the time; what they look like on the way, on larger ones.
+LONG = Sitting(RUN, 96, 12_000, 4350, 3000, 0.998, before=Sitting(RUN / "small", 64, 12_000, 9600, 6800, 0.998))
 # Each process computes on one core, and there is one process for each.
 THREADS = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -80,16 +95,40 @@ def get_encoders(options: argparse.Namespace) -> None:
         shutil.copytree(WEIGHTS / part, encoders / part, dirs_exist_ok=True)
 
 
-def make_features(plan: Plan, options: argparse.Namespace) -> None:
+def write_files(sitting: Sitting) -> tuple[Path, Path, Path]:
+    """Return the files of model, data and filter: those beside this one, or for another size some like them."""
+    if (sitting.run, sitting.size) == (QUICK.run, QUICK.size):
+        return MODEL, DATA, FILTER
+    sitting.run.mkdir(exist_ok=True)
+    model, data, filtering = map(read_values, (MODEL, DATA, FILTER))
+    if sitting.before:
+        model["predictor"]["from_pretrained"] = str(sitting.before.run / "model/transformer")
+        # It knows how things move. What they look like on the way is decided where there is little noise.
+        model["diffusion"] |= {"training_shift": 1, "use_logitnorm_time_sampling": False}
+    settings = data["dataset_param"]
+    settings |= {"sample_height": sitting.size, "sample_width": sitting.size}
+    settings |= {"metafile_or_dir_path": f"{sitting.run}/store", "features_path": f"{sitting.run}/features"}
+    settings["transform_pipeline"]["video"][0]["param"]["transform_size"] = [sitting.size, sitting.size]
+    filtering |= {"sample_height": sitting.size, "sample_width": sitting.size, "min_hxw": sitting.size**2}
+    filtering |= {"ann_txt_path": f"{sitting.run}/videos/videos.txt", "save_path": f"{sitting.run}/store"}
+    made = []
+    for file, values in ((MODEL, model), (DATA, data), (FILTER, filtering)):
+        made.append(sitting.run / file.name)
+        made[-1].write_text(json.dumps(values, indent=4) + "\n")
+    return made[0], made[1], made[2]
+
+
+def make_features(sitting: Sitting, options: argparse.Namespace) -> None:
     """Make, filter and encode videos."""
+    model, data, filtering = write_files(sitting)
     run_unless(
-        RUN / "videos",
-        *("flashi2v-data", "shapes", RUN / "videos", "--num", plan.videos),
-        *("--captions", "motion", "--pairs", "seen", "--size", "64x64", "--frames", 17),
+        sitting.run / "videos",
+        *("flashi2v-data", "shapes", sitting.run / "videos", "--num", sitting.videos, "--frames", 17),
+        *("--captions", "motion", "--pairs", "seen", "--size", f"{sitting.size}x{sitting.size}"),
     )
-    run_unless(RUN / "store", "flashi2v-data", "filter", "--filter_config", HERE / "filter_config.yaml")
+    run_unless(sitting.run / "store", "flashi2v-data", "filter", "--filter_config", filtering)
     run(
-        *("flashi2v-encode", "--mm-model", MODEL, "--mm-data", DATA, "--output", RUN / "features"),
+        *("flashi2v-encode", "--mm-model", model, "--mm-data", data, "--output", sitting.run / "features"),
         *("--device", options.device, "--nproc-per-node", options.processes),
     )
 
@@ -98,9 +137,9 @@ def training(steps: int, decay: int | None, ema: float) -> dict[str, object]:
     """Return the options of flashi2v-train that decide how the transformer learns.
 
     Args:
-        steps: as of `Plan`.
-        decay: as of `Plan`.
-        ema: as of `Plan`.
+        steps: as of `Sitting`.
+        decay: as of `Sitting`.
+        ema: as of `Sitting`.
     """
     return {
         "--start": "still",  # a video stays as its first frame is, so that motion is all there is to learn
@@ -128,18 +167,23 @@ def words_of(options: dict[str, object]) -> list[object]:
     return [word for name, value in given.items() for word in ([name] if value is True else [name, value])]
 
 
-def train(plan: Plan, options: argparse.Namespace) -> None:
+def train(sitting: Sitting, options: argparse.Namespace) -> None:
     """Train the transformer, and make a pipeline of it."""
-    chosen = training(plan.steps, plan.decay, plan.ema) | {
+    if sitting.before:
+        train(sitting.before, options)
+    make_features(sitting, options)
+    chosen = training(sitting.steps, sitting.decay, sitting.ema) | {
+        "--start": None if sitting.before else "still",
         "--device": options.device,
         "--nproc-per-node": options.processes,
         "--micro-batch-size": 16 // options.processes,
         "--bf16" if options.fast else "--no-bf16": True,
     }
-    run("flashi2v-train", "--mm-model", MODEL, "--mm-data", DATA, "--save", RUN / "training", *words_of(chosen))
+    model, data, _ = write_files(sitting)
+    run("flashi2v-train", "--mm-model", model, "--mm-data", data, "--save", sitting.run / "training", *words_of(chosen))
     run_unless(
-        RUN / "model",
-        *("flashi2v-model", "convert", RUN / "training", RUN / "model", "--to", "diffusers"),
+        sitting.run / "model",
+        *("flashi2v-model", "convert", sitting.run / "training", sitting.run / "model", "--to", "diffusers"),
         *("--encoders", RUN / "encoders", "--dtype", "fp16"),
     )
 
@@ -151,8 +195,8 @@ def finish() -> None:
     run_unless(model / "vae/preview.json", "python", "-m", "flashi2v_infer.preview", model / "vae", *videos)
     pictures.mkdir(exist_ok=True)
     for number in range(24):
-        story = sample_story(77, number, 64, 64)
-        Image.fromarray(Stage(story, 64, 64).frame(0)).save(pictures / f"{number:02d}.png")
+        story = sample_story(77, number, LONG.size, LONG.size)
+        Image.fromarray(Stage(story, LONG.size, LONG.size).frame(0)).save(pictures / f"{number:02d}.png")
         (pictures / f"{number:02d}.txt").write_text(story.caption)
     calibrated = model / "transformer/calibration.json"
     run_unless(calibrated, "flashi2v-model", "calibrate", model, "--pictures", pictures)
@@ -177,25 +221,16 @@ def main() -> None:
     options = parser.parse_args()
     options.processes = options.processes or (2 if options.device == "cpu" else 1)
     claim_directory(options)
-    whole = LONG if options.full else QUICK
-    plan = replace(
-        whole,
-        videos=max(32, whole.videos // options.shorter),
-        steps=max(2, whole.steps // options.shorter),
-        decay=max(1, whole.decay // options.shorter),
-        scenes=max(6, whole.scenes // options.shorter),
-        seeds=whole.seeds if options.shorter == 1 else 1,
-    )
     get_encoders(options)
-    make_features(plan, options)
-    train(plan, options)
+    train((LONG if options.full else QUICK).shortened(options.shorter), options)
     if options.full:
         finish()
     found = RUN / "evaluation"
     run_unless(
         found,
         *("python", HERE / "evaluate.py", "--model", RUN / "model", "--output", found),
-        *("--scenes", plan.scenes, "--seeds", plan.seeds, "--device", options.device),
+        *("--scenes", max(6, (200 if options.full else 60) // options.shorter), "--device", options.device),
+        *("--seeds", 3 if options.full and options.shorter == 1 else 1),
     )
 
 

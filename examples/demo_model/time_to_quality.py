@@ -27,6 +27,7 @@ from flashi2v_infer import FlashI2VPipeline
 
 QUALITY = RUN / "quality"
 GOALS = (0.5, 0.8, 0.9)
+SIZE = 64  # pixels of a side of what `run.py` trains on without --full
 SEED = 1024  # with which `run.py` encodes and trains
 # What each changes of `run.training`; "model" are pieces of text in the model file, and what replaces them.
 LEVERS: dict[str, dict] = {
@@ -116,7 +117,7 @@ def seconds(save: Path) -> np.ndarray:
 def look(save: Path, scenes: int) -> list[dict[str, float]]:
     """Return what the averaged weights of each checkpoint do."""
     spent = seconds(save).cumsum() / 60
-    stories = [pair for pair in evaluate.make_stories(10 * scenes) if pair[1].motion and pair[1].motion.direction]
+    stories = [pair for pair in evaluate.make_stories(10 * scenes, SIZE) if pair[1].motion and pair[1].motion.direction]
     found = []
     for checkpoint in sorted(save.glob("iter_*")):
         model = checkpoint.with_name(f"model_{checkpoint.name}")
