@@ -127,6 +127,8 @@ class Sampler:
 def make_sampler(pipeline: FlashI2VPipeline, steps: int | None = None, guidance: float | None = None) -> Sampler:
     """Return a sampler with these settings, or with the model's where they are not given."""
     chosen = settings_of(pipeline.defaults, num_inference_steps=steps, guidance_scale=guidance)
+    if chosen.height != chosen.width:
+        sys.exit(f"stories are judged in square frames, the model makes {chosen.height}x{chosen.width}: name another")
     return Sampler(pipeline, chosen.height, chosen.num_inference_steps, chosen.guidance_scale)
 
 

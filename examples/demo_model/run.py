@@ -118,21 +118,6 @@ def write_files(sitting: Sitting) -> tuple[Path, Path, Path]:
     return made[0], made[1], made[2]
 
 
-def make_features(sitting: Sitting, options: argparse.Namespace) -> None:
-    """Make, filter and encode videos."""
-    model, data, filtering = write_files(sitting)
-    run_unless(
-        sitting.run / "videos",
-        *("flashi2v-data", "shapes", sitting.run / "videos", "--num", sitting.videos, "--frames", 17),
-        *("--captions", "motion", "--pairs", "seen", "--size", f"{sitting.size}x{sitting.size}"),
-    )
-    run_unless(sitting.run / "store", "flashi2v-data", "filter", "--filter_config", filtering)
-    run(
-        *("flashi2v-encode", "--mm-model", model, "--mm-data", data, "--output", sitting.run / "features"),
-        *("--device", options.device, "--nproc-per-node", options.processes),
-    )
-
-
 def training(steps: int, decay: int | None, ema: float) -> dict[str, object]:
     """Return the options of flashi2v-train that decide how the transformer learns.
 
@@ -168,10 +153,20 @@ def words_of(options: dict[str, object]) -> list[object]:
 
 
 def train(sitting: Sitting, options: argparse.Namespace) -> None:
-    """Train the transformer, and make a pipeline of it."""
+    """Make, filter and encode videos, train the transformer on them, and make a pipeline of it."""
     if sitting.before:
         train(sitting.before, options)
-    make_features(sitting, options)
+    model, data, filtering = write_files(sitting)
+    run_unless(
+        sitting.run / "videos",
+        *("flashi2v-data", "shapes", sitting.run / "videos", "--num", sitting.videos, "--frames", 17),
+        *("--captions", "motion", "--pairs", "seen", "--size", f"{sitting.size}x{sitting.size}"),
+    )
+    run_unless(sitting.run / "store", "flashi2v-data", "filter", "--filter_config", filtering)
+    run(
+        *("flashi2v-encode", "--mm-model", model, "--mm-data", data, "--output", sitting.run / "features"),
+        *("--device", options.device, "--nproc-per-node", options.processes),
+    )
     chosen = training(sitting.steps, sitting.decay, sitting.ema) | {
         "--start": None if sitting.before else "still",
         "--device": options.device,
@@ -179,7 +174,6 @@ def train(sitting: Sitting, options: argparse.Namespace) -> None:
         "--micro-batch-size": 16 // options.processes,
         "--bf16" if options.fast else "--no-bf16": True,
     }
-    model, data, _ = write_files(sitting)
     run("flashi2v-train", "--mm-model", model, "--mm-data", data, "--save", sitting.run / "training", *words_of(chosen))
     run_unless(
         sitting.run / "model",

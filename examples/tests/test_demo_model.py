@@ -80,6 +80,28 @@ for lever in bench.LEVERS:
     assert done.stdout.count("samples per step: ") == 13
 
 
+def test_the_second_sitting_goes_on_from_the_first_on_larger_frames(demo):
+    script = """
+import sys
+sys.path.insert(0, "examples/demo_model")
+import run
+from flashi2v_data.curation.config import FilterConfig
+from flashi2v_data.settings import load_config, read_values
+for sitting in (run.LONG.before, run.LONG):
+    model, data, filtering = run.write_files(sitting)
+    wanted = load_config(filtering, FilterConfig)
+    settings = read_values(data)["dataset_param"]
+    print(wanted.sample_height, wanted.save_path, settings["sample_width"], settings["features_path"])
+    print(settings["metafile_or_dir_path"], read_values(model)["predictor"].get("from_pretrained"))
+"""
+    assert command(demo, "python", "-c", script).stdout.splitlines() == [
+        "64 demo/small/store 64 demo/small/features",
+        "demo/small/store None",
+        "96 demo/store 96 demo/features",
+        "demo/store demo/small/model/transformer",
+    ]
+
+
 def test_minutes_to_quality_are_measured(demo):
     script = "examples/demo_model/time_to_quality.py"
     done = command(demo, "python", script, "--levers", "base", "--minutes", 0.02, "--scenes", 2)
