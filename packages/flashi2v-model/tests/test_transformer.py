@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flashi2v_model import FlashI2VTransformer3DModel
 from flashi2v_model.caching import conditions_kept
 from flashi2v_model.layers import rope_tables, timestep_embedding
-from flashi2v_npu_ops import split_frequencies
+from flashi2v_npu_ops import apply_rope, split_frequencies
 
 TIMESTEP = torch.tensor([737.25, 41.5])
 CLOSE = {"atol": 5e-5, "rtol": 0.0}
@@ -242,6 +242,25 @@ def test_from_still_start_values_a_video_stays_as_its_first_frame(conv3x3x3_proj
     assert errors[0] > 1.9  # it predicts nothing
     assert errors[1] < 0.15
     torch.testing.assert_close(model.learnable_proj(condition, 3), condition.expand(-1, -1, 3, -1, -1))
+
+
+@torch.no_grad()
+def test_from_still_start_values_tokens_attend_to_near_ones_in_all_frames():
+    torch.manual_seed(0)
+    model = FlashI2VTransformer3DModel(
+        patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=24, text_dim=16, freq_dim=32, ffn_dim=64,
+        num_layers=1, text_len=4,
+    )  # fmt: skip
+    model.start_still()
+    grid = (3, 1, 8)
+    attention, rope = model.blocks[0].attn1, rope_tables(grid, 24, torch.device("cpu"))
+    query, key, _ = attention.all_of(torch.randn(64, 24, 48))
+    query, key = apply_rope(query, *rope), apply_rope(key, *rope)
+    weights = (torch.einsum("bnkd,bmkd->bknm", query, key) / 24**0.5).softmax(-1).mean((0, 1))
+    from_first = weights.unflatten(1, (3, 8))[0]  # (F, W), of the token at the upper left
+    for frame in from_first:
+        assert frame[0] > 1.2 * frame[1] > 1.2 * 1.2 * frame[2]
+    torch.testing.assert_close(from_first.sum(1), torch.full((3,), 1 / 3), atol=0.03, rtol=0)
 
 
 def test_still_start_values_need_tokens_that_hold_a_patch():
