@@ -370,9 +370,9 @@ def on_accelerator(session: nox.Session, device: str) -> None:
 
 @shared_session
 def demo(session: nox.Session) -> None:
-    """Moving shapes: make videos, filter, train some ten minutes, sample; the result is in demo/."""
+    """Draw videos, encode them, train a small model for some ten minutes, judge its videos; the result is in demo/."""
     install_shared(session)
-    run_shared(session, "python", "examples/moving_shapes/run.py", *session.posargs)
+    run_shared(session, "python", "examples/demo_model/run.py", *session.posargs)
 
 
 @shared_session

@@ -148,7 +148,7 @@ def write_adapter(path: Path, model: Path) -> None:
 def place(tmp_path) -> Path:
     """A directory with all that pages name: pictures, videos, models, released weights, an adapter."""
     world.copy_into(tmp_path)
-    for name in ("photo.jpg", "cat.jpg", "star.png", "drawing.png"):
+    for name in ("photo.jpg", "cat.jpg", "drawing.png"):
         Image.new("RGB", (96, 64), "pink").save(tmp_path / name)
     shutil.copytree(tmp_path / "shapes/videos", tmp_path / "videos")
     for video in (tmp_path / "videos").iterdir():

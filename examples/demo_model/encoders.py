@@ -40,6 +40,7 @@ CELL = 8  # pixels of a latent's side
 MARGIN = 12  # pixels at the edge of a moved latent's picture that are not known
 KL_WEIGHT = 1e-3  # enough that a little noise on a latent changes nothing in the picture
 MOVE_WEIGHT = 0.1  # of the difference between moved latents and those of the moved picture
+ROUGHNESS = 0.15  # at most, of the latents' deviation: noise that the decoder learns to bear
 SAVE_STEPS = 100
 
 
@@ -66,16 +67,14 @@ class Phase:
     encoder_too: bool = True
 
 
-# Single frames teach space, cheaply, and what they teach holds for every frame of a clip. One frame and the four that
-# become one latent teach motion. By then a thing that has moved by half a cell has quite other latents, so that how
-# things move would have to be learnt for every look anew; moved latents put an end to that. Whole clips teach the
-# decoder to look back, and leave latents as they are.
+# A latent is the picture of the last frame that it stands for, and moves with it. So single frames teach the encoder
+# all that it knows; latents moved by part of a cell teach it that those of a thing elsewhere are its own, elsewhere.
+# Then the decoder alone learns: to fill in the three frames between two latents, then to look back further.
 PHASES = (
     Phase(3200, 1.5e-3, 8, 1),
-    Phase(3500, 1.5e-3, 4, 5),
-    Phase(1800, 1.5e-3, 8, 1, size=96, moves=True),
-    Phase(800, 1e-3, 4, 5, size=96, moves=True),
-    Phase(400, 5e-4, 2, FRAMES, size=96, encoder_too=False),
+    Phase(2600, 1.5e-3, 8, 1, size=96, moves=True),
+    Phase(1500, 1.5e-3, 4, 5, size=96, moves=True, encoder_too=False),
+    Phase(700, 1e-3, 2, FRAMES, size=96, encoder_too=False),
 )
 
 
@@ -149,7 +148,8 @@ def start_vae() -> AutoencoderKLWan:
     """Random weights, with which nothing but the convolutions that shrink or stretch time sees more than one frame.
 
     Patches of 2x2 pixels enter as one, so that the costly fine levels of Wan2.1's VAE are not there; the strides are
-    its own, (4, 8, 8).
+    its own, (4, 8, 8). Of frames that become one latent the last is taken as it is, and that is never trained: a clip's
+    latents are those of every fourth of its frames alone. The decoder's coarsest level sees two latents before, too.
     """
     vae = AutoencoderKLWan(
         base_dim=24, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, attn_scales=[], temperal_downsample=[True, True],
@@ -161,13 +161,15 @@ def start_vae() -> AutoencoderKLWan:
         weight = module.weight  # (C_out, C_in, [T,] H, W)
         nn.init.zeros_(weight)
         nn.init.zeros_(module.bias)
-        if name.endswith("time_conv"):  # stretches time by copying; shrinks it by taking half of each frame's channels
-            shrinks = weight.shape[0] == weight.shape[1]
+        if name.endswith("time_conv"):
             for i in range(weight.shape[0]):
-                weight[i, i % weight.shape[1], -2 if shrinks and i % 2 else -1] = 1.0
+                weight[i, i % weight.shape[1], -1] = 1.0
         else:
             last = weight[:, :, -1] if isinstance(module, nn.Conv3d) else weight
             nn.init.kaiming_normal_(last, nonlinearity="linear")
+    for part in (vae.decoder.conv_in, vae.decoder.mid_block, vae.decoder.up_blocks[0].resnets):
+        for module in part.modules():
+            module.sees_time = isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3
     return vae
 
 
@@ -177,13 +179,18 @@ def quick_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
 
 
 def quick_convolution(convolution: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """WanCausalConv3d's result where only the last tap of time is not zero, as all are but those that change time."""
+    """WanCausalConv3d's result, by a convolution of frames unless it changes time: of three as one where it sees time,
+    else of its last tap alone, as the others are zero."""
     if convolution.kernel_size[1:] == (1, 1) and convolution.kernel_size[0] > 1:
         return plain_convolution(convolution, x, cache_x)
     width, height = convolution._padding[0], convolution._padding[2]
-    last = convolution.weight[:, :, -1]  # (C_out, C_in, H, W)
+    weight = convolution.weight[:, :, -1]  # (C_out, C_in, H, W)
+    if cache_x is not None and getattr(convolution, "sees_time", False):
+        before = F.pad(torch.cat((cache_x, x), 2), (0, 0, 0, 0, 2 - cache_x.shape[2], 0))
+        x = torch.cat([before[:, :, tap : tap + x.shape[2]] for tap in range(3)], 1)
+        weight = convolution.weight.transpose(1, 2).flatten(1, 2)  # (C_out, 3 C_in, H, W)
     frames = x.movedim(2, 1).flatten(0, 1)
-    frames = F.conv2d(frames, last, convolution.bias, convolution.stride[1:], (height, width))
+    frames = F.conv2d(frames, weight, convolution.bias, convolution.stride[1:], (height, width))
     return frames.unflatten(0, (x.shape[0], -1)).movedim(1, 2)
 
 
@@ -270,10 +277,17 @@ def train_phase(vae: AutoencoderKLWan, number: int, phase: Phase, output: Path, 
         video = film.video.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(device, torch.bfloat16, enabled=machine.bf16):
             posterior = vae.encode(video).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator(SEED, "posterior", number, step)).to(device)
+            random = generator(SEED, "posterior", number, step)
+            noise, rough = (torch.randn(posterior.mean.shape, generator=random).to(device) for _ in range(2))
             latents = posterior.mean + posterior.std * noise
-            decoded = vae.decode(move(latents, film.moved) if phase.moves else latents).sample
-            moving = moving_error(vae, posterior.mean, film) if phase.moves else torch.zeros(())
+            if phase.moves:
+                latents = move(latents, film.moved)
+            if not phase.encoder_too:  # what samplers make is not exact
+                strength = ROUGHNESS * torch.rand(len(video), 1, 1, 1, 1, generator=random).to(device)
+                latents = latents + strength * posterior.mean.std() * rough
+            decoded = vae.decode(latents).sample
+            learns_to_move = phase.moves and phase.encoder_too
+            moving = moving_error(vae, posterior.mean, film) if learns_to_move else torch.zeros(())
         difference = decoded.float() - film.wanted
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()

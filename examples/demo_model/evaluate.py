@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from flashi2v_data.randomness import generator
@@ -34,7 +35,7 @@ from flashi2v_data.shapes.sentences import Words
 from flashi2v_data.shapes.stories import Looks, Stage, Story, sample_story
 from flashi2v_data.shapes.watching import Verdict, watch
 from flashi2v_data.video.strips import film_strip, stack
-from flashi2v_infer import FlashI2VPipeline, save_video, video_grid
+from flashi2v_infer import FlashI2VPipeline, demo, save_video, video_grid
 from flashi2v_infer.commands.sampler import psnr
 from flashi2v_infer.defaults import settings_of
 from flashi2v_model.encoders import decode_video, encode_video
@@ -263,7 +264,7 @@ def draw_strips(watched: Sequence[Watched], videos: Sequence[NDArray[np.uint8]],
 
 
 def draw_grids(sampler: Sampler, directory: Path) -> None:
-    """Animate one picture as nine sentences say, and nine pictures as one sentence says."""
+    """Animate the demo's picture as nine sentences say, and nine pictures as one sentence says."""
     alone = [
         story
         for i in range(400)
@@ -271,8 +272,9 @@ def draw_grids(sampler: Sampler, directory: Path) -> None:
         and all(0.35 < place < 0.65 for place in story.starts[0])
     ]
     pictures = [first_frame(story, sampler.size) for story in alone[:9]]
+    drawing = np.asarray(Image.open(demo.IMAGE).resize((sampler.size, sampler.size), Image.Resampling.BOX))
     grids = {
-        "nine_sentences.gif": ([pictures[0]] * 9, SENTENCES),
+        "nine_sentences.gif": ([drawing] * len(SENTENCES), SENTENCES),
         "nine_pictures.gif": (pictures, ["it goes to the right"] * len(pictures)),
     }
     for name, (images, prompts) in grids.items():

@@ -1,6 +1,6 @@
 """A model whose picture decides how it looks, and whose words decide how it moves.
 
-    python examples/demo_model/run.py            # minutes on two CPU cores, behind the encoders in weights/
+    python examples/demo_model/run.py            # minutes on two CPU cores, behind the encoders of the demo model
     python examples/demo_model/run.py --full     # hours: everything from nothing, the encoders too
 
 Run from the repository's root. Every step is a command that a user would type; what they leave is in demo/. Stopped
@@ -21,9 +21,9 @@ from PIL import Image
 
 from flashi2v_data.settings import read_values
 from flashi2v_data.shapes.stories import Stage, sample_story
+from flashi2v_infer import demo
 
 HERE = Path("examples/demo_model")
-WEIGHTS = HERE / "weights"
 RUN = Path("demo")
 MODEL, DATA, FILTER = HERE / "pretrain_model.json", HERE / "data.json", HERE / "filter_config.yaml"
 
@@ -33,37 +33,31 @@ class Sitting:
     """A training of the transformer.
 
     Attributes:
-        run: directory of its videos, features, checkpoints, and of the model that it makes.
         size: of the frames, which are square, in pixels.
         videos: to train on.
         steps: of training.
         decay: of them, with a rate that falls to zero.
         ema: share of the averaged weights that stays at each step.
-        before: the sitting whose averaged weights this one goes on from.
     """
 
-    run: Path
     size: int
     videos: int
     steps: int
     decay: int
     ema: float
-    before: "Sitting | None" = None
 
     def shortened(self, shorter: int) -> "Sitting":
-        """Return 1/N of it, and of all before."""
+        """Return 1/N of it."""
         return replace(
             self,
             videos=max(32, self.videos // shorter),
             steps=max(2, self.steps // shorter),
             decay=max(1, self.decay // shorter),
-            before=self.before and self.before.shortened(shorter),
         )
 
 
-QUICK = Sitting(RUN, 64, 2400, 1200, 800, 0.99)
-# How things move is learnt on small frames, in half of the time; what they look like on the way, on larger ones.
-LONG = Sitting(RUN, 96, 12_000, 4350, 3000, 0.998, before=Sitting(RUN / "small", 64, 12_000, 9600, 6800, 0.998))
+QUICK = Sitting(64, 2400, 2400, 1400, 0.99)
+LONG = Sitting(96, 16_000, 7200, 3200, 0.998)
 # Each process computes on one core, and there is one process for each.
 THREADS = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -92,30 +86,22 @@ def get_encoders(options: argparse.Namespace) -> None:
         )
         return
     for part in ("vae", "text_encoder", "tokenizer"):
-        shutil.copytree(WEIGHTS / part, encoders / part, dirs_exist_ok=True)
+        shutil.copytree(demo.DIRECTORY / part, encoders / part, dirs_exist_ok=True)
 
 
-def write_files(sitting: Sitting) -> tuple[Path, Path, Path]:
+def write_files(size: int) -> tuple[Path, Path, Path]:
     """Return the files of model, data and filter: those beside this one, or for another size some like them."""
-    if (sitting.run, sitting.size) == (QUICK.run, QUICK.size):
+    if size == QUICK.size:
         return MODEL, DATA, FILTER
-    sitting.run.mkdir(exist_ok=True)
-    model, data, filtering = map(read_values, (MODEL, DATA, FILTER))
-    if sitting.before:
-        model["predictor"]["from_pretrained"] = str(sitting.before.run / "model/transformer")
-        # It knows how things move. What they look like on the way is decided where there is little noise.
-        model["diffusion"] |= {"training_shift": 1, "use_logitnorm_time_sampling": False}
-    settings = data["dataset_param"]
-    settings |= {"sample_height": sitting.size, "sample_width": sitting.size}
-    settings |= {"metafile_or_dir_path": f"{sitting.run}/store", "features_path": f"{sitting.run}/features"}
-    settings["transform_pipeline"]["video"][0]["param"]["transform_size"] = [sitting.size, sitting.size]
-    filtering |= {"sample_height": sitting.size, "sample_width": sitting.size, "min_hxw": sitting.size**2}
-    filtering |= {"ann_txt_path": f"{sitting.run}/videos/videos.txt", "save_path": f"{sitting.run}/store"}
+    data, filtering = map(read_values, (DATA, FILTER))
+    data["dataset_param"] |= {"sample_height": size, "sample_width": size}
+    data["dataset_param"]["transform_pipeline"]["video"][0]["param"]["transform_size"] = [size, size]
+    filtering |= {"sample_height": size, "sample_width": size, "min_hxw": size**2}
     made = []
-    for file, values in ((MODEL, model), (DATA, data), (FILTER, filtering)):
-        made.append(sitting.run / file.name)
+    for file, values in ((DATA, data), (FILTER, filtering)):
+        made.append(RUN / file.name)
         made[-1].write_text(json.dumps(values, indent=4) + "\n")
-    return made[0], made[1], made[2]
+    return MODEL, made[0], made[1]
 
 
 def training(steps: int, decay: int | None, ema: float) -> dict[str, object]:
@@ -129,8 +115,8 @@ def training(steps: int, decay: int | None, ema: float) -> dict[str, object]:
     return {
         "--start": "still",  # a video stays as its first frame is, so that motion is all there is to learn
         "--train-iters": steps,
-        "--global-batch-size": 16,
-        "--lr": 1.2e-3,
+        "--global-batch-size": 8,
+        "--lr": 1.5e-3,
         "--lr-decay-style": "WSD",
         "--lr-wsd-decay-style": "linear",
         "--lr-wsd-decay-iters": decay,
@@ -140,7 +126,7 @@ def training(steps: int, decay: int | None, ema: float) -> dict[str, object]:
         "--no-use-distributed-optimizer": True,
         "--device": "cpu",
         "--nproc-per-node": 2,
-        "--micro-batch-size": 8,
+        "--micro-batch-size": 4,
         "--save-interval": 500,
         "--keep-checkpoints": 2,
     }
@@ -154,30 +140,28 @@ def words_of(options: dict[str, object]) -> list[object]:
 
 def train(sitting: Sitting, options: argparse.Namespace) -> None:
     """Make, filter and encode videos, train the transformer on them, and make a pipeline of it."""
-    if sitting.before:
-        train(sitting.before, options)
-    model, data, filtering = write_files(sitting)
+    model, data, filtering = write_files(sitting.size)
     run_unless(
-        sitting.run / "videos",
-        *("flashi2v-data", "shapes", sitting.run / "videos", "--num", sitting.videos, "--frames", 17),
+        RUN / "videos",
+        *("flashi2v-data", "shapes", RUN / "videos", "--num", sitting.videos, "--frames", 17),
         *("--captions", "motion", "--pairs", "seen", "--size", f"{sitting.size}x{sitting.size}"),
     )
-    run_unless(sitting.run / "store", "flashi2v-data", "filter", "--filter_config", filtering)
+    run_unless(RUN / "store", "flashi2v-data", "filter", "--filter_config", filtering)
     run(
-        *("flashi2v-encode", "--mm-model", model, "--mm-data", data, "--output", sitting.run / "features"),
+        *("flashi2v-encode", "--mm-model", model, "--mm-data", data, "--output", RUN / "features"),
         *("--device", options.device, "--nproc-per-node", options.processes),
     )
     chosen = training(sitting.steps, sitting.decay, sitting.ema) | {
-        "--start": None if sitting.before else "still",
         "--device": options.device,
         "--nproc-per-node": options.processes,
-        "--micro-batch-size": 16 // options.processes,
+        "--micro-batch-size": 8 // options.processes,
         "--bf16" if options.fast else "--no-bf16": True,
+        "--compile": options.fast,
     }
-    run("flashi2v-train", "--mm-model", model, "--mm-data", data, "--save", sitting.run / "training", *words_of(chosen))
+    run("flashi2v-train", "--mm-model", model, "--mm-data", data, "--save", RUN / "training", *words_of(chosen))
     run_unless(
-        sitting.run / "model",
-        *("flashi2v-model", "convert", sitting.run / "training", sitting.run / "model", "--to", "diffusers"),
+        RUN / "model",
+        *("flashi2v-model", "convert", RUN / "training", RUN / "model", "--to", "diffusers"),
         *("--encoders", RUN / "encoders", "--dtype", "fp16"),
     )
 
@@ -209,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="train the encoders, too, and the transformer for long")
     parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or npu (default: %(default)s)")
-    parser.add_argument("--fast", action="store_true", help="compute in bf16: quick on GPUs, and on CPUs that have it")
+    parser.add_argument("--fast", action="store_true", help="bf16, compiled: quick on GPUs and recent CPUs")
     parser.add_argument("--processes", type=int, help="of encoding and training (default: 2 on a CPU, else 1)")
     parser.add_argument("--shorter", type=int, default=1, help="do 1/N of everything, to try it (default: %(default)s)")
     options = parser.parse_args()

@@ -33,15 +33,19 @@ SEED = 1024  # with which `run.py` encodes and trains
 LEVERS: dict[str, dict] = {
     "base": {},
     "random start": {"--start": "random", "--proj-lr-scale": 5},
-    "batch 8": {"--global-batch-size": 8, "--micro-batch-size": 4},
-    "batch 32": {"--global-batch-size": 32, "--micro-batch-size": 16},
-    "half the rate": {"--lr": 6e-4},
-    "twice the rate": {"--lr": 2.4e-3},
-    "sigmas as for large pictures": {"model": {'"training_shift": 4': '"use_dynamic_shifting": true'}},
-    "sigmas with a shift of 8": {"model": {'"training_shift": 4': '"training_shift": 8'}},
+    "batch 16": {"--global-batch-size": 16, "--micro-batch-size": 8},
+    "batch 4": {"--global-batch-size": 4, "--micro-batch-size": 2},
+    "half the rate": {"--lr": 7e-4},
+    "twice the rate": {"--lr": 3e-3},
+    "sigmas as for large pictures": {"model": {'"training_shift": 3': '"use_dynamic_shifting": true'}},
+    "sigmas with a shift of 8": {"model": {'"training_shift": 3': '"training_shift": 8'}},
     "uniform sigmas": {"model": {'"use_logitnorm_time_sampling": true': '"use_logitnorm_time_sampling": false'}},
-    "half as wide": {"model": {'"hidden_size": 192': '"hidden_size": 96', '"ffn_dim": 768': '"ffn_dim": 384'}},
-    "half as deep": {"model": {'"num_layers": 8': '"num_layers": 4'}},
+    "features as released": {
+        "model": {'"fft_return_abs": false': '"fft_return_abs": true', "[0.05, 0.2]": "[0.05, 0.95]"}
+    },
+    "patches of 2x2": {"model": {"[1, 1, 1]": "[1, 2, 2]"}},
+    "half as wide": {"model": {'"hidden_size": 128': '"hidden_size": 64', '"ffn_dim": 512': '"ffn_dim": 256'}},
+    "half as deep": {"model": {'"num_layers": 6': '"num_layers": 3'}},
     "shift not trained": {"--freeze": "learnable_proj.*"},
     "in fp32": {"--bf16": False},
 }

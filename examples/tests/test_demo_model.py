@@ -76,29 +76,28 @@ for lever in bench.LEVERS:
     app([*words[1:], "--dry-run"], result_action="return_value")
 """
     done = command(demo, "python", "-c", script)
-    assert done.stdout.count("samples per step: 16") == 11
-    assert done.stdout.count("samples per step: ") == 13
+    assert done.stdout.count("samples per step: 8") == 13
+    assert done.stdout.count("samples per step: ") == 15
 
 
-def test_the_second_sitting_goes_on_from_the_first_on_larger_frames(demo):
+def test_files_of_another_size_say_so_everywhere(demo):
     script = """
 import sys
 sys.path.insert(0, "examples/demo_model")
 import run
 from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.settings import load_config, read_values
-for sitting in (run.LONG.before, run.LONG):
-    model, data, filtering = run.write_files(sitting)
-    wanted = load_config(filtering, FilterConfig)
-    settings = read_values(data)["dataset_param"]
-    print(wanted.sample_height, wanted.save_path, settings["sample_width"], settings["features_path"])
-    print(settings["metafile_or_dir_path"], read_values(model)["predictor"].get("from_pretrained"))
+for sitting in (run.QUICK, run.LONG):
+    model, data, filtering = run.write_files(sitting.size)
+    wanted, settings = load_config(filtering, FilterConfig), read_values(data)["dataset_param"]
+    print(wanted.sample_height, wanted.min_hxw, settings["sample_width"], settings["sample_height"])
+    print(settings["transform_pipeline"]["video"][0]["param"]["transform_size"], data, filtering)
 """
     assert command(demo, "python", "-c", script).stdout.splitlines() == [
-        "64 demo/small/store 64 demo/small/features",
-        "demo/small/store None",
-        "96 demo/store 96 demo/features",
-        "demo/store demo/small/model/transformer",
+        "64 4096 64 64",
+        "[64, 64] examples/demo_model/data.json examples/demo_model/filter_config.yaml",
+        "96 9216 96 96",
+        "[96, 96] demo/data.json demo/filter_config.yaml",
     ]
 
 

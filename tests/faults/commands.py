@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 SIZE, FRAMES, VIDEOS = 32, 5, 20
-EXAMPLES = Path(__file__).parents[2] / "examples" / "moving_shapes"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "demo_model"
 OUT = "out"  # where every command writes, in the working directory
 
 

@@ -214,7 +214,7 @@ class Configuration(Target):
 
         return {
             path.stem: YAML(typ="safe", pure=True).load(path.read_text())
-            for path in sorted(EXAMPLES.glob("moving_shapes/*.*"))
+            for path in sorted(EXAMPLES.glob("demo_model/*.*"))
             if path.suffix in (".json", ".yaml")
         }
 

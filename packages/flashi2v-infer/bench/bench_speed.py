@@ -26,9 +26,7 @@ from PIL import Image, ImageDraw
 
 from flashi2v_data.randomness import generator
 from flashi2v_data.shapes.pictures import Sprite
-from flashi2v_data.shapes.scenes import Scene, render, sample_scene
-from flashi2v_data.shapes.stories import Stage, Story, name_direction, sample_story
-from flashi2v_data.shapes.tracking import track
+from flashi2v_data.shapes.stories import Stage, name_direction, sample_story
 from flashi2v_data.shapes.watching import fit_way, follow
 from flashi2v_data.video.measures import psnr
 from flashi2v_infer import FlashI2VPipeline
@@ -49,49 +47,29 @@ STILL = "still"
 
 @dataclass(frozen=True)
 class Task:
-    """A scene to be sampled: its first frame, its caption, the direction it should take, and how a way is measured."""
+    """A scene to be sampled: its first frame, its caption, the direction it should take, and how a way is measured.
+
+    Ways are (right, down), in shares of the frame's shorter side.
+    """
 
     image: NDArray[np.uint8]
     caption: str
     direction: str
     way: Callable[[NDArray[np.uint8]], NDArray[np.float64]]
-    name: Callable[[NDArray[np.float64]], str]
 
 
-def task(kind: str, seed: int, index: int, num_frames: int, height: int, width: int, fps: float) -> Task:
-    """Return scene number `index`: "scenes", one shape before a flat background, or "stories"."""
-    if kind == "scenes":
-        scene = sample_scene(seed, index, seconds=num_frames / fps)
-        image = render(scene, num_frames, height, width, fps)[0]
-        return Task(
-            image, scene.caption, scene.direction, lambda film: _way(film, scene), lambda way: _name(way, height)
-        )
+def task(seed: int, index: int, num_frames: int, height: int, width: int) -> Task:
+    """Return story number `index`."""
     story = sample_story(seed, index, height, width)
-    return Task(
-        Stage(story, height, width).frame(0.0),
-        story.caption,
-        story.direction,
-        lambda film: _story_way(film, story),
-        lambda way: name_direction((float(way[0]) / min(height, width), float(way[1]) / min(height, width))),
-    )
-
-
-def _way(film: NDArray[np.uint8], scene: Scene) -> NDArray[np.float64]:
-    return np.asarray(track(film, scene).way)
-
-
-def _name(way: NDArray[np.float64], side: int) -> str:
-    from flashi2v_data.shapes.tracking import name_motion
-
-    return name_motion((float(way[0]), float(way[1])), side)[0]
-
-
-def _story_way(film: NDArray[np.uint8], story: Story) -> NDArray[np.float64]:
-    num_frames, height, width, _ = film.shape
-    stage, mover = Stage(story, height, width), story.movers[0]
+    stage, side, mover = Stage(story, height, width), min(height, width), story.movers[0]
     others = np.stack([stage.without({mover}, moment) for moment in np.linspace(0, 1, num_frames)])
     sprite: Sprite = stage.sprites[mover]
-    return fit_way(follow(film, others, sprite))
+    return Task(
+        stage.frame(0.0),
+        story.caption,
+        story.direction,
+        lambda film: fit_way(follow(film, others, sprite)) / side,
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +125,7 @@ class Sampler:
 def figures(tasks: Sequence[Task], films: list[NDArray[np.uint8]], exact: list[NDArray[np.uint8]]) -> dict[str, float]:
     """Compare videos with those of the exact run, and with what the captions say."""
     ways = [np.asarray(one.way(film)) for one, film in zip(tasks, films)]
-    names = [one.name(way) for one, way in zip(tasks, ways)]
+    names = [name_direction((float(way[0]), float(way[1]))) for way in ways]
     asked = [np.asarray(one.way(film)) for one, film in zip(tasks, exact)]
     # Along the exact video's own way: what moves elsewhere, or trembles, does not count.
     along = sum(float(way @ own) / max(float(np.linalg.norm(own)), 1e-9) for way, own in zip(ways, asked))
@@ -229,7 +207,6 @@ def calibrated(directory: Path, tasks: Sequence[Task], guidance_scale: float, de
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--kind", choices=("scenes", "stories"), default="scenes", help="what the model was taught")
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--compared", type=int, default=32, help="scenes whose stand-ins are compared with the truth")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
@@ -244,10 +221,10 @@ def main() -> None:
     pipe = FlashI2VPipeline.from_pretrained(arguments.model).to(device)
     pipe.set_progress_bar_config(disable=True)
     settings = settings_of(pipe.defaults)
-    size = (settings.num_frames, settings.height, settings.width, pipe.defaults.fps or 16.0)
+    size = (settings.num_frames, settings.height, settings.width)
 
     def tasks(seed: int, count: int) -> list[Task]:
-        return [task(arguments.kind, seed, i, *size) for i in range(count)]
+        return [task(seed, i, *size) for i in range(count)]
 
     if arguments.calibrate:
         calibrated(
@@ -260,7 +237,7 @@ def main() -> None:
     films: dict[str, list[NDArray[np.uint8]]] = {}
     names = ", ".join(f"{name} {version(name)}" for name in ("flashi2v-infer", "torch", "diffusers"))
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}; {names}")
-    print(f"{arguments.model}, {arguments.scenes} {arguments.kind}, guidance {arguments.guidance_scale:g}\n")
+    print(f"{arguments.model}, {arguments.scenes} stories, guidance {arguments.guidance_scale:g}\n")
     print(
         "| way | calls | fewer | PSNR | lowest | direction right | net speed | still | seconds |\n" + "|---" * 9 + "|"
     )

@@ -62,7 +62,7 @@ def test_the_command_starts_from_it_too(trained):
     assert options.request(settings, defaults, None).fps == 8
     assert VideoOptions(model="nowhere/known").settings(Defaults()) == SamplingSettings()
     assert VideoOptions(model="demo").settings(read_defaults("demo")) == SamplingSettings(
-        17, 64, 64, num_inference_steps=25, guidance_scale=1.0
+        17, 96, 96, num_inference_steps=6, guidance_scale=3.0
     )
 
 

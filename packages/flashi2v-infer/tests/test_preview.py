@@ -9,15 +9,15 @@ import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from flashi2v_data.shapes.scenes import render, sample_scene
+from flashi2v_data.shapes.stories import Stage, sample_story
 from flashi2v_infer import FlashI2VPipeline, InputError, demo
 from flashi2v_infer.preview import FILE, fit, map_of, read_map, write_map
 from flashi2v_model.encoders import encode_video
 
 
 def scene(number: int) -> torch.Tensor:
-    """A video of moving shapes, (3, T, 64, 64) in [-1, 1]."""
-    frames = render(sample_scene(1, number, seconds=1, pairs="seen"), 5, 64, 64, 16)
+    """A video of a story, (3, T, 64, 64) in [-1, 1]."""
+    frames = Stage(sample_story(1, number, 64, 64, looks="seen"), 64, 64).film(5)
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 

@@ -6,4 +6,4 @@ from .scenes import (
     write_shapes as write_shapes,
 )
 from .stories import Story as Story, sample_story as sample_story, write_stories as write_stories
-from .tracking import Motion as Motion, look as look, track as track
+from .watching import Verdict as Verdict, watch as watch

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from flashi2v_data.shapes.pictures import KINDS, SHAPES, Sprite, Thing
 from flashi2v_data.shapes.stories import PACES, Stage, Story, name_direction
-from flashi2v_data.shapes.tracking import peak
 
 # Pixels around a thing, for its soft edge and some blur, that do not count as background.
 _MARGIN = 3
@@ -115,7 +114,21 @@ def follow(frames: NDArray[np.uint8], scenery: NDArray[np.float32], sprite: Spri
     size = _correlate(torch.ones(1, height, width, 1), drawn.square().sum(-1, keepdim=True))
     size = size - 2 * _correlate(behind, drawn * covered)
     size = size + _correlate(behind.square().sum(-1, keepdim=True), covered.square())
-    return np.stack([peak(gain) for gain in (explained - size).double().numpy()]) + 0.5
+    return np.stack([_peak(gain) for gain in (explained - size).double().numpy()]) + 0.5
+
+
+def _peak(gain: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (right, down) of the largest value, between pixels by a parabola through it and its neighbours."""
+    down, right = np.unravel_index(int(gain.argmax()), gain.shape)
+
+    def vertex(line: NDArray[np.float64], at: int) -> float:
+        if not 0 < at < len(line) - 1:
+            return float(at)
+        before, here, after = line[at - 1 : at + 2]
+        curve = before - 2 * here + after
+        return float(at + (0.5 * (before - after) / curve if curve else 0.0))
+
+    return np.asarray([vertex(gain[down], int(right)), vertex(gain[:, right], int(down))])
 
 
 def _correlate(images: Tensor, template: Tensor) -> Tensor:

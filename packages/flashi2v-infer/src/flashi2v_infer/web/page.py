@@ -149,8 +149,7 @@ class _Page:
         prompt = gr.Textbox(label="What happens", lines=2, max_length=10_000, elem_id="prompt")
         extras["hint"] = gr.Button(visible=False, size="sm", elem_id="hint")
         if self._is_demo:
-            motions = ("quickly to the upper right", "slowly down", "quickly to the left")
-            samples = [[demo.PROMPT.replace(motions[0], motion)] for motion in motions]
+            samples = [[sentence] for sentence in demo.SENTENCES[:3]]
             words = gr.Textbox(visible=False)
             extras["examples"] = gr.Dataset(components=[words], samples=samples, label="Examples", elem_id="examples")
         with gr.Row():
@@ -363,5 +362,4 @@ class _Page:
 
     def hint(self, prompt: str) -> Any:
         """Offer the nearest sentence that the demo model knows."""
-        nearest = demo.nearest_sentence(prompt)
-        return gr.update(value=nearest, visible=bool(prompt.strip()) and nearest != prompt)
+        return gr.update(value=demo.nearest_sentence(prompt), visible=demo.prompt_note(prompt) is not None)
