@@ -179,7 +179,7 @@ def _infer(inputs: Path) -> Command:
     config = json.loads((inputs / "model/transformer/config.json").read_text())
     heads = config["num_attention_heads"]
     sizes = {"hidden_size": heads * config["attention_head_dim"], "num_heads": heads, "text_len": 16}
-    sizes |= {key: config[key] for key in ("ffn_dim", "freq_dim", "text_dim", "num_layers")}
+    sizes |= {key: config[key] for key in ("ffn_dim", "freq_dim", "text_dim", "num_layers", "patch_size")}
     changes |= {f"predictor.{key}": value for key, value in sizes.items()}
     weights = inputs / "weights.safetensors"  # apart from its config.json, which no setting may contradict
     (inputs / "model/transformer/diffusion_pytorch_model.safetensors").rename(weights)

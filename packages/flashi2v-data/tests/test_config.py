@@ -216,3 +216,5 @@ def test_an_unknown_key_without_a_near_one_lists_the_known(tmp_path):
         alpha: int = 1
 
     assert "zzz: unknown key, known are: alpha" in _fault(tmp_path, "zzz: 1\n", Small)
+    # Once for all keys beside each other.
+    assert "zzz: unknown key, known are: alpha; yyy: unknown key" in _fault(tmp_path, "zzz: 1\nyyy: 2\n", Small)

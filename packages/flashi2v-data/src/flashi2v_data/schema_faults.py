@@ -16,12 +16,12 @@ def describe(error: pydantic.ValidationError, schema: Any) -> str:
 
 def fault_lines(error: pydantic.ValidationError, schema: Any) -> list[tuple[str, str]]:
     """Return (dotted key, what is wrong) for every fault; the key is "" where the whole is at fault."""
-    lines = []
+    lines, listed = [], list[list[str]]()
     for fault in error.errors(include_url=False):
         kind, location = fault["type"], fault["loc"]
         if kind == "extra_forbidden":
             keys, _, known = _walk(schema, location[:-1])
-            line = _unknown(str(location[-1]), known)
+            line = _unknown(str(location[-1]), known, listed)
             keys = [*keys, location[-1]]
         else:
             keys, description, _ = _walk(schema, location)
@@ -30,9 +30,14 @@ def fault_lines(error: pydantic.ValidationError, schema: Any) -> list[tuple[str,
     return lines
 
 
-def _unknown(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key, did you mean {near[0]!r}?" if near else f"unknown key, known are: {', '.join(known)}"
+def _unknown(key: str, known: list[str], listed: list[list[str]]) -> str:
+    """Say what a key may have meant, or what is known beside it, once: `listed` has what was listed before."""
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"unknown key, did you mean {near[0]!r}?"
+    if known in listed:
+        return "unknown key"
+    listed.append(known)
+    return f"unknown key, known are: {', '.join(known)}"
 
 
 def _explain(kind: str, fault: Any, description: str | None) -> str:
