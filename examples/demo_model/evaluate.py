@@ -274,8 +274,8 @@ def draw_grids(sampler: Sampler, directory: Path) -> None:
     pictures = [first_frame(story, sampler.size) for story in alone[:9]]
     drawing = np.asarray(Image.open(demo.IMAGE).resize((sampler.size, sampler.size), Image.Resampling.BOX))
     grids = {
-        "nine_sentences.gif": ([drawing] * len(SENTENCES), SENTENCES),
-        "nine_pictures.gif": (pictures, ["it goes to the right"] * len(pictures)),
+        "nine_sentences.webp": ([drawing] * len(SENTENCES), SENTENCES),
+        "nine_pictures.webp": (pictures, ["it goes to the right"] * len(pictures)),
     }
     for name, (images, prompts) in grids.items():
         grid = video_grid(sampler(images, prompts, seed=0), len(prompts))

@@ -32,7 +32,7 @@ def test_a_few_steps_already_keep_the_first_frame(demo):
     # It starts from videos that stay; without that, frames are noise after six steps.
     assert all(row["psnr"] > 14 and row["background_jump"] < 20 for row in found["videos"])
     assert (demo / "demo/evaluation/report.md").read_text().count("| 100.0% |\n") == 9  # of what is real
-    for picture in ("distributions.png", "strips_as_in_training.png", "nine_pictures.gif", "nine_sentences.gif"):
+    for picture in ("distributions.png", "strips_as_in_training.png", "nine_pictures.webp", "nine_sentences.webp"):
         assert Image.open(demo / "demo/evaluation" / picture).width > 300
 
 
