@@ -197,7 +197,7 @@ def test_a_video_from_a_dropped_image_and_all_that_one_does_with_it(browser, dat
         expect(cards).to_have_count(2)
         page.fill("#search input, #search textarea", "zebra")
         expect(page.locator("#history")).to_contain_text("Nothing yet.")
-        page.fill("#search input, #search textarea", "PINK")
+        page.fill("#search input, #search textarea", "QUICKLY")
         expect(cards).to_have_count(2)
 
 
@@ -228,7 +228,7 @@ def test_a_browser_asks_for_the_key_and_shows_no_videos_of_another(browser, tmp_
         with browser.new_context() as context:
             assert context.request.get(address).status == 401
         with opened(browser, address, http_credentials={"username": "any", "password": ALICE}) as page:
-            page.get_by_text("moves slowly down").click()
+            page.get_by_text("it drifts slowly upwards").click()
             expect(page.locator("#crop img")).to_be_visible()
             page.click("#make")
             expect(page.locator("#history .f2v-cards li")).to_have_count(1)
