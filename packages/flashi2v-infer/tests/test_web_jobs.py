@@ -181,7 +181,7 @@ def test_orders_are_filled_in_from_what_the_model_was_trained_for():
     request = SERVED.request(Order(prompt="a star", seconds=2, size="80x64", seed="7", lora="style:0.5"), "images/none")
     settings = request["settings"]
     assert (settings["num_frames"], settings["height"], settings["width"], request["fps"]) == (33, 64, 80, 16)
-    assert (settings["num_inference_steps"], settings["guidance_scale"], request["seed"]) == (25, 1.0, 7)
+    assert (settings["num_inference_steps"], settings["guidance_scale"], request["seed"]) == (6, 3.0, 7)
     assert str(*SERVED.choices(request["lora"])) == "/adapters/style.safetensors:0.5"
     first, second = (SERVED.request(Order(prompt="a star"), "")["seed"] for _ in range(2))
     assert first != second
@@ -196,7 +196,7 @@ def test_orders_are_filled_in_from_what_the_model_was_trained_for():
         ({"size": "70x64"}, "width must be divisible by 16"),
         ({"num_inference_steps": 101}, "num_inference_steps: this server allows at most 100"),
         ({"seconds": 1, "num_frames": 17}, "give one of seconds and num_frames"),
-        ({"negative_prompt": "blur"}, "negative_prompt has no effect with guidance_scale 1"),
+        ({"negative_prompt": "blur", "guidance_scale": 1}, "negative_prompt has no effect with guidance_scale 1"),
         ({"lora": "../../etc/passwd"}, "lora: there is no adapter '../../etc/passwd'; known are: style"),
         ({"lora": "style:nan"}, "lora: "),
         ({"prompt": " "}, "prompt\n  Value error, must hold words"),
