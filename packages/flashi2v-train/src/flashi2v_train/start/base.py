@@ -114,6 +114,7 @@ def _of_directory(name: str, directory: Path, paths: dict[str, str]) -> Base:
     settings = DEFAULTS | stored
     predictor = {ours: settings[theirs] for theirs, ours in _NAMES.items() if settings.get(theirs) is not None}
     predictor["hidden_size"] = settings["num_attention_heads"] * settings["attention_head_dim"]
+    predictor["patch_size"] = tuple(settings["patch_size"])
     predictor["qk_norm"] = settings["qk_norm"] is not None
     large = predictor["text_dim"] == 4096
     config = directory / "transformer" / "config.json"
