@@ -370,7 +370,7 @@ def on_accelerator(session: nox.Session, device: str) -> None:
 
 @shared_session
 def demo(session: nox.Session) -> None:
-    """Draw videos, encode them, train a small model for some ten minutes, judge its videos; the result is in demo/."""
+    """Draw videos, encode them, train a small model for some minutes, judge its videos; the result is in demo/."""
     install_shared(session)
     run_shared(session, "python", "examples/demo_model/run.py", *session.posargs)
 

@@ -42,6 +42,7 @@ KL_WEIGHT = 1e-3  # enough that a little noise on a latent changes nothing in th
 MOVE_WEIGHT = 0.1  # of the difference between moved latents and those of the moved picture
 ROUGHNESS = 0.15  # at most, of the latents' deviation: noise that the decoder learns to bear
 SAVE_STEPS = 100
+COARSEST = ("decoder.conv_in", "decoder.mid_block", "decoder.up_blocks.0.resnets")  # where it sees latents before
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ PHASES = (
     Phase(3200, 1.5e-3, 8, 1),
     Phase(2600, 1.5e-3, 8, 1, size=96, moves=True),
     Phase(1500, 1.5e-3, 4, 5, size=96, moves=True, encoder_too=False),
-    Phase(700, 1e-3, 2, FRAMES, size=96, encoder_too=False),
+    Phase(600, 1e-3, 2, FRAMES, size=96, encoder_too=False),
 )
 
 
@@ -167,9 +168,7 @@ def start_vae() -> AutoencoderKLWan:
         else:
             last = weight[:, :, -1] if isinstance(module, nn.Conv3d) else weight
             nn.init.kaiming_normal_(last, nonlinearity="linear")
-    for part in (vae.decoder.conv_in, vae.decoder.mid_block, vae.decoder.up_blocks[0].resnets):
-        for module in part.modules():
-            module.sees_time = isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3
+        module.sees_time = name.startswith(COARSEST)
     return vae
 
 
@@ -185,7 +184,7 @@ def quick_convolution(convolution: WanCausalConv3d, x: Tensor, cache_x: Tensor |
         return plain_convolution(convolution, x, cache_x)
     width, height = convolution._padding[0], convolution._padding[2]
     weight = convolution.weight[:, :, -1]  # (C_out, C_in, H, W)
-    if cache_x is not None and getattr(convolution, "sees_time", False):
+    if cache_x is not None and convolution.sees_time:
         before = F.pad(torch.cat((cache_x, x), 2), (0, 0, 0, 0, 2 - cache_x.shape[2], 0))
         x = torch.cat([before[:, :, tap : tap + x.shape[2]] for tap in range(3)], 1)
         weight = convolution.weight.transpose(1, 2).flatten(1, 2)  # (C_out, 3 C_in, H, W)

@@ -57,7 +57,7 @@ class Sitting:
 
 
 QUICK = Sitting(64, 2400, 2400, 1400, 0.99)
-LONG = Sitting(96, 16_000, 7200, 3200, 0.998)
+LONG = Sitting(96, 16_000, 7300, 3600, 0.998)
 # Each process computes on one core, and there is one process for each.
 THREADS = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 

@@ -80,6 +80,27 @@ for lever in bench.LEVERS:
     assert done.stdout.count("samples per step: ") == 15
 
 
+def test_quick_convolutions_are_those_of_the_vae(demo):
+    script = """
+import sys
+import torch
+sys.path.insert(0, "examples/demo_model")
+import encoders
+torch.manual_seed(0)
+vae, latents = encoders.start_vae(), torch.randn(1, 16, 3, 4, 4)
+for name, parameter in vae.named_parameters():
+    if name.startswith(encoders.COARSEST) and parameter.ndim == 5:
+        torch.nn.init.normal_(parameter, std=0.1)  # all taps of time
+with torch.no_grad():
+    plain = vae.decode(latents).sample
+    encoders.WanCausalConv3d.forward = encoders.quick_convolution
+    torch.testing.assert_close(vae.decode(latents).sample, plain, atol=1e-4, rtol=1e-4)
+    latents[:, :, 0] += 1
+    assert (vae.decode(latents).sample - plain)[:, :, -4:].abs().max() > 0.01  # it sees two latents before
+"""
+    command(demo, "python", "-c", script)
+
+
 def test_files_of_another_size_say_so_everywhere(demo):
     script = """
 import sys

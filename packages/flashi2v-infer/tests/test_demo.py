@@ -10,6 +10,7 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flashi2v_data import read_frames
@@ -20,6 +21,7 @@ from flashi2v_data.shapes.stories import UNITS, Stage, Story
 from flashi2v_data.shapes.watching import watch
 from flashi2v_infer import FlashI2VPipeline, demo
 from flashi2v_infer.commands.sampler import psnr
+from flashi2v_model.encoders import encode_video
 
 SIZE, FRAMES = 96, 17
 # The bundled image, from whose middle there is room to all sides.
@@ -48,6 +50,16 @@ def sample(pipeline: FlashI2VPipeline, story: Story, prompts: list[str], seed: i
 def test_it_is_small():
     sizes = [path.stat().st_size for path in demo.DIRECTORY.rglob("*") if path.is_file()]
     assert sum(sizes) < 24e6
+
+
+@torch.no_grad()
+def test_latents_of_a_clip_are_those_of_every_fourth_frame(pipeline):
+    """The network moves pictures; the decoder alone knows what lies between them."""
+    film = torch.from_numpy(Stage(STORY, SIZE, SIZE).film(9)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    whole = encode_video(pipeline.vae, film)
+    alone = [encode_video(pipeline.vae, film[:, :, frame : frame + 1]) for frame in (0, 4, 8)]
+    torch.testing.assert_close(whole, torch.cat(alone, 2), atol=0.05, rtol=0)  # in the weights' fp16
+    assert (whole[:, :, 1] - whole[:, :, 0]).abs().max() > 1
 
 
 def test_the_bundled_image_shows_a_story():

@@ -30,7 +30,7 @@ EMBED_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "condition
 # How long still start values make the video's part of a token, per number of it, before blocks add theirs.
 _START_LENGTH = 3.0
 # How strongly they let tokens attend to near ones: with heads of 64 channels, those 1, 2 and 3 places away have about
-# 0.6, 0.2 and 0.1 of the weight of the own place.
+# 0.6, 0.2 and 0.07 of the weight of the own place.
 _NEARNESS = 4.0
 
 
