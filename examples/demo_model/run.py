@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from flashi2v_data.settings import read_values
@@ -57,7 +58,7 @@ class Sitting:
 
 
 QUICK = Sitting(64, 2400, 2400, 1400, 0.99)
-LONG = Sitting(96, 16_000, 7300, 3600, 0.998)
+LONG = Sitting(96, 24_000, 9600, 4800, 0.998)
 # Each process computes on one core, and there is one process for each.
 THREADS = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -82,7 +83,7 @@ def get_encoders(options: argparse.Namespace) -> None:
     if options.full:
         run(
             *("python", HERE / "encoders.py", "--output", encoders, "--device", options.device),
-            *("--shorter", options.shorter, *(["--bf16"] if options.fast else [])),
+            *("--shorter", options.shorter, *words_of({"--bf16": options.bf16})),
         )
         return
     for part in ("vae", "text_encoder", "tokenizer"):
@@ -132,6 +133,16 @@ def training(steps: int, decay: int | None, ema: float) -> dict[str, object]:
     }
 
 
+def has_bf16(device: str) -> bool:
+    """Whether a device computes in bf16 quickly: many CPUs only imitate it."""
+    return device != "cpu" or torch.cpu.get_capabilities()["avx512_bf16"]
+
+
+def quickest(device: str) -> dict[str, object]:
+    """Return the options of flashi2v-train with which a device is quickest."""
+    return {"--compile": True, "--bf16" if has_bf16(device) else "--no-bf16": True}
+
+
 def words_of(options: dict[str, object]) -> list[object]:
     """Return options as they are typed: True is a flag, and False and None leave one out."""
     given = {name: value for name, value in options.items() if value is not None and value is not False}
@@ -139,7 +150,7 @@ def words_of(options: dict[str, object]) -> list[object]:
 
 
 def train(sitting: Sitting, options: argparse.Namespace) -> None:
-    """Make, filter and encode videos, train the transformer on them, and make a pipeline of it."""
+    """Make, filter and encode videos, and train the transformer on them."""
     model, data, filtering = write_files(sitting.size)
     run_unless(
         RUN / "videos",
@@ -155,15 +166,29 @@ def train(sitting: Sitting, options: argparse.Namespace) -> None:
         "--device": options.device,
         "--nproc-per-node": options.processes,
         "--micro-batch-size": 8 // options.processes,
-        "--bf16" if options.fast else "--no-bf16": True,
-        "--compile": options.fast,
+        **(quickest(options.device) if options.fast else {"--no-bf16": True}),
     }
     run("flashi2v-train", "--mm-model", model, "--mm-data", data, "--save", RUN / "training", *words_of(chosen))
+
+
+def convert(encoders: Path, model: Path) -> None:
+    """Make a pipeline of the run and of encoders."""
     run_unless(
-        RUN / "model",
-        *("flashi2v-model", "convert", RUN / "training", RUN / "model", "--to", "diffusers"),
-        *("--encoders", RUN / "encoders", "--dtype", "fp16"),
+        model,
+        *("flashi2v-model", "convert", RUN / "training", model, "--to", "diffusers"),
+        *("--encoders", encoders, "--dtype", "fp16"),
     )
+
+
+def polish(options: argparse.Namespace) -> Path:
+    """Train the decoder on what the transformer leaves; return the encoders with it."""
+    polished = RUN / "polished"
+    convert(RUN / "encoders", RUN / "rough")
+    run(
+        *("python", HERE / "polish.py", "--model", RUN / "rough", "--output", polished, "--device", options.device),
+        *("--shorter", options.shorter, *words_of({"--bf16": options.bf16})),
+    )
+    return polished
 
 
 def finish() -> None:
@@ -193,14 +218,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="train the encoders, too, and the transformer for long")
     parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or npu (default: %(default)s)")
-    parser.add_argument("--fast", action="store_true", help="bf16, compiled: quick on GPUs and recent CPUs")
+    parser.add_argument("--fast", action="store_true", help="compiled, and in bf16 where the device has it")
     parser.add_argument("--processes", type=int, help="of encoding and training (default: 2 on a CPU, else 1)")
     parser.add_argument("--shorter", type=int, default=1, help="do 1/N of everything, to try it (default: %(default)s)")
     options = parser.parse_args()
     options.processes = options.processes or (2 if options.device == "cpu" else 1)
     claim_directory(options)
+    options.bf16 = options.fast and has_bf16(options.device)
     get_encoders(options)
     train((LONG if options.full else QUICK).shortened(options.shorter), options)
+    convert(polish(options) if options.full else RUN / "encoders", RUN / "model")
     if options.full:
         finish()
     found = RUN / "evaluation"

@@ -21,7 +21,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
-from run import DATA, MODEL, RUN, THREADS, run, training, words_of
+from run import DATA, MODEL, RUN, THREADS, quickest, run, training, words_of
 
 from flashi2v_infer import FlashI2VPipeline
 
@@ -47,7 +47,7 @@ LEVERS: dict[str, dict] = {
     "half as wide": {"model": {'"hidden_size": 128': '"hidden_size": 64', '"ffn_dim": 512': '"ffn_dim": 256'}},
     "half as deep": {"model": {'"num_layers": 6': '"num_layers": 3'}},
     "shift not trained": {"--freeze": "learnable_proj.*"},
-    "in fp32": {"--bf16": False},
+    "not compiled": {"--compile": False},
 }
 
 
@@ -74,19 +74,22 @@ def command(lever: str, seed: int, save: Path) -> list[str]:
         assert text.count(old) == 1, f"{MODEL} no longer says {old}"
         text = text.replace(old, new)
     model.write_text(text)
-    options = training(steps=10**6, decay=None, ema=0.99) | {
-        "--mm-model": model,
-        "--mm-data": data_file(seed),
-        "--save": save,
-        "--seed": seed,
-        "--bf16": True,
-        "--lr-decay-style": "constant",
-        "--lr-wsd-decay-style": None,
-        "--keep-checkpoints": None,
-        "--save-interval": 100,
-        "--no-save-optim": True,
-        **changes,
-    }
+    options = (
+        training(steps=10**6, decay=None, ema=0.99)
+        | quickest("cpu")
+        | {
+            "--mm-model": model,
+            "--mm-data": data_file(seed),
+            "--save": save,
+            "--seed": seed,
+            "--lr-decay-style": "constant",
+            "--lr-wsd-decay-style": None,
+            "--keep-checkpoints": None,
+            "--save-interval": 250,
+            "--no-save-optim": True,
+            **changes,
+        }
+    )
     return ["flashi2v-train", *map(str, words_of(options))]
 
 

@@ -329,7 +329,7 @@ class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelM
         out = self.proj_out(head)  # (B, N, C*patch)
         frames, height, width = grid
         pf, ph, pw = self.config.patch_size
-        return rearrange(
+        velocity = rearrange(
             out,
             "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
             f=frames,
@@ -339,6 +339,7 @@ class FlashI2VTransformer3DModel(StrictModel, OriginalModel, Accelerated, ModelM
             ph=ph,
             pw=pw,
         )
+        return velocity.contiguous()  # FSDP2 warns of views, which patches of 1x1 would leave
 
     def token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Return (F, H, W) of the tokens of a latent.
