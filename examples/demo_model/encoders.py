@@ -10,9 +10,8 @@ B batch, T frames, H W pixels, L tokens, D width.
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +55,6 @@ class Phase:
         batch: clips of a step.
         frames: of a clip.
         size: of its frames: square ones, or squares of larger ones in turn.
-        whole: square ones only.
         moves: of a square's latents, moved by a part of a cell, becomes the square that lies there.
         encoder_too: or else the decoder alone learns.
     """
@@ -66,7 +64,6 @@ class Phase:
     batch: int
     frames: int
     size: int = 64
-    whole: bool = False
     moves: bool = False
     encoder_too: bool = True
 
@@ -101,11 +98,6 @@ class Film(NamedTuple):
     known: Tensor
 
 
-def story_number(phase: int, number: int) -> int:
-    """Return which story of the seed a phase's clip shows."""
-    return phase * 10_000_000 + number
-
-
 class Films(Dataset[Film]):
     """Clips of stories that no other phase uses, by number."""
 
@@ -113,10 +105,10 @@ class Films(Dataset[Film]):
         self._number, self._phase = number, phase
 
     def __getitem__(self, number: int) -> Film:
-        index = story_number(self._number, number)
+        index = self._number * 10_000_000 + number
         random = np.random.default_rng(index)
         size, frames = self._phase.size, self._phase.frames
-        side = size if self._phase.whole else int(random.choice((size, size * 3 // 2)))
+        side = int(random.choice((size, size * 3 // 2)))
         far = CELL if self._phase.moves and side > size else 0
         left, top = random.integers(far, side - size - far, 2, endpoint=True).tolist()
         moved = random.integers(-far, far, 2, endpoint=True).tolist()
@@ -176,15 +168,8 @@ def start_vae() -> AutoencoderKLWan:
         else:
             last = weight[:, :, -1] if isinstance(module, nn.Conv3d) else weight
             nn.init.kaiming_normal_(last, nonlinearity="linear")
+        module.sees_time = name.startswith(COARSEST)
     return vae
-
-
-def quicken(vae: AutoencoderKLWan) -> None:
-    """Let VAEs of this process, this one among them, compute with what training's gradients of them need alone."""
-    for name, module in vae.named_modules():
-        if isinstance(module, WanCausalConv3d):
-            module.sees_time = name.startswith(COARSEST)
-    WanRMS_norm.forward, WanCausalConv3d.forward = quick_norm, quick_convolution
 
 
 def quick_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
@@ -266,36 +251,7 @@ class Machine:
     workers: int
 
 
-class Shown(NamedTuple):
-    """What a VAE makes of films: what it decodes, (B, 3, T, H, W), and what else is wrong with its latents."""
-
-    decoded: Tensor
-    divergence: Tensor
-    moving: Tensor
-
-
-Show = Callable[[int, Film], Shown]  # of a step's number and its batch
-
-
-def autoencode(vae: AutoencoderKLWan, number: int, phase: Phase, step: int, film: Film) -> Shown:
-    """Encode films and decode them again."""
-    posterior = vae.encode(film.video).latent_dist
-    random = generator(SEED, "posterior", number, step)
-    noise, rough = (torch.randn(posterior.mean.shape, generator=random).to(vae.device) for _ in range(2))
-    latents = posterior.mean + posterior.std * noise
-    if phase.moves:
-        latents = move(latents, film.moved)
-    if not phase.encoder_too:  # what samplers make is not exact
-        strength = ROUGHNESS * torch.rand(len(latents), 1, 1, 1, 1, generator=random).to(vae.device)
-        latents = latents + strength * posterior.mean.std() * rough
-    learns_to_move = phase.moves and phase.encoder_too
-    moving = moving_error(vae, posterior.mean, film) if learns_to_move else torch.zeros(())
-    mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return Shown(vae.decode(latents).sample, divergence, moving)
-
-
-def train_phase(vae: AutoencoderKLWan, number: int, phase: Phase, output: Path, machine: Machine, show: Show) -> None:
+def train_phase(vae: AutoencoderKLWan, number: int, phase: Phase, output: Path, machine: Machine) -> None:
     """Train the VAE in place; every 50 steps go into the log, and the state to disk every `SAVE_STEPS`."""
     device = machine.device
     vae.train().to(device)
@@ -306,9 +262,7 @@ def train_phase(vae: AutoencoderKLWan, number: int, phase: Phase, output: Path, 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
     )
-    log, state, first = output / "vae.csv", output / f"vae_phase_{number + 1}.pt", 0
-    if not log.exists():
-        log.write_text("phase,step,psnr_db,kl,moving\n")
+    state, first = output / f"vae_phase_{number + 1}.pt", 0
     if state.exists():
         saved = torch.load(state, map_location=device, weights_only=True)
         vae.load_state_dict(saved["vae"])
@@ -319,11 +273,24 @@ def train_phase(vae: AutoencoderKLWan, number: int, phase: Phase, output: Path, 
     steps = tqdm(range(first, phase.steps), f"VAE, phase {number + 1}", phase.steps, initial=first, disable=None)
     for step, batch in zip(steps, films):
         film = Film(*(part.to(device) for part in batch))
-        film = film._replace(video=film.video.contiguous(memory_format=torch.channels_last_3d))
+        video = film.video.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(device, torch.bfloat16, enabled=machine.bf16):
-            shown = show(step, film)
-        difference = shown.decoded.float() - film.wanted
-        loss = reconstruction_error(difference, film) + KL_WEIGHT * shown.divergence + MOVE_WEIGHT * shown.moving
+            posterior = vae.encode(video).latent_dist
+            random = generator(SEED, "posterior", number, step)
+            noise, rough = (torch.randn(posterior.mean.shape, generator=random).to(device) for _ in range(2))
+            latents = posterior.mean + posterior.std * noise
+            if phase.moves:
+                latents = move(latents, film.moved)
+            if not phase.encoder_too:  # what samplers make is not exact
+                strength = ROUGHNESS * torch.rand(len(video), 1, 1, 1, 1, generator=random).to(device)
+                latents = latents + strength * posterior.mean.std() * rough
+            decoded = vae.decode(latents).sample
+            learns_to_move = phase.moves and phase.encoder_too
+            moving = moving_error(vae, posterior.mean, film) if learns_to_move else torch.zeros(())
+        difference = decoded.float() - film.wanted
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        loss = reconstruction_error(difference, film) + KL_WEIGHT * divergence + MOVE_WEIGHT * moving
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -333,8 +300,8 @@ def train_phase(vae: AutoencoderKLWan, number: int, phase: Phase, output: Path, 
             squares = (difference * film.known).square().mean() / film.known.mean()
             psnr = -10 * math.log10(squares.item() / 4)
             steps.set_postfix(psnr=f"{psnr:.1f} dB")
-            with log.open("a") as lines:
-                lines.write(f"{number + 1},{step},{psnr:.2f},{shown.divergence:.3f},{shown.moving:.3f}\n")
+            with (output / "vae.csv").open("a") as log:
+                log.write(f"{number + 1},{step},{psnr:.2f},{divergence.item():.3f},{moving.item():.3f}\n")
         if (step + 1) % SAVE_STEPS == 0 or step + 1 == phase.steps:
             whole = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             with atomic_file(state) as temporary:
@@ -358,11 +325,13 @@ def set_unit_variance(vae: AutoencoderKLWan, machine: Machine) -> None:
 def train_vae(output: Path, machine: Machine, shorter: int) -> AutoencoderKLWan:
     """Train all phases, or what is left of them."""
     torch.manual_seed(SEED)
+    WanRMS_norm.forward, WanCausalConv3d.forward = quick_norm, quick_convolution
     vae = start_vae()
-    quicken(vae)
+    log = output / "vae.csv"
+    if not log.exists():
+        log.write_text("phase,step,psnr_db,kl,moving\n")
     for number, phase in enumerate(PHASES):
-        shortened = replace(phase, steps=max(1, phase.steps // shorter))
-        train_phase(vae, number, shortened, output, machine, partial(autoencode, vae, number, shortened))
+        train_phase(vae, number, replace(phase, steps=max(1, phase.steps // shorter)), output, machine)
     set_unit_variance(vae, machine)
     return vae.to("cpu")
 
@@ -419,12 +388,9 @@ def train_text(steps: int) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
     return tokenizer, encoder.eval()
 
 
-def save_halved(part: AutoencoderKLWan | UMT5EncoderModel, path: Path) -> None:
-    """Store a part with weights in fp16: they are loaded into fp32 modules."""
-    with atomic_directory(path) as temporary:
-        part.save_pretrained(temporary)
-        (weights,) = temporary.glob("*.safetensors")
-        save_file({key: value.half() for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+def halve(path: Path) -> None:
+    """Store weights as fp16: they are loaded into fp32 modules."""
+    save_file({key: value.half() for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -441,10 +407,15 @@ def main() -> None:
     if not (output / "text_encoder").exists():
         tokenizer, encoder = train_text(max(1, 1500 // options.shorter))
         tokenizer.save_pretrained(output / "tokenizer")
-        save_halved(encoder, output / "text_encoder")
+        with atomic_directory(output / "text_encoder") as temporary:
+            encoder.save_pretrained(temporary)
+            halve(temporary / "model.safetensors")
     if not (output / "vae").exists():
         machine = Machine(options.device, options.bf16, options.workers)
-        save_halved(train_vae(output, machine, options.shorter), output / "vae")
+        vae = train_vae(output, machine, options.shorter)
+        with atomic_directory(output / "vae") as temporary:
+            vae.save_pretrained(temporary)
+            halve(temporary / "diffusion_pytorch_model.safetensors")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def training(steps: int, decay: int | None, ema: float) -> dict[str, object]:
 
 def has_bf16(device: str) -> bool:
     """Whether a device computes in bf16 quickly: many CPUs only imitate it."""
-    return device != "cpu" or torch.cpu.get_capabilities()["avx512_bf16"]
+    return device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def quickest(device: str) -> dict[str, object]:
@@ -150,7 +150,7 @@ def words_of(options: dict[str, object]) -> list[object]:
 
 
 def train(sitting: Sitting, options: argparse.Namespace) -> None:
-    """Make, filter and encode videos, and train the transformer on them."""
+    """Make, filter and encode videos, train the transformer on them, and make a pipeline of it."""
     model, data, filtering = write_files(sitting.size)
     run_unless(
         RUN / "videos",
@@ -169,26 +169,11 @@ def train(sitting: Sitting, options: argparse.Namespace) -> None:
         **(quickest(options.device) if options.fast else {"--no-bf16": True}),
     }
     run("flashi2v-train", "--mm-model", model, "--mm-data", data, "--save", RUN / "training", *words_of(chosen))
-
-
-def convert(encoders: Path, model: Path) -> None:
-    """Make a pipeline of the run and of encoders."""
     run_unless(
-        model,
-        *("flashi2v-model", "convert", RUN / "training", model, "--to", "diffusers"),
-        *("--encoders", encoders, "--dtype", "fp16"),
+        RUN / "model",
+        *("flashi2v-model", "convert", RUN / "training", RUN / "model", "--to", "diffusers"),
+        *("--encoders", RUN / "encoders", "--dtype", "fp16"),
     )
-
-
-def polish(options: argparse.Namespace) -> Path:
-    """Train the decoder on what the transformer leaves; return the encoders with it."""
-    polished = RUN / "polished"
-    convert(RUN / "encoders", RUN / "rough")
-    run(
-        *("python", HERE / "polish.py", "--model", RUN / "rough", "--output", polished, "--device", options.device),
-        *("--shorter", options.shorter, *words_of({"--bf16": options.bf16})),
-    )
-    return polished
 
 
 def finish() -> None:
@@ -227,7 +212,6 @@ def main() -> None:
     options.bf16 = options.fast and has_bf16(options.device)
     get_encoders(options)
     train((LONG if options.full else QUICK).shortened(options.shorter), options)
-    convert(polish(options) if options.full else RUN / "encoders", RUN / "model")
     if options.full:
         finish()
     found = RUN / "evaluation"
