@@ -83,7 +83,7 @@ def get_encoders(options: argparse.Namespace) -> None:
     if options.full:
         run(
             *("python", HERE / "encoders.py", "--output", encoders, "--device", options.device),
-            *("--shorter", options.shorter, *words_of({"--bf16": options.bf16})),
+            *("--shorter", options.shorter, *words_of({"--bf16": options.fast and has_bf16(options.device)})),
         )
         return
     for part in ("vae", "text_encoder", "tokenizer"):
@@ -138,9 +138,10 @@ def has_bf16(device: str) -> bool:
     return device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
-def quickest(device: str) -> dict[str, object]:
-    """Return the options of flashi2v-train with which a device is quickest."""
-    return {"--compile": True, "--bf16" if has_bf16(device) else "--no-bf16": True}
+def arithmetic(device: str, fast: bool) -> dict[str, object]:
+    """Return the options of flashi2v-train that decide how a device computes: fast, or alike everywhere."""
+    bf16 = fast and has_bf16(device)
+    return {"--compile": fast, "--bf16": bf16, "--no-bf16": not bf16}
 
 
 def words_of(options: dict[str, object]) -> list[object]:
@@ -166,7 +167,7 @@ def train(sitting: Sitting, options: argparse.Namespace) -> None:
         "--device": options.device,
         "--nproc-per-node": options.processes,
         "--micro-batch-size": 8 // options.processes,
-        **(quickest(options.device) if options.fast else {"--no-bf16": True}),
+        **arithmetic(options.device, options.fast),
     }
     run("flashi2v-train", "--mm-model", model, "--mm-data", data, "--save", RUN / "training", *words_of(chosen))
     run_unless(
@@ -209,7 +210,6 @@ def main() -> None:
     options = parser.parse_args()
     options.processes = options.processes or (2 if options.device == "cpu" else 1)
     claim_directory(options)
-    options.bf16 = options.fast and has_bf16(options.device)
     get_encoders(options)
     train((LONG if options.full else QUICK).shortened(options.shorter), options)
     if options.full:

@@ -21,7 +21,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
-from run import DATA, MODEL, RUN, THREADS, quickest, run, training, words_of
+from run import DATA, MODEL, RUN, THREADS, arithmetic, run, training, words_of
 
 from flashi2v_infer import FlashI2VPipeline
 
@@ -74,22 +74,19 @@ def command(lever: str, seed: int, save: Path) -> list[str]:
         assert text.count(old) == 1, f"{MODEL} no longer says {old}"
         text = text.replace(old, new)
     model.write_text(text)
-    options = (
-        training(steps=10**6, decay=None, ema=0.99)
-        | quickest("cpu")
-        | {
-            "--mm-model": model,
-            "--mm-data": data_file(seed),
-            "--save": save,
-            "--seed": seed,
-            "--lr-decay-style": "constant",
-            "--lr-wsd-decay-style": None,
-            "--keep-checkpoints": None,
-            "--save-interval": 250,
-            "--no-save-optim": True,
-            **changes,
-        }
-    )
+    options = training(steps=10**6, decay=None, ema=0.99) | arithmetic("cpu", fast=True)
+    options |= {
+        "--mm-model": model,
+        "--mm-data": data_file(seed),
+        "--save": save,
+        "--seed": seed,
+        "--lr-decay-style": "constant",
+        "--lr-wsd-decay-style": None,
+        "--keep-checkpoints": None,
+        "--save-interval": 250,
+        "--no-save-optim": True,
+        **changes,
+    }
     return ["flashi2v-train", *map(str, words_of(options))]
 
 

@@ -263,14 +263,13 @@ def test_from_still_start_values_tokens_attend_to_near_ones_in_all_frames():
     torch.testing.assert_close(from_first.sum(1), torch.full((3,), 1 / 3), atol=0.03, rtol=0)
 
 
-@torch.no_grad()
 def test_what_leaves_the_network_is_no_view_of_what_it_computed():
     model = FlashI2VTransformer3DModel(
         patch_size=(1, 1, 1), num_attention_heads=1, attention_head_dim=24, num_layers=1, ffn_dim=8
     )
     velocity = model.project(torch.randn(2, 12, 24), torch.randn(2, 24), (3, 2, 2))
     assert velocity.shape == (2, 16, 3, 2, 2)
-    assert velocity.is_contiguous()
+    assert not velocity._is_view()  # what FSDP2 asks
 
 
 def test_still_start_values_need_tokens_that_hold_a_patch():
