@@ -63,7 +63,10 @@ def hangs(directory: Path, how: str) -> None:
     size = int(os.environ["WORLD_SIZE"])
     layout = ParallelDims(tensor=1, context=1, pipeline=1, data=size, replicas=1, layers=(1,))
     with join_world("cpu", layout) as world:
-        with Watchdog(world.rank, world.size, world.control, timeout_seconds=3) as watchdog:
+        watchdog = Watchdog(world.rank, world.size, world.control, timeout_seconds=3)
+        with watchdog:
+            pass  # as where a run is resumed
+        with watchdog:
             for step in range(1, 4):
                 # As in a pipeline: only some read, and the others are ahead at once.
                 watchdog.beat(step, "reading and encoding" if world.rank == 2 else "forward and backward")

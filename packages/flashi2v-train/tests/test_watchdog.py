@@ -4,11 +4,16 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from flashi2v_train.parallel_dims import ParallelDims
+from flashi2v_train.watchdog import Watchdog
+from flashi2v_train.world import join_world
 
 SCRIPT = Path(__file__).parent / "run_processes.py"
 
@@ -67,3 +72,18 @@ def test_a_process_that_is_stopped_is_named_once_and_all_end(tmp_path):
 
 def test_a_slow_run_whose_phases_follow_each_other_is_left_alone(tmp_path):
     assert "ERROR" not in run(tmp_path, "is slow", code=0)
+
+
+def test_nothing_is_watched_before_and_after_its_with():
+    """So a trainer that was built and is not run, in a notebook say, ends nobody."""
+    with join_world("cpu", ParallelDims(tensor=1, context=1, pipeline=1, data=1, replicas=1, layers=(1,))) as world:
+        before = set(threading.enumerate())
+        watchdog = Watchdog(world.rank, world.size, world.control, timeout_seconds=60)
+        for _ in range(2):
+            assert not set(threading.enumerate()) - before
+            with watchdog:
+                threads = set(threading.enumerate()) - before
+                assert sorted(thread.name for thread in threads) == ["watchdog_exchange", "watchdog_watch"]
+            for thread in threads:
+                thread.join(timeout=60)
+        assert not set(threading.enumerate()) - before

@@ -115,7 +115,8 @@ class Trainer:
             on_wait=lambda: self.watchdog.beat(self.step, "saving"),  # a slow disk does move
         )
         if resumed is not None:
-            self._resume(resumed)
+            with self.watchdog:  # a disk may hang
+                self._resume(resumed)
 
     def _build_validation(self) -> Validation | None:
         if self.options.eval_interval is None:

@@ -44,7 +44,7 @@ class _Verdict(NamedTuple):
 
 
 class Watchdog:
-    """Watches this process and the others; made by all of them at the same time, used as a context.
+    """Watches this process and the others: made by all of them at the same time, it does so within each `with`.
 
     Args:
         rank: of this process.
@@ -56,23 +56,21 @@ class Watchdog:
     def __init__(self, rank: int, size: int, control: dist.ProcessGroup, timeout_seconds: float) -> None:
         self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
         self._interval = min(timeout_seconds / 20, 10.0)
-        self._closed = threading.Event()
+        self._closed = threading.Event()  # of the latest `with`
         self._own: tuple[int, Phase, float] = (0, "starting", time.monotonic())
         self._hosts = [""] * size
         dist.all_gather_object(self._hosts, socket.gethostname(), control)
         self._verdict: _Verdict | None = None
         self._store = self._open_store(control)
         self._others = ["" for _ in range(size)]  # as published
-        self._changed = [time.monotonic()] * size  # when that last changed, by this machine's clock
-        self._answered = time.monotonic()
-        self._publish(0)
+        self._changed: list[float] = []  # when that last changed, by this machine's clock
+        self._answered = 0.0
+        self._serial = 0
+        self._publish()
         if rank == 0:
             for key in (_VERDICT, _SHOWN, _SAID):
                 self._store.set(key, "")
         dist.barrier(control)  # from here on every key is there
-        # Two threads: the one that asks the store may wait for ever, if the store's process is the one that stopped.
-        for task in (self._exchange, self._watch):
-            threading.Thread(target=task, name=f"watchdog-{task.__name__}", daemon=True).start()
 
     def _open_store(self, control: dist.ProcessGroup) -> HashStore | TCPStore:
         """The first process serves it, on a port of its own: the store of the process groups is not public."""
@@ -97,6 +95,13 @@ class Watchdog:
         self._own = (step, phase, time.monotonic())
 
     def __enter__(self) -> "Watchdog":
+        now = time.monotonic()
+        self._own = (*self._own[:2], now)
+        self._changed, self._answered = [now] * self.size, now
+        self._closed = threading.Event()
+        # Two threads: the one that asks the store may wait for ever, if the store's process is the one that stopped.
+        for task in (self._exchange, self._watch):
+            threading.Thread(target=task, args=(self._closed,), name=f"watchdog{task.__name__}", daemon=True).start()
         return self
 
     def __exit__(
@@ -106,17 +111,16 @@ class Watchdog:
             time.sleep(_PATIENCE_SECONDS)  # the others end: what is lost with them is no cause, and must not be told
         self._closed.set()
 
-    def _publish(self, serial: int) -> None:
+    def _publish(self) -> None:
         step, phase, since = self._own
-        self._store.set(str(self.rank), json.dumps([serial, step, phase, time.monotonic() - since]))
+        self._store.set(str(self.rank), json.dumps([self._serial, step, phase, time.monotonic() - since]))
+        self._serial += 1
 
-    def _exchange(self) -> None:
-        serial = 0
+    def _exchange(self, closed: threading.Event) -> None:
         keys = [*map(str, range(self.size)), _VERDICT]
-        while not self._closed.wait(self._interval):
-            serial += 1
+        while not closed.wait(self._interval):
             try:
-                self._publish(serial)
+                self._publish()
                 if self._verdict is not None:
                     self._store.compare_set(_VERDICT, "", json.dumps(self._verdict))
                 *published, verdict = (value.decode() for value in self._store.multi_get(keys))
@@ -131,8 +135,8 @@ class Watchdog:
                     self._others[rank], self._changed[rank] = value, now
             self._answered = now
 
-    def _watch(self) -> None:
-        while not self._closed.wait(self._interval):
+    def _watch(self, closed: threading.Event) -> None:
+        while not closed.wait(self._interval):
             now = time.monotonic()
             if now - self._own[2] <= self.timeout_seconds:
                 continue
