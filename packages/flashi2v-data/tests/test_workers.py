@@ -238,6 +238,29 @@ def test_a_process_is_forked_only_while_no_other_thread_could_hold_a_lock(beside
     assert done.stdout.strip() == method
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
+def test_garbage_does_not_hang_the_choice_how_to_start():
+    """Collected while threads are counted, a `threading.local` of a ring waited for a lock that the count held."""
+    code = """
+import gc, threading
+from flashi2v_data.start_methods import quick_start
+
+class Ring:
+    def __init__(self):
+        self.ring, self.local = self, threading.local()
+        self.local.value = 1
+
+gc.disable()
+for _ in range(2000):
+    Ring()
+assert quick_start() == "fork" and not gc.isenabled()
+[{} for _ in range(80)].clear()  # kept for the next dicts, so that the first to be made anew is a frame
+gc.enable()
+assert quick_start() == "fork" and gc.isenabled()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
 def test_a_pool_that_is_collected_ends_its_workers():
     made = WorkerPool(work, 1, start=quick_start())
     pid = made.result(made.submit(("pid", 0)))

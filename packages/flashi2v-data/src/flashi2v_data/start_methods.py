@@ -1,6 +1,7 @@
 """How to start processes that are safe from what their parent is doing: its threads, its script, its interrupts."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,18 @@ def quick_start() -> StartMethod:
     Forking a process of one thread is safe, and 100 times faster than starting afresh; the child of one with more may
     wait forever for a lock that another thread held. Threads that never run Python, such as BLAS's, see to theirs.
     """
-    return "fork" if sys.platform == "linux" and len(sys._current_frames()) == 1 else clean_start()
+    return "fork" if sys.platform == "linux" and _num_threads() == 1 else clean_start()
+
+
+def _num_threads() -> int:
+    """Return how many threads run Python, those that `threading` knows nothing of, too."""
+    collects = gc.isenabled()
+    gc.disable()  # up to Python 3.11.8, garbage that is collected within the call may wait forever (CPython's 106883)
+    try:
+        return len(sys._current_frames())
+    finally:
+        if collects:
+            gc.enable()
 
 
 def clean_start(preload: str | None = None) -> StartMethod:
