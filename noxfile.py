@@ -60,6 +60,8 @@ NEEDED_BY_OTHERS = "DEP002=accelerate|tensorboard|decord2|gguf|onnxruntime|pytho
 # One environment for all that looks at the sources as they are.
 SHARED = ROOT / ".nox/shared"
 shared_session = nox.session(venv_backend="none")
+# Where a process of the tests crashes, pytest-xdist would start its file anew for ever.
+IN_PARALLEL = ("python", "-m", "pytest", "--max-worker-restart=0")
 _installed: list[str] = []  # into it, in this run of nox
 _passed: dict[str, str] = {}  # sessions whose tests all passed, in this run of nox, and with which Python
 
@@ -114,7 +116,7 @@ def run_tests(session: nox.Session, *paths: str) -> None:
     """
     run_shared(
         session,
-        *("python", "-m", "pytest", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=40"),
+        *(*IN_PARALLEL, "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=40"),
         *(session.posargs or paths),
         # Every process of every test imports the packages: they are compiled once.
         env={"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""},
@@ -244,7 +246,7 @@ def conformance(session: nox.Session) -> None:
     # Without CANN, torch cannot load torch_npu by itself; the tests, and what is below, decide who does. All processes
     # import the packages, so they are compiled once.
     alone = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
-    pytest = ("python", "-m", "pytest", "-n", "2", "--durations=10")
+    pytest = (*IN_PARALLEL, "-n", "2", "--durations=10")
     session.run(*pytest, "packages/flashi2v-npu-ops/tests/conformance", *session.posargs, env=alone)
     emulated = ("python", "-m", "flashi2v_npu_ops.testing", "--devices", "2", "--older")
     # What takes long begins first; each file's tests share what they are held to.
@@ -280,7 +282,7 @@ def web(session: nox.Session) -> None:
         {*Path().glob("packages/*/tests/test_web_*.py")} - {*Path().glob("packages/*/tests/test_web_jobs.py")}
     )
     # Of schemathesis the library alone is used: its plugin asks pytest for what it no longer has.
-    pytest = ("python", "-m", "pytest", "-p", "no:schemathesis", "-n", "2", "--dist", "loadfile", "--durations=10")
+    pytest = (*IN_PARALLEL, "-p", "no:schemathesis", "-n", "2", "--dist", "loadfile", "--durations=10")
     session.run(
         *pytest, *map(str, tests), *session.posargs, env={"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
     )
@@ -296,7 +298,7 @@ def lowest(session: nox.Session) -> None:
     install(session, *sources(extras), *TEST_TOOLS[:4], constraints=pins)
     quick = [f"packages/{package}/tests/test_{name}.py" for package, names in QUICK_TESTS.items() for name in names]
     session.run(
-        *("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow"),
+        *(*IN_PARALLEL, "-n", "2", "--dist", "loadfile", "-m", "not slow"),
         *(session.posargs or quick),
         env={"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""},
     )
