@@ -37,15 +37,21 @@ class Sitting:
         size: of the frames, which are square, in pixels.
         videos: to train on.
         steps: of training.
-        decay: of them, with a rate that falls to zero.
+        decay: of them, with a rate that falls to zero; None where it stays.
         ema: share of the averaged weights that stays at each step.
+        batch: clips of a step.
+        patch: latents of a side of what one token stands for.
+        recipe: as of `flashi2v-train --recipe`.
     """
 
     size: int
     videos: int
     steps: int
-    decay: int
+    decay: int | None
     ema: float
+    batch: int
+    patch: int
+    recipe: str | None
 
     def shortened(self, shorter: int) -> "Sitting":
         """Return 1/N of it."""
@@ -53,28 +59,31 @@ class Sitting:
             self,
             videos=max(32, self.videos // shorter),
             steps=max(2, self.steps // shorter),
-            decay=max(1, self.decay // shorter),
+            decay=max(1, (self.decay or 0) // shorter),
         )
 
 
-QUICK = Sitting(64, 2400, 2400, 1400, 0.99)
-LONG = Sitting(96, 24_000, 9600, 4800, 0.998)
-# Each process computes on one core, and there is one process for each.
-THREADS = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# Few tokens, and a loss that looks at what moves: so things soon go where they are told.
+QUICK = Sitting(64, 2400, 2400, 1100, 0.99, batch=8, patch=2, recipe="flashi2v_train:MotionWeighted")
+# A token for each latent, so that things keep their shapes: to move one is to attend to where it was.
+LONG = Sitting(96, 24_000, 9600, 4800, 0.998, batch=8, patch=1, recipe=None)
+# Of commands with one process for each core.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def run(*command: object) -> None:
+def run(*command: object, **environment: str) -> None:
     """Run a console script of this environment, shown as one would type it; where it fails, so does this one."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
-    if code := subprocess.run([Path(sys.executable).with_name(words[0]), *words[1:]], env=THREADS).returncode:
+    program = Path(sys.executable).with_name(words[0])
+    if code := subprocess.run([program, *words[1:]], env=os.environ | environment).returncode:
         sys.exit(code)
 
 
 def run_unless(made: Path, *command: object) -> None:
     """Run a command whose output, which appears whole or not at all, is not there yet."""
     if not made.exists():
-        run(*command)
+        run(*command, **ONE_THREAD)
 
 
 def get_encoders(options: argparse.Namespace) -> None:
@@ -90,44 +99,41 @@ def get_encoders(options: argparse.Namespace) -> None:
         shutil.copytree(demo.DIRECTORY / part, encoders / part, dirs_exist_ok=True)
 
 
-def write_files(size: int) -> tuple[Path, Path, Path]:
-    """Return the files of model, data and filter: those beside this one, or for another size some like them."""
+def write_files(sitting: Sitting) -> tuple[Path, Path, Path]:
+    """Return the files of model, data and filter: those beside this one, or some like them for another size."""
+    size = sitting.size
     if size == QUICK.size:
         return MODEL, DATA, FILTER
-    data, filtering = map(read_values, (DATA, FILTER))
+    model, data, filtering = map(read_values, (MODEL, DATA, FILTER))
+    model["predictor"]["patch_size"] = [1, sitting.patch, sitting.patch]
     data["dataset_param"] |= {"sample_height": size, "sample_width": size}
     data["dataset_param"]["transform_pipeline"]["video"][0]["param"]["transform_size"] = [size, size]
     filtering |= {"sample_height": size, "sample_width": size, "min_hxw": size**2}
     made = []
-    for file, values in ((DATA, data), (FILTER, filtering)):
+    for file, values in ((MODEL, model), (DATA, data), (FILTER, filtering)):
         made.append(RUN / file.name)
         made[-1].write_text(json.dumps(values, indent=4) + "\n")
-    return MODEL, made[0], made[1]
+    return made[0], made[1], made[2]
 
 
-def training(steps: int, decay: int | None, ema: float) -> dict[str, object]:
-    """Return the options of flashi2v-train that decide how the transformer learns.
-
-    Args:
-        steps: as of `Sitting`.
-        decay: as of `Sitting`.
-        ema: as of `Sitting`.
-    """
+def training(sitting: Sitting) -> dict[str, object]:
+    """Return the options of flashi2v-train that decide how the transformer learns."""
     return {
         "--start": "still",  # a video stays as its first frame is, so that motion is all there is to learn
-        "--train-iters": steps,
-        "--global-batch-size": 8,
+        "--recipe": sitting.recipe,
+        "--train-iters": sitting.steps,
+        "--global-batch-size": sitting.batch,
         "--lr": 1.5e-3,
         "--lr-decay-style": "WSD",
         "--lr-wsd-decay-style": "linear",
-        "--lr-wsd-decay-iters": decay,
-        "--lr-warmup-iters": min(100, steps // 10),
+        "--lr-wsd-decay-iters": sitting.decay,
+        "--lr-warmup-iters": min(100, sitting.steps // 10),
         "--adam-beta2": 0.99,
-        "--ema-decay": ema,
+        "--ema-decay": sitting.ema,
         "--no-use-distributed-optimizer": True,
         "--device": "cpu",
-        "--nproc-per-node": 2,
-        "--micro-batch-size": 4,
+        "--nproc-per-node": 1,  # of two threads: with two processes, so small a model waits for its parts' exchange
+        "--micro-batch-size": sitting.batch,
         "--save-interval": 500,
         "--keep-checkpoints": 2,
     }
@@ -152,7 +158,7 @@ def words_of(options: dict[str, object]) -> list[object]:
 
 def train(sitting: Sitting, options: argparse.Namespace) -> None:
     """Make, filter and encode videos, train the transformer on them, and make a pipeline of it."""
-    model, data, filtering = write_files(sitting.size)
+    model, data, filtering = write_files(sitting)
     run_unless(
         RUN / "videos",
         *("flashi2v-data", "shapes", RUN / "videos", "--num", sitting.videos, "--frames", 17),
@@ -161,12 +167,14 @@ def train(sitting: Sitting, options: argparse.Namespace) -> None:
     run_unless(RUN / "store", "flashi2v-data", "filter", "--filter_config", filtering)
     run(
         *("flashi2v-encode", "--mm-model", model, "--mm-data", data, "--output", RUN / "features"),
-        *("--device", options.device, "--nproc-per-node", options.processes),
+        *("--device", options.device, "--nproc-per-node", options.processes or (2 if options.device == "cpu" else 1)),
+        **ONE_THREAD,
     )
-    chosen = training(sitting.steps, sitting.decay, sitting.ema) | {
+    processes = options.processes or 1
+    chosen = training(sitting) | {
         "--device": options.device,
-        "--nproc-per-node": options.processes,
-        "--micro-batch-size": 8 // options.processes,
+        "--nproc-per-node": processes,
+        "--micro-batch-size": sitting.batch // processes,
         **arithmetic(options.device, options.fast),
     }
     run("flashi2v-train", "--mm-model", model, "--mm-data", data, "--save", RUN / "training", *words_of(chosen))
@@ -205,10 +213,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="train the encoders, too, and the transformer for long")
     parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or npu (default: %(default)s)")
     parser.add_argument("--fast", action="store_true", help="compiled, and in bf16 where the device has it")
-    parser.add_argument("--processes", type=int, help="of encoding and training (default: 2 on a CPU, else 1)")
+    parser.add_argument("--processes", type=int, help="of encoding and training (default: 1; 2 to encode on a CPU)")
     parser.add_argument("--shorter", type=int, default=1, help="do 1/N of everything, to try it (default: %(default)s)")
     options = parser.parse_args()
-    options.processes = options.processes or (2 if options.device == "cpu" else 1)
     claim_directory(options)
     get_encoders(options)
     train((LONG if options.full else QUICK).shortened(options.shorter), options)

@@ -17,27 +17,29 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import torch
-from run import DATA, MODEL, RUN, THREADS, arithmetic, run, training, words_of
+from run import DATA, MODEL, ONE_THREAD, QUICK, RUN, arithmetic, run, training, words_of
 
 from flashi2v_data.settings import read_values
 from flashi2v_infer import FlashI2VPipeline
 
 QUALITY = RUN / "quality"
 GOALS = (0.5, 0.8, 0.9)
-SIZE = 64  # pixels of a side of what `run.py` trains on without --full
 SEED = 1024  # with which `run.py` encodes and trains
 HELD_OUT = read_values(DATA)["dataset_param"]["held_out_clips"]
-# What each changes of `run.training`; "model" are pieces of text in the model file, and what replaces them.
+# What each changes of how `run.QUICK` is trained; "model" are pieces of text in the model file, and what replaces them.
 LEVERS: dict[str, dict] = {
     "base": {},
     "random start": {"--start": "random", "--proj-lr-scale": 5},
-    "batch 16": {"--global-batch-size": 16, "--micro-batch-size": 8},
-    "batch 4": {"--global-batch-size": 4, "--micro-batch-size": 2},
+    "what moves counts as all else": {"--recipe": None},
+    "batch 16": {"--global-batch-size": 16, "--micro-batch-size": 16},
+    "batch 4": {"--global-batch-size": 4, "--micro-batch-size": 4},
+    "two processes": {"--nproc-per-node": 2, "--micro-batch-size": 4},
     "half the rate": {"--lr": 7e-4},
     "twice the rate": {"--lr": 3e-3},
     "sigmas as for large pictures": {"model": {'"training_shift": 3': '"use_dynamic_shifting": true'}},
@@ -46,7 +48,7 @@ LEVERS: dict[str, dict] = {
     "features as released": {
         "model": {'"fft_return_abs": false': '"fft_return_abs": true', "[0.05, 0.2]": "[0.05, 0.95]"}
     },
-    "patches of 2x2": {"model": {"[1, 1, 1]": "[1, 2, 2]"}},
+    "a token for each latent": {"model": {"[1, 2, 2]": "[1, 1, 1]"}},
     "half as wide": {"model": {'"hidden_size": 128': '"hidden_size": 64', '"ffn_dim": 512': '"ffn_dim": 256'}},
     "half as deep": {"model": {'"num_layers": 6': '"num_layers": 3'}},
     "shift not trained": {"--freeze": "learnable_proj.*"},
@@ -64,6 +66,7 @@ def data_file(seed: int) -> Path:
     run(
         *("flashi2v-encode", "--mm-model", MODEL, "--mm-data", made, "--output", features),
         *("--seed", seed, "--device", "cpu", "--nproc-per-node", 2),
+        **ONE_THREAD,
     )
     return made
 
@@ -77,7 +80,7 @@ def command(lever: str, seed: int, save: Path) -> list[str]:
         assert text.count(old) == 1, f"{MODEL} no longer says {old}"
         text = text.replace(old, new)
     model.write_text(text)
-    options = training(steps=10**6, decay=None, ema=0.99) | arithmetic("cpu", fast=True)
+    options = training(replace(QUICK, steps=10**6, decay=None)) | arithmetic("cpu", fast=True)
     options |= {
         "--mm-model": model,
         "--mm-data": data_file(seed),
@@ -106,9 +109,7 @@ def train(lever: str, seed: int, minutes: float) -> Path:
     QUALITY.mkdir(parents=True, exist_ok=True)
     words = command(lever, seed, save)
     with save.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name(words[0]), *words[1:]], env=THREADS, stdout=log, stderr=log
-        )
+        process = subprocess.Popen([Path(sys.executable).with_name(words[0]), *words[1:]], stdout=log, stderr=log)
     metrics = save / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or seconds(save).sum() < 60 * minutes):
         time.sleep(1)
@@ -130,7 +131,9 @@ def look(save: Path, scenes: int) -> list[dict[str, float]]:
     spent = seconds(save).cumsum() / 60
     lines = map(json.loads, (save / "validation.jsonl").read_text().splitlines())
     losses = {line["step"]: line["validation_loss/sigma_0.9"] for line in lines}
-    stories = [pair for pair in evaluate.make_stories(10 * scenes, SIZE) if pair[1].motion and pair[1].motion.direction]
+    stories = [
+        pair for pair in evaluate.make_stories(10 * scenes, QUICK.size) if pair[1].motion and pair[1].motion.direction
+    ]
     found = []
     for checkpoint in sorted(save.glob("iter_*")):
         model = checkpoint.with_name(f"model_{checkpoint.name}")

@@ -76,8 +76,8 @@ for lever in bench.LEVERS:
     app([*words[1:], "--dry-run"], result_action="return_value")
 """
     done = command(demo, "python", "-c", script)
-    assert done.stdout.count("samples per step: 8") == 13
-    assert done.stdout.count("samples per step: ") == 15
+    assert done.stdout.count("samples per step: 8") == 15
+    assert done.stdout.count("samples per step: ") == 17
 
 
 def test_quick_convolutions_are_those_of_the_vae(demo):
@@ -109,16 +109,19 @@ import run
 from flashi2v_data.curation.config import FilterConfig
 from flashi2v_data.settings import load_config, read_values
 for sitting in (run.QUICK, run.LONG):
-    model, data, filtering = run.write_files(sitting.size)
+    model, data, filtering = run.write_files(sitting)
     wanted, settings = load_config(filtering, FilterConfig), read_values(data)["dataset_param"]
     print(wanted.sample_height, wanted.min_hxw, settings["sample_width"], settings["sample_height"])
     print(settings["transform_pipeline"]["video"][0]["param"]["transform_size"], data, filtering)
+    print(read_values(model)["predictor"]["patch_size"], sitting.patch, model)
 """
     assert command(demo, "python", "-c", script).stdout.splitlines() == [
         "64 4096 64 64",
         "[64, 64] examples/demo_model/data.json examples/demo_model/filter_config.yaml",
+        "[1, 2, 2] 2 examples/demo_model/pretrain_model.json",
         "96 9216 96 96",
         "[96, 96] demo/data.json demo/filter_config.yaml",
+        "[1, 1, 1] 1 demo/pretrain_model.json",
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import forked
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -38,6 +39,7 @@ RECIPES = {
     "shift": "ablations:ShiftOnly",
     "fourier": "ablations:FourierOnly",
     "concatenated": "ablations:RepeatAndConcatenate",
+    "weighted": "flashi2v_train:MotionWeighted",
 }
 ADDED = {"motion_embedder.weight", "motion_embedder.bias"}
 
@@ -300,6 +302,25 @@ def test_a_file_that_ends_in_main_is_a_command_of_its_own(world, page, tmp_path)
     assert json.loads((tmp_path / "run/config.json").read_text())["options"]["recipe"] == "huber:Huber"
 
 
+def test_the_weight_of_motion_is_that_of_what_has_changed():
+    latents, condition = torch.randn(2, 16, 3, 4, 5), torch.randn(2, 16, 1, 4, 5)
+    latents[:, :, :1] = condition  # nothing has changed in the first
+    noise, velocity = torch.randn_like(latents), torch.randn_like(latents)
+    batch = {"latents": latents, "condition": condition, "noise": noise}
+    errors, found = (velocity - (noise - latents)) ** 2, {}
+    for weight in (0.0, 3.0):
+        recipe = flashi2v_train.MotionWeighted(flashi2v_train.MotionWeighted.Settings(motion_weight=weight))
+        found[weight] = recipe.loss(velocity, recipe.target(batch))
+    torch.testing.assert_close(found[0.0], errors.mean(dim=(1, 2, 3, 4)))
+    expected = torch.zeros(2)
+    for b, f, h, w in np.ndindex(2, 3, 4, 5):
+        change = sum(float(latents[b, c, f, h, w] - condition[b, c, 0, h, w]) ** 2 for c in range(16)) / 16
+        place = (1 + 3 * change / (change + 0.2)) / 4
+        expected[b] += place * errors[b, :, f, h, w].mean() / (3 * 4 * 5)
+    torch.testing.assert_close(found[3.0], expected)
+    assert (recipe.target(batch)["weight"][:, :, 0] == 0.25).all()
+
+
 BAD_INPUT = {
     "no colon": ({}, "huber", "must be module:Class"),
     "no module": ({}, "nowhere:Huber", "No module named 'nowhere'"),
@@ -310,6 +331,7 @@ BAD_INPUT = {
     "settings of nothing": ({"model.recipe": {"delta": 1.0}}, None, "no --recipe names what they are for"),
     "no column": ({"data.dataset_param.columns": []}, "motion:MotionTransformer", "asks for 'motion_score'"),
     "a name that is taken": ({"data.dataset_param.columns": ["noise"]}, "huber:Huber", "two tensors named 'noise'"),
+    "a weight below zero": ({"model.recipe": {"motion_weight": -1}}, "flashi2v_train:MotionWeighted", "motion_weight"),
     "length": ({"data.dataset_param.columns": {"camera": 0}}, None, "columns.camera"),
     "a loss for all": ({}, "wrong:Mean", r"must be one number per sample, \(B,\): got \(\)"),
 }
