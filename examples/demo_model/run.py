@@ -93,6 +93,7 @@ def get_encoders(options: argparse.Namespace) -> None:
         run(
             *("python", HERE / "encoders.py", "--output", encoders, "--device", options.device),
             *("--shorter", options.shorter, *words_of({"--bf16": options.fast and has_bf16(options.device)})),
+            **ONE_THREAD,
         )
         return
     for part in ("vae", "text_encoder", "tokenizer"):
