@@ -304,7 +304,7 @@ def test_a_file_that_ends_in_main_is_a_command_of_its_own(world, page, tmp_path)
 
 def test_the_weight_of_motion_is_that_of_what_has_changed():
     latents, condition = torch.randn(2, 16, 3, 4, 5), torch.randn(2, 16, 1, 4, 5)
-    latents[:, :, :1] = condition  # nothing has changed in the first
+    latents[:, :, 1] = condition[:, :, 0]  # nothing has changed in the second
     noise, velocity = torch.randn_like(latents), torch.randn_like(latents)
     batch = {"latents": latents, "condition": condition, "noise": noise}
     errors, found = (velocity - (noise - latents)) ** 2, {}
@@ -315,10 +315,10 @@ def test_the_weight_of_motion_is_that_of_what_has_changed():
     expected = torch.zeros(2)
     for b, f, h, w in np.ndindex(2, 3, 4, 5):
         change = sum(float(latents[b, c, f, h, w] - condition[b, c, 0, h, w]) ** 2 for c in range(16)) / 16
-        place = (1 + 3 * change / (change + 0.2)) / 4
+        place = 1 if f == 0 else (1 + 3 * change / (change + 0.2)) / 4
         expected[b] += place * errors[b, :, f, h, w].mean() / (3 * 4 * 5)
     torch.testing.assert_close(found[3.0], expected)
-    assert (recipe.target(batch)["weight"][:, :, 0] == 0.25).all()
+    assert (recipe.target(batch)["weight"][:, :, 1] == 0.25).all()
 
 
 BAD_INPUT = {

@@ -117,19 +117,22 @@ class MotionWeighted(Recipe):
 
     The squared error at a place of the latent grid counts (1 + w m) / (1 + w), w being `motion_weight` and
     m = d / (d + 0.2) in [0, 1) how much the clip has changed there: d is the mean square over channels of its latent
-    less that of its first frame, whose variance is 1. What the words leave open is learnt with a leaning to motion.
+    less that of its first frame, whose variance is 1. The first latent, which is given, counts 1, to be as it is. What
+    the words leave open is learnt with a leaning to motion.
     """
 
     class Settings(Recipe.Settings):
-        motion_weight: float = Field(10.0, ge=0)
+        motion_weight: float = Field(3.0, ge=0)
 
     settings: Settings
 
     def target(self, batch: Batch) -> Batch:
         """Return velocity (B, C, F, H, W) and weight (B, 1, F, H, W)."""
         change = (batch["latents"] - batch["condition"]).float().square().mean(dim=1, keepdim=True)
-        weight = self.settings.motion_weight
-        return super().target(batch) | {"weight": (1 + weight * change / (change + 0.2)) / (1 + weight)}
+        most = self.settings.motion_weight
+        weight = (1 + most * change / (change + 0.2)) / (1 + most)
+        weight[:, :, 0] = 1
+        return super().target(batch) | {"weight": weight}
 
     def loss(self, velocity: Tensor, target: Batch) -> Tensor:
         """Return the weighted mean squared error of every sample, (B,) in fp32."""
