@@ -122,7 +122,7 @@ class MotionWeighted(Recipe):
     """
 
     class Settings(Recipe.Settings):
-        motion_weight: float = Field(3.0, ge=0)
+        motion_weight: float = Field(10.0, ge=0)
 
     settings: Settings
 
