@@ -37,7 +37,7 @@ class Sitting:
         size: of the frames, which are square, in pixels.
         videos: to train on.
         steps: of training.
-        decay: of them, with a rate that falls to zero; None where it stays.
+        decay: of them, with a rate that falls to zero.
         ema: share of the averaged weights that stays at each step.
         batch: clips of a step.
         patch: latents of a side of what one token stands for.
@@ -47,7 +47,7 @@ class Sitting:
     size: int
     videos: int
     steps: int
-    decay: int | None
+    decay: int
     ema: float
     batch: int
     patch: int
@@ -59,7 +59,7 @@ class Sitting:
             self,
             videos=max(32, self.videos // shorter),
             steps=max(2, self.steps // shorter),
-            decay=max(1, (self.decay or 0) // shorter),
+            decay=max(1, self.decay // shorter),
         )
 
 
@@ -133,7 +133,7 @@ def training(sitting: Sitting) -> dict[str, object]:
         "--ema-decay": sitting.ema,
         "--no-use-distributed-optimizer": True,
         "--device": "cpu",
-        "--nproc-per-node": 1,  # of two threads: with two processes, so small a model waits for its parts' exchange
+        "--nproc-per-node": 1,  # of a thread for each core: two processes of so small a model wait for each other
         "--micro-batch-size": sitting.batch,
         "--save-interval": 500,
         "--keep-checkpoints": 2,

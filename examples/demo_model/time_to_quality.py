@@ -31,7 +31,6 @@ from flashi2v_infer import FlashI2VPipeline
 QUALITY = RUN / "quality"
 GOALS = (0.5, 0.8, 0.9)
 SEED = 1024  # with which `run.py` encodes and trains
-HELD_OUT = read_values(DATA)["dataset_param"]["held_out_clips"]
 # What each changes of how `run.QUICK` is trained; "model" are pieces of text in the model file, and what replaces them.
 LEVERS: dict[str, dict] = {
     "base": {},
@@ -80,7 +79,7 @@ def command(lever: str, seed: int, save: Path) -> list[str]:
         assert text.count(old) == 1, f"{MODEL} no longer says {old}"
         text = text.replace(old, new)
     model.write_text(text)
-    options = training(replace(QUICK, steps=10**6, decay=None)) | arithmetic("cpu", fast=True)
+    options = training(replace(QUICK, steps=10**6)) | arithmetic("cpu", fast=True)
     options |= {
         "--mm-model": model,
         "--mm-data": data_file(seed),
@@ -88,6 +87,7 @@ def command(lever: str, seed: int, save: Path) -> list[str]:
         "--seed": seed,
         "--lr-decay-style": "constant",
         "--lr-wsd-decay-style": None,
+        "--lr-wsd-decay-iters": None,
         "--keep-checkpoints": None,
         "--save-interval": 250,
         "--no-save-optim": True,
@@ -96,7 +96,8 @@ def command(lever: str, seed: int, save: Path) -> list[str]:
         "--eval-ema": True,
         **changes,
     }
-    options["--eval-iters"] = HELD_OUT // options["--micro-batch-size"]
+    held_out = read_values(DATA)["dataset_param"]["held_out_clips"]
+    options["--eval-iters"] = held_out // options["--micro-batch-size"]  # every lever's loss is of all of them
     return ["flashi2v-train", *map(str, words_of(options))]
 
 
